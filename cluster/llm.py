@@ -1,0 +1,275 @@
+"""``LLM``: offline batched inference in this process."""
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from cluster.replica import default_sampling, open_checkpoint, start_replica
+from engine.chat import load_template
+from engine.config import EMBEDDED_MODEL, EngineConfig
+from engine.errors import EngineError, RequestError
+from engine.log import get_logger
+from engine.output import RequestText
+from engine.outputs import RequestOutput
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+
+log = get_logger("llm")
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, ready to complete prompts. Results are in the order of the prompts.
+
+    ``model`` is a checkpoint folder, a Hugging Face hub id, or (by default) the small chat model
+    that ships inside the package. ``options`` are those of ``manta generate --help`` with
+    underscores, e.g. ``dtype="auto"``, ``max_model_len=2048``.
+
+    Raises ConfigError for a wrong option and CheckpointError for an unusable checkpoint.
+    """
+
+    def __init__(self, model: str = EMBEDDED_MODEL, **options: Any) -> None:
+        started = time.perf_counter()
+        self.config = EngineConfig.from_options(model=str(model), **options)
+        options_ = self.config.model
+        checkpoint = open_checkpoint(self.config)
+        self._defaults = (
+            default_sampling(checkpoint)
+            if options_.generation_config == "auto"
+            else SamplingParams()
+        )
+        self.tokenizer = Tokenizer.load(options_.tokenizer or checkpoint.path, options_.revision)
+        template = options_.chat_template
+        self._chat_template = None if template is None else load_template(template)
+        with _LoadBar(checkpoint.weight_bytes, self.config.log.use_tqdm_on_load) as bar:
+            self.engine = start_replica(self.config, checkpoint, self.tokenizer, bar.read)
+        self._request_ids = itertools.count()
+        log.info("Ready in %.2f s", time.perf_counter() - started)
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends; vLLM's defaults otherwise."""
+        return self._defaults
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts: strings, token id lists, or dicts ``{"prompt": str}`` or
+        ``{"prompt_token_ids": [...]}``; one or a list of them.
+
+        ``sampling_params`` is one for all or one for each. ``priority`` is one for each prompt,
+        lower first, under ``scheduling_policy="priority"``.
+
+        Raises RequestError, naming the prompt and field, before anything runs if one is wrong.
+        """
+        return self._run(self._prompts(prompts), sampling_params, use_tqdm, priority)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several: lists of OpenAI-style messages.
+
+        ``chat_template`` is a file or the template itself, instead of the checkpoint's (or the
+        option ``chat_template``). Raises RequestError for messages that the template refuses.
+        """
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            raise RequestError("messages must be a non-empty list of messages, or of such lists")
+        one = isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        prompts: list[tuple[str | None, list[int]]] = []
+        for conversation in conversations:
+            text = self.tokenizer.render_chat(
+                conversation,
+                self._chat_template if chat_template is None else load_template(chat_template),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
+            prompts.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
+        return self._run(prompts, sampling_params, use_tqdm, None)
+
+    # ---- inside ----
+
+    def _prompts(self, prompts: Any) -> list[tuple[str | None, list[int]]]:
+        """(text, token ids) of each prompt."""
+        if isinstance(prompts, str | Mapping) or _is_ids(prompts):
+            prompts = [prompts]
+        if not isinstance(prompts, Sequence):
+            raise RequestError(f"prompts must be a prompt or a list of prompts, got {prompts!r}")
+        texts: list[str | None] = []
+        for number, prompt in enumerate(prompts):
+            text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+            texts.append(text if isinstance(text, str) else None)
+            self._check_prompt(number, prompt)
+        ids = iter(self.tokenizer.encode([t for t in texts if t is not None]))
+        return [
+            (text, next(ids))
+            if text is not None
+            else (None, list(p["prompt_token_ids"] if isinstance(p, Mapping) else p))
+            for text, p in zip(texts, prompts, strict=True)
+        ]
+
+    @staticmethod
+    def _check_prompt(number: int, prompt: Any) -> None:
+        if isinstance(prompt, Mapping):
+            keys = set(prompt)
+            if keys == {"prompt"} and isinstance(prompt["prompt"], str):
+                return
+            if keys == {"prompt_token_ids"} and _is_ids(prompt["prompt_token_ids"]):
+                return
+        elif isinstance(prompt, str) or _is_ids(prompt):
+            return
+        raise RequestError(
+            f"prompt {number} must be a string, a list of token ids, or a dict with 'prompt' or"
+            f" 'prompt_token_ids', got {prompt!r}"
+        )
+
+    def _run(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+        priority: Sequence[int] | None,
+    ) -> list[RequestOutput]:
+        params = self._params(sampling_params, len(prompts))
+        if priority is None:
+            priority = [0] * len(prompts)
+        elif self.config.scheduler.scheduling_policy != "priority":
+            raise RequestError("priority needs scheduling_policy='priority'")
+        elif len(priority) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts need as many priorities")
+        texts: dict[str, RequestText] = {}
+        try:
+            for number, (text, ids) in enumerate(prompts):
+                words = params[number].bad_words
+                request = Request(
+                    request_id=str(next(self._request_ids)),
+                    prompt_token_ids=ids,
+                    sampling=params[number],
+                    bad_words=tuple(map(tuple, self.tokenizer.bad_words_ids(words))),
+                    priority=priority[number],
+                )
+                try:
+                    metrics = self.engine.add(request)
+                except RequestError as error:
+                    raise type(error)(f"prompt {number}: {error}") from None
+                texts[request.request_id] = RequestText(request, text, self.tokenizer, metrics)
+            with _ProgressBar(len(prompts), use_tqdm) as bar:
+                self._drive(texts, bar)
+        finally:  # a wrong prompt, an interrupt: nothing of this call goes on
+            for request_id in texts:
+                self.engine.abort(request_id)
+        return [text.output for text in texts.values()]
+
+    def _drive(self, texts: dict[str, RequestText], bar: "_ProgressBar") -> None:
+        unfinished = len(texts)
+        while unfinished:
+            for delta in self.engine.step():
+                text = texts[delta.request_id]
+                _, stopped = text.take(delta)
+                if stopped is not None:
+                    self.engine.stop_at_text(delta.request_id, delta.index)
+                if text.output.finished:
+                    unfinished -= 1
+                    bar.finished(text.output)
+            if unfinished and not self.engine.has_work:
+                raise EngineError(f"{unfinished} requests are unfinished but nothing can run")
+
+    def _params(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        params = list(given)
+        if len(params) != count or not all(isinstance(p, SamplingParams) for p in params):
+            raise RequestError(
+                f"sampling_params must be one SamplingParams or {count} of them, one for each"
+                " prompt"
+            )
+        return params
+
+
+def _is_ids(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        and len(value) > 0
+    )
+
+
+class _LoadBar:
+    """Progress of reading weights."""
+
+    def __init__(self, total_bytes: int, show: bool) -> None:
+        self._bar = tqdm(
+            total=total_bytes,
+            desc="Loading weights",
+            unit="B",
+            unit_scale=True,
+            disable=not show,
+        )
+
+    def read(self, name: str, num_bytes: int) -> None:
+        self._bar.update(num_bytes)
+
+    def __enter__(self) -> "_LoadBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+class _ProgressBar:
+    """``Processed prompts``, with the estimated speed of input and output so far."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self._input = self._output = 0
+        self._started = time.perf_counter()
+        self._bar = tqdm(total=total, desc="Processed prompts", disable=not show)
+        self._postfix()
+
+    def finished(self, output: RequestOutput) -> None:
+        self._input += len(output.prompt_token_ids)
+        self._output += sum(len(o.token_ids) for o in output.outputs)
+        self._postfix()
+        self._bar.update(1)
+
+    def _postfix(self) -> None:
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        self._bar.set_postfix_str(
+            f"est. speed input: {self._input / seconds:.2f} toks/s,"
+            f" output: {self._output / seconds:.2f} toks/s",
+            refresh=False,
+        )
+
+    def __enter__(self) -> "_ProgressBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,0 +1,139 @@
+"""Starting a replica: an executor that is loaded and reserved, and the engine on it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import CheckpointError, ConfigError, RequestError
+from engine.executor import Capacity, ModelFacts
+from engine.log import get_logger
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+from workers.checkpoint import GenerationConfig, load_config, load_generation_config, resolve
+from workers.local import LocalExecutor
+from workers.weights import find_files
+
+log = get_logger("replica")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint found, before anything of it is loaded."""
+
+    path: Path
+    generation: GenerationConfig
+    weight_bytes: int  # of its weight files; 0 for dummy weights
+
+
+def open_checkpoint(config: EngineConfig) -> Checkpoint:
+    """Find the model and read what it says of generation. Raises CheckpointError."""
+    options = config.model
+    path = resolve(options.model, options.revision, options.load_format)
+    generation = load_generation_config(path, load_config(path))
+    files = [] if options.load_format == "dummy" else find_files(path, options.load_format)
+    return Checkpoint(path, generation, sum(file.stat().st_size for file in files))
+
+
+def default_sampling(checkpoint: Checkpoint) -> SamplingParams:
+    """What generation_config.json recommends, vLLM's defaults for the rest, as vLLM has it.
+
+    Raises CheckpointError for a value that no request could have.
+    """
+    values = dict(checkpoint.generation.defaults)
+    values.pop("do_sample", None)  # temperature says it
+    if "max_new_tokens" in values:
+        values["max_tokens"] = values.pop("max_new_tokens")
+    try:
+        return SamplingParams(**values)
+    except RequestError as error:
+        raise CheckpointError(f"{checkpoint.path}/generation_config.json: {error}") from error
+
+
+def start_replica(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    progress: Callable[[str, int], None] | None = None,
+) -> Engine:
+    """Load the model, reserve its KV blocks, and say what was done.
+
+    The end tokens are generation_config.json's and the tokenizer's. ``progress`` is called with each tensor's name and bytes as it is read.
+    Raises CheckpointError or ConfigError.
+    """
+    executor = LocalExecutor(config, checkpoint.path, progress)
+    started = time.perf_counter()
+    facts = executor.load()
+    log.info(
+        "Loaded %s (%s, %s parameters, %s on %s): %.2f GiB of weights read in %.2f s, %.2f s in all",
+        config.model.model,
+        facts.architecture,
+        _count(facts.num_parameters),
+        facts.dtype,
+        facts.device,
+        facts.weight_bytes / 2**30,
+        facts.load_seconds,
+        time.perf_counter() - started,
+    )
+    started = time.perf_counter()
+    capacity = executor.reserve()
+    granted = fit_model_len(config, facts.max_model_len, capacity)
+    _log_capacity(capacity, granted, time.perf_counter() - started)
+    eos = {*checkpoint.generation.eos_token_ids, tokenizer.eos_token_id}
+    return Engine(
+        config,
+        executor,
+        facts,
+        capacity,
+        granted,
+        eos_token_ids=tuple(sorted(i for i in eos if i is not None)),
+        steps_ahead=executor.steps_ahead,
+    )
+
+
+def fit_model_len(config: EngineConfig, wanted: int, capacity: Capacity) -> int:
+    """``wanted``, or less if the device blocks hold less and the user asked for no length.
+
+    Raises ConfigError if they hold less than the user asked for.
+    """
+    room = capacity.num_device_blocks * capacity.block_size
+    if wanted <= room:
+        return wanted
+    if config.model.max_model_len is not None:
+        raise ConfigError(
+            f"max_model_len must be at most {room}, which is what {capacity.num_device_blocks}"
+            f" device blocks hold, got {wanted}; or give the KV cache more memory"
+            " (kv_cache_memory_bytes, gpu_memory_utilization, num_gpu_blocks_override)"
+        )
+    log.warning("max_model_len is %d, not %d: the device blocks hold no more", room, wanted)
+    return room
+
+
+def _log_capacity(capacity: Capacity, max_model_len: int, seconds: float) -> None:
+    block = capacity.block_bytes
+    log.info(
+        "Reserved %s device blocks (%.2f GiB) and %s CPU blocks (%.2f GiB) of %d tokens, warmed up,"
+        " in %.2f s (attention: %s)",
+        f"{capacity.num_device_blocks:,}",
+        capacity.num_device_blocks * block / 2**30,
+        f"{capacity.num_cpu_blocks:,}",
+        capacity.num_cpu_blocks * block / 2**30,
+        capacity.block_size,
+        seconds,
+        capacity.attention_backend,
+    )
+    tokens = capacity.num_device_blocks * capacity.block_size
+    log.info(
+        "Maximum concurrency for %s tokens per request: %.2fx",
+        f"{max_model_len:,}",
+        tokens / max_model_len,
+    )
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)

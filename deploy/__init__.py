@@ -1,0 +1,1 @@
+"""Operating: the command line and the embedded demo model."""

@@ -1,0 +1,189 @@
+"""The command line: ``manta generate``, ``manta bench throughput``, ``manta collect-env``.
+
+Engine options are made from the fields of ``EngineConfig``, so that the command line, ``LLM`` and
+the server cannot differ.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from engine.config import EMBEDDED_MODEL, allowed, declared_options, option_type
+from engine.errors import ConfigError, MantaError
+from engine.sampling_params import SamplingParams
+from manta import __version__
+
+SAMPLING_OPTIONS: dict[str, tuple[type, str]] = {
+    "n": (int, "completions of each prompt"),
+    "temperature": (float, "0 is greedy"),
+    "top_p": (float, "keep the likeliest tokens that together have this probability"),
+    "top_k": (int, "keep this many of the likeliest tokens; 0 keeps all"),
+    "min_p": (float, "least probability relative to the likeliest token's"),
+    "repetition_penalty": (float, "over 1 discourages tokens of prompt and output"),
+    "presence_penalty": (float, "from -2 to 2, over the output"),
+    "frequency_penalty": (float, "from -2 to 2, over the output"),
+    "max_tokens": (int, "most tokens of output for each prompt"),
+    "min_tokens": (int, "no end before this many tokens of output"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status. 2 for what the user did wrong, 130 for an interrupt."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except MantaError as error:
+        print(f"manta: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="manta", description="Serve large language models.")
+    parser.add_argument("--version", action="version", version=f"manta {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        help="complete prompts, or answer chat messages, offline",
+        usage="manta generate [OPTION ...] [MODEL] PROMPT [PROMPT ...]",
+        description="Complete prompts. With one argument it is a prompt for the embedded model;"
+        " with more the first is the model. No prompt: each line of standard input is one.",
+    )
+    generate.add_argument("words", nargs="*", metavar="MODEL PROMPT", help=argparse.SUPPRESS)
+    generate.add_argument("--chat", action="store_true", help="prompts are messages of a user")
+    generate.add_argument("--system", help="a system message, with --chat")
+    sampling = generate.add_argument_group("sampling")
+    for name, (kind, text) in SAMPLING_OPTIONS.items():
+        sampling.add_argument(_flag(name), type=kind, default=None, help=text)
+    sampling.add_argument("--stop", action="append", help="a string that ends the output")
+    sampling.add_argument("--ignore-eos", action="store_true", help="the model's end does not end")
+    _add_engine_options(generate)
+    generate.set_defaults(run=_generate)
+
+    bench = commands.add_parser("bench", help="measure speed")
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    throughput = benches.add_parser(
+        "throughput", help="offline throughput", description="Measure offline throughput."
+    )
+    throughput.add_argument("model", nargs="?", default=EMBEDDED_MODEL)
+    throughput.add_argument("--num-prompts", type=int, default=32)
+    throughput.add_argument("--input-len", type=int, default=128, help="tokens of each prompt")
+    throughput.add_argument("--output-len", type=int, default=64, help="tokens of each output")
+    throughput.add_argument("--warmup", type=int, default=1, help="runs that are not measured")
+    throughput.add_argument("--repeat", type=int, default=1, help="measured runs; their median")
+    throughput.add_argument("--temperature", type=float, default=0.0)
+    throughput.add_argument("--output-json", metavar="FILE", help="write the figures here")
+    _add_engine_options(throughput)
+    throughput.set_defaults(run=_bench_throughput)
+
+    environment = commands.add_parser("collect-env", help="print what a bug report needs")
+    environment.set_defaults(run=_collect_env)
+    return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    groups: dict[str, Any] = {}
+    for group_name, f in declared_options():
+        if f.name == "model":
+            continue  # an argument of its own
+        if group_name not in groups:
+            groups[group_name] = parser.add_argument_group(f"engine: {group_name}")
+        kind, _ = option_type(f)
+        flag, text = _flag(f.name), f"{f.metadata['help']} (default: {f.default})"
+        default = argparse.SUPPRESS
+        if kind is bool:
+            groups[group_name].add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=default, help=text
+            )
+        else:
+            groups[group_name].add_argument(
+                flag,
+                type=_converter(f, kind),
+                default=default,
+                metavar=kind.__name__.upper(),
+                help=text.replace("%", "%%"),
+            )
+
+
+def _converter(f: Any, kind: type) -> Any:
+    """From a command line's word to the option's value, with an error that says what is allowed."""
+
+    def convert(word: str) -> Any:
+        try:
+            return kind(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {allowed(f)}, got {word!r}") from None
+
+    return convert
+
+
+def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = {f.name for _, f in declared_options()} - {"model"}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _generate(args: argparse.Namespace) -> None:
+    model, prompts = _model_and_prompts(args.words)
+    if args.system is not None and not args.chat:
+        raise ConfigError("--system needs --chat")
+    from cluster.llm import LLM  # imports torch, which takes a second
+
+    llm = LLM(model, **_engine_options(args))
+    params = _sampling(args, llm.get_default_sampling_params())
+    if args.chat:
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        outputs = llm.chat([[*system, {"role": "user", "content": p}] for p in prompts], params)
+    else:
+        outputs = llm.generate(prompts, params)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        for completion in output.outputs:
+            print(f"Prompt: {prompt!r}, Generated text: {completion.text!r}", flush=True)
+
+
+def _model_and_prompts(words: list[str]) -> tuple[str, list[str]]:
+    model, prompts = EMBEDDED_MODEL, words
+    if len(words) > 1:
+        model, *prompts = words
+    if not prompts:
+        if sys.stdin.isatty():
+            raise ConfigError("PROMPT is missing: give one, or one a line on standard input")
+        prompts = [line for line in sys.stdin.read().splitlines() if line]
+    return model, prompts
+
+
+def _sampling(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """The checkpoint's default sampling with what the command line says instead."""
+    given: dict[str, Any] = {
+        name: value for name in SAMPLING_OPTIONS if (value := getattr(args, name)) is not None
+    }
+    if args.stop:
+        given["stop"] = args.stop
+    if args.ignore_eos:
+        given["ignore_eos"] = True
+    import dataclasses
+
+    return dataclasses.replace(defaults, **given)
+
+
+def _bench_throughput(args: argparse.Namespace) -> None:
+    from deploy.bench import throughput
+
+    throughput(args, _engine_options(args))
+
+
+def _collect_env(args: argparse.Namespace) -> None:
+    from deploy.environment import report
+
+    print(report())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

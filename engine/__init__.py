@@ -1,0 +1,1 @@
+"""Decisions: requests, sequences, block pools, scheduler, plans. Never imports torch or ray."""

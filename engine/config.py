@@ -1,0 +1,270 @@
+"""The one configuration of an engine: the command line, ``LLM`` and the server build from it.
+
+``EngineConfig.from_options(**options)`` takes flat options with the names that vLLM's users know
+and gives small frozen groups. Each option is declared once, as a field below: its help, its
+choices and its bounds are in the field's metadata, from which the command line is made too.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import ConfigError
+
+EMBEDDED_MODEL = "manta-demo"  # the name of the chat model that ships inside the package
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A field of a group, with what the command line and the checks need to know of it."""
+    meta = {"help": help, "choices": choices, "least": least, "most": most}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str = option(
+        EMBEDDED_MODEL,
+        "a checkpoint folder, a Hugging Face hub id, or manta-demo, the model inside the package",
+    )
+    tokenizer: str | None = option(None, "a tokenizer's folder or hub id; the model's by default")
+    revision: str | None = option(None, "branch, tag or commit of the hub's model")
+    dtype: str = option(
+        "auto",
+        "type of weights and activations; auto takes the checkpoint's (bfloat16 for float16 on a"
+        " CPU)",
+        choices=("auto", "bfloat16", "bf16", "float16", "half", "float32", "float"),
+    )
+    load_format: str = option(
+        "auto",
+        "auto prefers safetensors to pytorch_model.bin; dummy makes random weights",
+        choices=("auto", "safetensors", "pt", "dummy"),
+    )
+    max_model_len: int | None = option(
+        None, "most tokens of prompt and output together; the model's own limit by default", least=1
+    )
+    chat_template: str | None = option(
+        None, "a chat template's file, or the template itself; the checkpoint's by default"
+    )
+    max_logprobs: int = option(
+        20, "most logprobs that a request may ask for; -1 is no limit", least=-1
+    )
+    generation_config: str = option(
+        "auto",
+        "auto takes default sampling parameters from the checkpoint's generation_config.json;"
+        " vllm takes none",
+        choices=("auto", "vllm"),
+    )
+    seed: int = option(0, "seed of the engine: dummy weights, and requests that bring none")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    block_size: int | None = option(
+        None, "tokens in a KV block; the attention backend's favourite by default", least=1
+    )
+    gpu_memory_utilization: float | None = option(
+        None,
+        "fraction of the device's memory for weights, activations and KV blocks; 0.9 on CUDA by"
+        " default, on a CPU see kv_cache_memory_bytes",
+        least=0.01,
+        most=1.0,
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None,
+        "bytes for the device's KV blocks, instead of gpu_memory_utilization; on a CPU the default"
+        " is 4 GiB, or 40 % of the free memory if that is less",
+        least=1,
+    )
+    num_gpu_blocks_override: int | None = option(
+        None, "number of device KV blocks, instead of what fits", least=1
+    )
+    swap_space: float = option(
+        4.0, "GiB of CPU memory for preempted requests' KV blocks and cold prefixes", least=0
+    )
+    enable_prefix_caching: bool = option(True, "share the KV blocks of common prefixes")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    max_num_seqs: int = option(256, "most sequences that run at once", least=1)
+    max_num_batched_tokens: int = option(2048, "most tokens that one step computes", least=1)
+    enable_chunked_prefill: bool = option(True, "split long prompts over steps, mixed with decodes")
+    scheduling_policy: str = option(
+        "fcfs", "who runs first: by arrival, or by priority (lower first)",
+        choices=("fcfs", "priority"),
+    )  # fmt: skip
+    preemption_mode: str = option(
+        "auto",
+        "what becomes of a preempted request's KV blocks: the cheaper by measured costs, copied to"
+        " CPU blocks, or computed again",
+        choices=("auto", "swap", "recompute"),
+    )
+    max_queued_requests: int | None = option(
+        None, "refuse further requests while this many wait", least=1
+    )
+    max_queued_tokens: int | None = option(
+        None, "refuse further requests while this many prompt tokens wait", least=1
+    )
+    schedule_log: str | None = option(None, "append every plan and result to this file")
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    device: str = option(
+        "auto",
+        "where the model runs; auto is cuda if there is one",
+        choices=("auto", "cpu", "cuda"),
+    )
+    attention_backend: str = option(
+        "auto",
+        "cpu is the compiled kernels, gather plain PyTorch; auto takes the fastest that works",
+        choices=("auto", "cpu", "gather"),
+    )
+    enforce_eager: bool = option(
+        False, "never capture CUDA graphs or compile (none is captured or compiled today)"
+    )
+    tensor_parallel_size: int = option(1, "ranks that split each layer", least=1)
+    pipeline_parallel_size: int = option(1, "stages that split the layers", least=1)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    disable_log_stats: bool = option(False, "no line of throughput every few seconds")
+    use_tqdm_on_load: bool = option(True, "a progress bar while weights load")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything an engine is told. Measured facts are never written back into it."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    device: DeviceConfig = DeviceConfig()
+    log: LogConfig = LogConfig()
+
+    @classmethod
+    def from_options(cls, **options: Any) -> "EngineConfig":
+        """An engine's config from flat options, as ``LLM`` and the command line have them.
+
+        Raises ConfigError, naming the option and what is allowed, for an unknown option, a wrong
+        value or a contradiction.
+        """
+        known = {f.name for _, f in declared_options()}
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"unknown option {name}{hint}")
+        groups = {
+            group.name: group.type(
+                **{
+                    f.name: _checked(f, options[f.name])
+                    for f in dataclasses.fields(group.type)
+                    if f.name in options
+                }
+            )
+            for group in _groups()
+        }
+        config = cls(**groups)
+        config._check_together()
+        return config
+
+    def _check_together(self) -> None:
+        scheduler, cache = self.scheduler, self.cache
+        if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({scheduler.max_num_batched_tokens}) must be at least"
+                f" max_num_seqs ({scheduler.max_num_seqs}), so that every sequence can decode"
+            )
+        if cache.gpu_memory_utilization is not None and cache.kv_cache_memory_bytes is not None:
+            raise ConfigError("give gpu_memory_utilization or kv_cache_memory_bytes, not both")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if getattr(self.device, name) != 1:
+                raise ConfigError(f"{name} must be 1: worker actors are not there yet")
+
+    def resolve_model_len(self, model_limit: int) -> int:
+        """max_model_len for a model that allows ``model_limit`` tokens.
+
+        Raises ConfigError if more are asked for, or if whole prompts of that many fit no step.
+        """
+        length = self.model.max_model_len or model_limit
+        if length > model_limit:
+            raise ConfigError(
+                f"max_model_len must be at most {model_limit}, the model's own limit, got {length}"
+            )
+        budget = self.scheduler.max_num_batched_tokens
+        if not self.scheduler.enable_chunked_prefill and budget < length:
+            raise ConfigError(
+                f"max_num_batched_tokens ({budget}) must be at least max_model_len ({length}) when"
+                " enable_chunked_prefill is off"
+            )
+        return length
+
+
+def _groups() -> Iterator[dataclasses.Field[Any]]:
+    return iter(dataclasses.fields(EngineConfig))
+
+
+def declared_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """(group name, field) of every option, in the order of declaration."""
+    for group in _groups():
+        for f in dataclasses.fields(typing.cast(type, group.type)):
+            yield group.name, f
+
+
+def option_type(f: dataclasses.Field[Any]) -> tuple[type, bool]:
+    """The plain type of an option, and whether None is allowed."""
+    if isinstance(f.type, types.UnionType):
+        kinds = typing.get_args(f.type)
+        return next(k for k in kinds if k is not types.NoneType), types.NoneType in kinds
+    return typing.cast(type, f.type), False
+
+
+def allowed(f: dataclasses.Field[Any]) -> str:
+    """What an option may be, for messages and help."""
+    meta: Mapping[str, Any] = f.metadata
+    kind, optional = option_type(f)
+    if meta["choices"]:
+        text = "one of " + ", ".join(meta["choices"])
+    elif kind is bool:
+        text = "True or False"
+    else:
+        text = {int: "an integer", float: "a number", str: "a string"}[kind]
+        if meta["least"] is not None:
+            text += f" of at least {meta['least']:g}"
+        if meta["most"] is not None:
+            text += f" and at most {meta['most']:g}"
+    return text + (" or None" if optional else "")
+
+
+def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
+    kind, optional = option_type(f)
+    if value is None and optional:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    ok = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    meta = f.metadata
+    if ok and meta["choices"]:
+        ok = value in meta["choices"]
+    if ok and meta["least"] is not None:
+        ok = value >= meta["least"]  # false for NaN
+    if ok and meta["most"] is not None:
+        ok = value <= meta["most"]
+    if ok and f.name == "model":
+        ok = bool(value)
+    if not ok:
+        raise ConfigError(f"{f.name} must be {allowed(f)}, got {value!r}")
+    return value

@@ -1,0 +1,305 @@
+"""The engine: requests in, token deltas out, one step at a time.
+
+It owns no thread and no text. ``add`` queues a request, ``step`` plans and runs one step and
+returns what it brought, ``abort`` ends a request at any moment.
+"""
+
+import random
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from engine.config import EngineConfig
+from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
+from engine.executor import Capacity, Executor, ModelFacts, PendingResult
+from engine.kv import KVBlocks
+from engine.outputs import RequestMetrics
+from engine.plan import TokenLogprobs
+from engine.request import Request
+from engine.scheduler import Progress, Scheduler
+from engine.sequence import FinishReason, Sequence
+
+_MASK64 = 2**64 - 1
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a step brought for one completion of a request.
+
+    ``prompt_logprobs`` is (position of the first entry, entries); entries of a preempted prompt
+    may come twice, the same.
+    """
+
+    request_id: str
+    index: int
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[int, list[TokenLogprobs]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class _Active:
+    """A request that is not finished."""
+
+    sequences: list[Sequence]
+    metrics: RequestMetrics
+    deadline: float | None
+    unfinished: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unfinished = len(self.sequences)
+
+
+def child_seed(seed: int, index: int) -> int:
+    """The seed of completion ``index`` of a request; the first one's is the request's own.
+
+    One round of splitmix64 (Steele, Lea and Flood, 2014) for each child.
+    """
+    if index == 0:
+        return seed & _MASK64
+    z = (seed + index * 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+class Engine:
+    """Queues, plans, and runs steps on an executor that ``load`` and ``reserve`` made ready."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        facts: ModelFacts,
+        capacity: Capacity,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...] = (),
+        steps_ahead: int = 0,
+    ) -> None:
+        self.config = config
+        self.executor = executor
+        self.facts = facts
+        self.capacity = capacity
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self.steps_ahead = steps_ahead
+        kv = KVBlocks(
+            capacity.num_device_blocks,
+            capacity.num_cpu_blocks,
+            capacity.block_size,
+            config.cache.enable_prefix_caching,
+        )
+        self.scheduler = Scheduler(config.scheduler, kv, capacity.costs)
+        self._active: dict[str, _Active] = {}
+        self._deadlines = 0  # how many active requests have one
+        self._pending: deque[PendingResult] = deque()
+        self._random = random.Random(config.model.seed)
+        self._failure: str | None = None
+
+    # ---- requests ----
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._active)
+
+    def metrics(self, request_id: str) -> RequestMetrics:
+        """Of an unfinished request."""
+        return self._active[request_id].metrics
+
+    def add(self, request: Request) -> RequestMetrics:
+        """Queue a request; its times will appear in the value returned.
+
+        Raises RequestError (naming what is wrong), PromptTooLong if it could never run, and
+        QueueFull if too many wait; the engine is as it was then.
+        """
+        self._check_alive()
+        sampling = request.sampling
+        if request.request_id in self._active:
+            raise RequestError(f"request_id {request.request_id!r} is running already")
+        max_total = self._admissible(request)
+        sampling.check_vocabulary(self.facts.vocab_size)
+        most = self.config.model.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(sampling, name)
+            if asked is not None and most != -1 and not 0 <= asked <= most:
+                raise RequestError(f"{name} must be at most max_logprobs ({most}), got {asked}")
+        self._check_queue(request)
+        seed = self._random.getrandbits(64) if sampling.seed is None else sampling.seed
+        eos = () if sampling.ignore_eos else self.eos_token_ids
+        sequences = [
+            Sequence(
+                request.request_id,
+                request.prompt_token_ids,
+                sampling,
+                index=index,
+                seed=child_seed(seed, index),
+                max_total=max_total,
+                stop_ids=tuple(dict.fromkeys((*eos, *sampling.stop_token_ids))),
+                bad_words=request.bad_words,
+                priority=request.priority,
+            )
+            for index in range(sampling.n)
+        ]
+        now = time.monotonic()
+        deadline = None if request.timeout is None else now + request.timeout
+        active = _Active(sequences, RequestMetrics(arrival_time=now), deadline)
+        self._active[request.request_id] = active
+        self._deadlines += deadline is not None
+        for seq in sequences:
+            self.scheduler.add(seq)
+        return active.metrics
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; unknown and finished ones are left alone."""
+        active = self._active.get(request_id)
+        if active:
+            for seq in active.sequences:
+                self._finish(active, seq, FinishReason.ABORT)
+
+    def stop_at_text(self, request_id: str, index: int) -> None:
+        """End one completion whose text reached a stop string."""
+        active = self._active.get(request_id)
+        if active:
+            self._finish(active, active.sequences[index], FinishReason.STOP)
+
+    def cached_tokens(self, request_id: str) -> int:
+        """Prompt tokens of an unfinished request that the prefix cache had."""
+        return self._active[request_id].sequences[0].cached_tokens
+
+    def _admissible(self, request: Request) -> int:
+        """The most tokens that the request may come to."""
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        if not len(prompt):
+            raise RequestError("prompt must not be empty")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= self.facts.vocab_size:
+            raise RequestError(
+                f"prompt has token id {low if low < 0 else high}; the model's go from 0 to"
+                f" {self.facts.vocab_size - 1}"
+            )
+        if len(prompt) >= self.max_model_len:
+            raise PromptTooLong(
+                f"prompt has {len(prompt)} tokens; with max_model_len {self.max_model_len} it may"
+                f" have at most {self.max_model_len - 1}, which leaves one for the output"
+            )
+        if sampling.max_tokens is None:
+            max_total = self.max_model_len
+        else:
+            max_total = min(len(prompt) + sampling.max_tokens, self.max_model_len)
+        room = self.capacity.num_device_blocks * self.capacity.block_size
+        if max_total - 1 > room:
+            raise PromptTooLong(
+                f"prompt ({len(prompt)} tokens) and max_tokens ({sampling.max_tokens}) need room"
+                f" for {max_total - 1} tokens; the KV cache holds {room}"
+            )
+        return max_total
+
+    def _check_queue(self, request: Request) -> None:
+        limits, scheduler = self.config.scheduler, self.scheduler
+        most = limits.max_queued_requests
+        if most is not None and scheduler.num_waiting + request.sampling.n > most:
+            raise QueueFull(
+                f"{scheduler.num_waiting} sequences wait; max_queued_requests is {most}"
+            )
+        most = limits.max_queued_tokens
+        if most is not None:
+            queued = sum(len(seq.tokens) for seq in scheduler.waiting())
+            if queued + len(request.prompt_token_ids) * request.sampling.n > most:
+                raise QueueFull(f"{queued} tokens wait; max_queued_tokens is {most}")
+
+    # ---- steps ----
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._active or self._pending)
+
+    def step(self) -> list[Delta]:
+        """Plan and start steps, up to ``steps_ahead`` before the oldest result, and take that.
+
+        Raises EngineError if the executor failed: every request then ended with an error.
+        """
+        self._check_alive()
+        deltas = self._expire() if self._deadlines else []
+        try:
+            while len(self._pending) <= self.steps_ahead:
+                plan = self.scheduler.plan()
+                if plan is None:
+                    break
+                self._pending.append(self.executor.run(plan))
+            if not self._pending:
+                return deltas
+            result = self._pending.popleft().result()
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise EngineError(f"the engine failed: {self._failure}") from error
+        for progress in self.scheduler.apply(result):
+            deltas.append(self._delta(progress))
+        return deltas
+
+    def _delta(self, progress: Progress) -> Delta:
+        seq = progress.seq
+        active = self._active[seq.request_id]
+        metrics = active.metrics
+        if metrics.first_scheduled_time is None:
+            metrics.first_scheduled_time = seq.scheduled_time
+        if metrics.first_token_time is None and progress.token is not None:
+            metrics.first_token_time = time.monotonic()
+        delta = Delta(
+            seq.request_id,
+            seq.index,
+            progress.token,
+            progress.logprobs,
+            progress.prompt_logprobs,
+        )
+        if seq.finished:
+            delta.finish_reason, delta.stop_reason = seq.finish_reason, seq.stop_reason
+            self._retire(active, seq)
+        return delta
+
+    def _expire(self) -> list[Delta]:
+        now = time.monotonic()
+        deltas = []
+        for request_id, active in list(self._active.items()):
+            if active.deadline is not None and active.deadline <= now:
+                for seq in active.sequences:
+                    if not seq.finished:
+                        self._finish(active, seq, FinishReason.ABORT)
+                        deltas.append(
+                            Delta(
+                                request_id,
+                                seq.index,
+                                finish_reason=FinishReason.ABORT,
+                                stop_reason="timeout",
+                            )
+                        )
+        return deltas
+
+    def _finish(self, active: _Active, seq: Sequence, reason: FinishReason) -> None:
+        if not seq.finished:
+            self.scheduler.finish(seq, reason)
+            self._retire(active, seq)
+
+    def _retire(self, active: _Active, seq: Sequence) -> None:
+        active.unfinished -= 1
+        active.metrics.num_preemptions += seq.num_preemptions
+        if active.unfinished == 0:
+            active.metrics.finished_time = time.monotonic()
+            self._deadlines -= active.deadline is not None
+            del self._active[seq.request_id]
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"the engine failed earlier: {self._failure}")
+
+    # ---- the prefix cache ----
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix, in both tiers."""
+        self.scheduler.kv.device.forget_all()
+        self.scheduler.kv.cpu.forget_all()
+
+    def stop(self) -> None:
+        """Release what the executor holds."""
+        self.executor.stop()

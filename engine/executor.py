@@ -1,0 +1,53 @@
+"""What carries plans out. Everything above this interface is decided without torch."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.plan import StepPlan, StepResult
+from engine.preempt import MeasuredCosts
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the checkpoint says and loading measured."""
+
+    architecture: str
+    vocab_size: int
+    max_model_len: int  # the model's own limit, or less if the config asks for less
+    num_parameters: int
+    weight_bytes: int
+    load_seconds: float
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What was reserved, and what copying and computing cost."""
+
+    num_device_blocks: int
+    num_cpu_blocks: int
+    block_size: int
+    block_bytes: int  # of all layers
+    attention_backend: str
+    costs: MeasuredCosts
+
+
+class PendingResult(Protocol):
+    def result(self) -> StepResult:
+        """Wait for the step; raises EngineError if it failed."""
+        ...
+
+
+class Executor(Protocol):
+    """Four verbs. Plans run in the order in which they are given."""
+
+    def load(self) -> ModelFacts: ...
+
+    def reserve(self) -> Capacity:
+        """Allocate the slots and the KV blocks of both tiers."""
+        ...
+
+    def run(self, plan: StepPlan) -> PendingResult: ...
+
+    def stop(self) -> None: ...

@@ -1,0 +1,233 @@
+"""Which block holds what: both tiers of KV blocks, and the sequences' claims on them.
+
+Device blocks are what steps read and write. CPU blocks hold preempted sequences (swap) and, where
+there is room to spare, prefixes evicted from the device. Every change is noted for the plan in
+the making: the new cells of block tables and the copies between tiers (``drain`` hands them out).
+
+The plan's copies run out, then in, then compute. Hence the one rule here: a CPU block that is the
+source of a copy in stays held until ``drain``, so that no copy out of the same plan overwrites it.
+"""
+
+from dataclasses import dataclass, field
+
+from engine.blocks import BlockHash, BlockPool, blocks_for
+from engine.plan import Copies, Ints, ints, pairs
+from engine.sequence import Sequence
+
+
+@dataclass
+class KVStats:
+    """Counted since the start."""
+
+    prefix_queries: int = 0  # tokens that were looked up
+    prefix_hits: int = 0  # tokens that were found, in either tier
+    promoted_blocks: int = 0
+    demoted_blocks: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The longest cached prefix of a sequence: (tier is device, block) for each block."""
+
+    blocks: list[tuple[bool, int]] = field(default_factory=list)
+
+
+class KVBlocks:
+    """Both pools. Sequences' ``blocks``, ``swapped`` and ``published`` are changed here only."""
+
+    def __init__(
+        self, num_device_blocks: int, num_cpu_blocks: int, block_size: int, prefix_caching: bool
+    ) -> None:
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.device = BlockPool(num_device_blocks)
+        self.cpu = BlockPool(num_cpu_blocks)
+        self.promote = True  # set by the scheduler: copying in is cheaper than computing
+        self.stats = KVStats()
+        self._cells: list[tuple[int, int, int]] = []
+        self._out: list[tuple[int, int]] = []
+        self._in: list[tuple[int, int]] = []
+        self._sources: list[int] = []  # CPU blocks held until drain
+
+    # ---- growing and releasing ----
+
+    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Give a running sequence blocks for ``num_tokens``; False (and no change) if too few."""
+        wanted = blocks_for(num_tokens, self.block_size) - len(seq.blocks)
+        if wanted > self.device.num_free:
+            return False
+        for _ in range(wanted):
+            self._append(seq, self._take_device())
+        return True
+
+    def publish(self, seq: Sequence) -> None:
+        """Offer the sequence's full blocks of known tokens to the prefix cache."""
+        if not self.prefix_caching:
+            return
+        full = min(seq.computed, len(seq.tokens)) // self.block_size
+        if full > seq.published:
+            hashes = seq.hashes(full, self.block_size)
+            for i in range(seq.published, full):
+                self.device.publish(seq.blocks[i], hashes[i])
+            seq.published = full
+
+    def release(self, seq: Sequence) -> None:
+        """Give up everything that the sequence holds, in both tiers.
+
+        Its last blocks are freed first, so that the common beginnings of prompts live longest.
+        """
+        for block in reversed(seq.blocks):
+            self.device.release(block)
+        for block in reversed(seq.swapped):
+            self.cpu.release(block)
+        seq.blocks, seq.swapped, seq.published = [], [], 0
+
+    # ---- the prefix cache ----
+
+    def match(self, seq: Sequence) -> Prefix:
+        """The longest cached prefix of its known tokens, in either tier; takes nothing.
+
+        The last known token is always left to compute: its hidden state is needed.
+        """
+        if not (self.prefix_caching and seq.wants_cache):
+            return Prefix()
+        most = (len(seq.tokens) - 1) // self.block_size
+        found: list[tuple[bool, int]] = []
+        for block_hash in seq.hashes(most, self.block_size)[:most]:
+            block = self.device.find(block_hash)
+            if block is not None:
+                found.append((True, block))
+                continue
+            block = self.cpu.find(block_hash) if self.promote else None
+            if block is None:
+                break
+            found.append((False, block))
+        return Prefix(found)
+
+    def missing(self, seq: Sequence, prefix: Prefix, num_tokens: int) -> int:
+        """How many free device blocks it takes to admit ``seq`` with ``num_tokens``."""
+        held = sum(on_device and not self.device.is_free(b) for on_device, b in prefix.blocks)
+        return blocks_for(num_tokens, self.block_size) - held
+
+    def claim(self, seq: Sequence, prefix: Prefix) -> None:
+        """Start a sequence on its cached prefix. The caller looked at ``missing`` first."""
+        self.stats.prefix_queries += len(seq.tokens)
+        self.stats.prefix_hits += len(prefix.blocks) * self.block_size
+        for on_device, block in prefix.blocks:  # hold them all before anything can be evicted
+            (self.device if on_device else self.cpu).share(block)
+        for index, (on_device, block) in enumerate(prefix.blocks):
+            if not on_device:
+                block = self._copy_in(block, seq.hashes(index + 1, self.block_size)[index])
+                self.stats.promoted_blocks += 1
+            self._append(seq, block)
+        seq.published = len(prefix.blocks)
+        seq.computed = seq.published * self.block_size
+
+    # ---- swapping ----
+
+    def swap_cost(self, seq: Sequence) -> tuple[int, int]:
+        """(blocks to copy out, blocks to copy in again) if ``seq`` is swapped out now.
+
+        Blocks that others hold, or whose content a CPU block has already, are not copied out.
+        """
+        copies = sum(self._cpu_twin(seq, i) is None for i in range(len(seq.blocks)))
+        shared = sum(self.device.references(block) > 1 for block in seq.blocks)
+        return copies, len(seq.blocks) - shared
+
+    def swap_out(self, seq: Sequence) -> bool:
+        """Move a sequence's blocks to CPU blocks; False (and no change) if there are too few."""
+        twins = [self._cpu_twin(seq, i) for i in range(len(seq.blocks))]
+        reserved = sum(t is not None and self.cpu.is_free(t) for t in twins)
+        if sum(t is None for t in twins) > self.cpu.num_free - reserved:
+            return False
+        for twin in twins:
+            if twin is not None:
+                self.cpu.share(twin)
+        for block, twin in zip(seq.blocks, twins, strict=True):
+            if twin is None:
+                twin, _ = self.cpu.take()
+                self._out.append((block, twin))
+                self.stats.swapped_out_blocks += 1
+                block_hash = self.device.hash_of(block)
+                if block_hash is not None:
+                    self.cpu.publish(twin, block_hash)
+            seq.swapped.append(twin)
+        for block in reversed(seq.blocks):
+            self.device.release(block)
+        seq.blocks, seq.published = [], 0
+        return True
+
+    def missing_to_swap_in(self, seq: Sequence, num_tokens: int) -> int:
+        """How many free device blocks it takes to bring ``seq`` back and grow to ``num_tokens``."""
+        held = sum(
+            (b := self._device_twin(c)) is not None and not self.device.is_free(b)
+            for c in seq.swapped
+        )
+        return blocks_for(num_tokens, self.block_size) - held
+
+    def swap_in(self, seq: Sequence) -> None:
+        """Bring a swapped sequence back. The caller looked at ``missing_to_swap_in`` first."""
+        twins = [self._device_twin(c) for c in seq.swapped]
+        for twin in twins:
+            if twin is not None:
+                self.device.share(twin)
+        for cpu_block, twin in zip(seq.swapped, twins, strict=True):
+            if twin is None:
+                twin = self._copy_in(cpu_block, self.cpu.hash_of(cpu_block))
+                self.stats.swapped_in_blocks += 1
+            else:
+                self.cpu.release(cpu_block)
+            self._append(seq, twin)
+        seq.swapped = []
+        # Blocks with a hash lead; those that were computed since the last publish have none yet.
+        while (
+            seq.published < len(seq.blocks)
+            and self.device.hash_of(seq.blocks[seq.published]) is not None
+        ):
+            seq.published += 1
+
+    # ---- the plan in the making ----
+
+    def drain(self) -> tuple[Ints, Copies]:
+        """The cells and copies noted since the last call, for the plan."""
+        cells = ints(self._cells).reshape(-1, 3)
+        last = {cpu_block: block for block, cpu_block in self._out}  # one may be taken twice
+        copies = Copies(out=pairs([(b, c) for c, b in last.items()]), in_=pairs(self._in))
+        for block in self._sources:
+            self.cpu.release(block)
+        self._cells, self._out, self._in, self._sources = [], [], [], []
+        return cells, copies
+
+    def _append(self, seq: Sequence, block: int) -> None:
+        self._cells.append((seq.slot, len(seq.blocks), block))
+        seq.blocks.append(block)
+
+    def _take_device(self) -> int:
+        """A free device block; the prefix evicted from it moves to a free CPU block, if any."""
+        block, evicted = self.device.take()
+        if evicted is not None and self.cpu.num_free and self.cpu.find(evicted) is None:
+            cpu_block, _ = self.cpu.take()
+            self._out.append((block, cpu_block))
+            self.cpu.publish(cpu_block, evicted)
+            self.cpu.release(cpu_block)  # free, but cached
+            self.stats.demoted_blocks += 1
+        return block
+
+    def _copy_in(self, cpu_block: int, block_hash: BlockHash | None) -> int:
+        """A device block that will hold what ``cpu_block``, held by the caller, holds."""
+        block = self._take_device()
+        self._in.append((cpu_block, block))
+        self._sources.append(cpu_block)
+        if block_hash is not None:
+            self.device.publish(block, block_hash)
+        return block
+
+    def _cpu_twin(self, seq: Sequence, index: int) -> int | None:
+        block_hash = self.device.hash_of(seq.blocks[index])
+        return None if block_hash is None else self.cpu.find(block_hash)
+
+    def _device_twin(self, cpu_block: int) -> int | None:
+        block_hash = self.cpu.hash_of(cpu_block)
+        return None if block_hash is None else self.device.find(block_hash)

@@ -1,0 +1,70 @@
+"""What a user gets back, with the names of vLLM's outputs."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Logprob:
+    """One token's log-probability at one position; rank 1 is the likeliest token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+PositionLogprobs = dict[int, Logprob]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion. ``finish_reason`` is stop, length, abort or error; None while it runs.
+
+    ``stop_reason`` is the stop string or stop token id that ended it, if one did.
+    ``logprobs`` has a dict for each output token: the token's own and the likeliest ones.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times in seconds of ``time.monotonic``; None where it has not come to that."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        first = self.first_token_time
+        return None if first is None else first - self.arrival_time
+
+    @property
+    def time_in_queue(self) -> float | None:
+        first = self.first_scheduled_time
+        return None if first is None else first - self.arrival_time
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request and its completions, in the order of their indices."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finish_reason is not None for output in self.outputs)

@@ -1,0 +1,105 @@
+"""The waist: one ``StepPlan`` goes down to the workers, one ``StepResult`` comes back.
+
+A worker knows *slots*, not requests: a slot is a row of its device tables (tokens, block table,
+sampling parameters). A plan carries only what changed. Both values are frozen and complete.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.sampling_params import SamplingParams
+
+Ints = NDArray[np.int32]
+
+
+def ints(values: object = ()) -> Ints:
+    """``values`` as an int32 array."""
+    return np.asarray(values, dtype=np.int32)
+
+
+def pairs(values: object = ()) -> Ints:
+    """``values`` as an int32 array of shape [n, 2]."""
+    return np.asarray(values, dtype=np.int32).reshape(-1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """A slot is taken. New, resumed and failed-over requests are all this one record.
+
+    ``tokens`` are all tokens known so far (prompt, then output); the first ``prompt_len`` of
+    them are the prompt (penalties and ``min_tokens`` tell them apart).
+    ``stop_ids`` are the token ids that end the request: they are masked until ``min_tokens``.
+    ``bad_words`` are the token id sequences that must never be completed.
+    """
+
+    slot: int
+    tokens: Ints
+    prompt_len: int
+    sampling: SamplingParams
+    seed: int
+    stop_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Block copies, done before the step computes: [n, 2] arrays of (source, destination)."""
+
+    out: Ints = field(default_factory=pairs)  # device block to CPU block
+    in_: Ints = field(default_factory=pairs)  # CPU block to device block
+    within: Ints = field(default_factory=pairs)  # device block to device block
+
+    def __bool__(self) -> bool:
+        return bool(len(self.out) or len(self.in_) or len(self.within))
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the workers do in one step.
+
+    Order of effects: ``release``, ``admits``, ``cells``, ``copies``, then the rows compute.
+    Row i feeds tokens ``starts[i] : starts[i] + counts[i]`` of slot ``slots[i]``; where
+    ``wants[i]`` is 1 the worker samples the token at position ``starts[i] + counts[i]`` and
+    keeps it in its token table, so that a later plan may feed it without knowing its value.
+    """
+
+    step: int
+    slots: Ints  # [rows]
+    starts: Ints  # [rows]
+    counts: Ints  # [rows]
+    wants: Ints  # [rows], 0 or 1
+    cells: Ints  # [n, 3]: slot, index in its block table, block
+    admits: tuple[Admit, ...] = ()
+    release: Ints = field(default_factory=ints)  # slots
+    copies: Copies = field(default_factory=Copies)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.counts.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the chosen token's first, then the top ones'.
+
+    ``ids``, ``logprobs`` and ``ranks`` are [k] arrays; ranks count from 1.
+    """
+
+    ids: Ints
+    logprobs: NDArray[np.float32]
+    ranks: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a plan: for each row that wanted a token, in row order."""
+
+    step: int
+    slots: Ints  # [n]
+    tokens: Ints  # [n]
+    failed: NDArray[np.bool_]  # [n]: the logits were not finite; the token means nothing
+    logprobs: dict[int, TokenLogprobs]  # by index into ``tokens``, where asked for
+    prompt_logprobs: dict[int, list[TokenLogprobs]]  # by row: of positions start + 1, ...
+    seconds: float

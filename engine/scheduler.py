@@ -1,0 +1,352 @@
+"""The scheduler: who runs how many tokens in the next step, and who is preempted for it.
+
+``plan`` makes the next step, ``apply`` takes in what came of it. Plans may run ahead of results:
+a plan needs no token value of the step before. Steps run in the order of their plans, so blocks
+and slots that are freed while a step is in flight may be given away in the next plan at once.
+"""
+
+import heapq
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.blocks import blocks_for
+from engine.config import SchedulerConfig
+from engine.kv import KVBlocks, Prefix
+from engine.plan import Admit, StepPlan, StepResult, TokenLogprobs, ints
+from engine.preempt import Costs
+from engine.sequence import FinishReason, Sequence, State
+
+AGEING_SECONDS = 30.0  # waiting this long counts as much as one step of priority
+
+
+@dataclass
+class SchedulerStats:
+    """Counted since the start."""
+
+    steps: int = 0
+    planned_tokens: int = 0
+    preemptions_swap: int = 0
+    preemptions_recompute: int = 0
+    recomputed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one step brought for one sequence."""
+
+    seq: Sequence
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[int, list[TokenLogprobs]] | None = None  # first position, entries
+
+
+@dataclass(slots=True)
+class _Row:
+    seq: Sequence
+    start: int
+    count: int
+    wants: bool
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making."""
+
+    step: int
+    budget: int
+    rows: list[_Row] = field(default_factory=list)
+    admits: list[Admit] = field(default_factory=list)
+    promised: int = 0  # blocks that running prefills will still need
+    preempted: bool = False
+
+
+class Scheduler:
+    """One for each model replica. Sequences are added once and end in ``apply`` or ``finish``."""
+
+    def __init__(self, config: SchedulerConfig, kv: KVBlocks, costs: Costs) -> None:
+        self.config = config
+        self.kv = kv
+        self.costs = costs
+        self.stats = SchedulerStats()
+        self.running: list[Sequence] = []  # in queue order
+        self._waiting: list[tuple[float, int, Sequence]] = []  # a heap
+        self._num_waiting = 0
+        self._arrivals = itertools.count()
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._released: list[int] = []  # slots; free at once, as a plan releases before it admits
+        self._in_flight: deque[tuple[int, list[_Row]]] = deque()
+        self._step = 0
+        kv.promote = costs.promotion_pays(kv.block_size)
+
+    # ---- the queue ----
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self._num_waiting or self._in_flight)
+
+    def waiting(self) -> Iterable[Sequence]:
+        return (seq for _, _, seq in self._waiting if seq.state is State.WAITING)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence."""
+        arrival = next(self._arrivals)
+        if self.config.scheduling_policy == "priority":
+            # Ageing as a constant: waiting longer and having arrived earlier are the same.
+            seq.order = seq.priority + time.monotonic() / AGEING_SECONDS
+        else:
+            seq.order = float(arrival)
+        self._enqueue(seq)
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        """End a sequence now, whatever its state; every block that it holds is freed."""
+        if not seq.finished:
+            self._finish(seq, reason)
+
+    def _enqueue(self, seq: Sequence) -> None:
+        seq.state = State.WAITING
+        heapq.heappush(self._waiting, (seq.order, next(self._arrivals), seq))
+        self._num_waiting += 1
+
+    def _head(self) -> Sequence | None:
+        while self._waiting and self._waiting[0][2].state is not State.WAITING:
+            heapq.heappop(self._waiting)  # cancelled while it waited
+        return self._waiting[0][2] if self._waiting else None
+
+    # ---- planning ----
+
+    def plan(self) -> StepPlan | None:
+        """The next step; None if nothing can run before a result comes back."""
+        draft = _Draft(self._step, self.config.max_num_batched_tokens)
+        self._plan_running(draft)
+        if not draft.preempted:
+            self._plan_waiting(draft)
+        if not draft.rows:
+            return None
+        cells, copies = self.kv.drain()
+        rows = draft.rows
+        plan = StepPlan(
+            step=draft.step,
+            slots=ints([r.seq.slot for r in rows]),
+            starts=ints([r.start for r in rows]),
+            counts=ints([r.count for r in rows]),
+            wants=ints([r.wants for r in rows]),
+            cells=cells,
+            admits=tuple(draft.admits),
+            release=ints(self._released),
+            copies=copies,
+        )
+        self._released = []
+        self._in_flight.append((draft.step, rows))
+        self._step += 1
+        self.stats.steps += 1
+        self.stats.planned_tokens += self.config.max_num_batched_tokens - draft.budget
+        return plan
+
+    def _plan_running(self, draft: _Draft) -> None:
+        prefills = []
+        for seq in list(self.running):
+            need = seq.known - seq.computed
+            if need == 1:
+                if seq.known < seq.max_total:  # else all of its tokens are planned
+                    self._run(draft, seq, 1)
+            elif need > 1:
+                prefills.append(seq)
+        for seq in prefills:  # after the decodes: a long prompt never holds them up
+            if draft.budget and seq.state is State.RUNNING:
+                self._run(draft, seq, min(seq.known - seq.computed, draft.budget))
+        draft.promised = sum(
+            blocks_for(seq.known, self.kv.block_size) - len(seq.blocks) for seq in prefills
+        )
+
+    def _run(self, draft: _Draft, seq: Sequence, count: int) -> None:
+        """Add a row for a running sequence, preempting others, or itself, if blocks run out."""
+        if seq.state is not State.RUNNING:  # preempted by one before it
+            return
+        end = seq.computed + count
+        if end > len(seq.blocks) * self.kv.block_size:
+            while not self.kv.grow(seq, end):
+                victim = self._victim(draft, seq)
+                self._preempt(draft, victim)
+                if victim is seq:
+                    return
+        self._add_row(draft, seq, count)
+
+    def _add_row(self, draft: _Draft, seq: Sequence, count: int) -> None:
+        start = seq.computed
+        seq.computed = end = start + count
+        wants = end == seq.known and end < seq.max_total
+        seq.planned_in = draft.step
+        draft.rows.append(_Row(seq, start, count, wants))
+        draft.budget -= count
+        if wants:
+            seq.pending += 1
+        if count > 1:
+            self.kv.publish(seq)  # what this step writes, later rows of it may already share
+
+    def _plan_waiting(self, draft: _Draft) -> None:
+        while draft.budget and self._free_slots:
+            seq = self._head()
+            if seq is None or seq.pending:  # its last tokens are still on the workers
+                return
+            known = seq.known
+            prefix = Prefix()
+            if seq.swapped:
+                start = seq.computed
+                missing = self.kv.missing_to_swap_in(seq, known)
+            else:
+                prefix = self.kv.match(seq)
+                start = len(prefix.blocks) * self.kv.block_size
+                missing = self.kv.missing(seq, prefix, known)
+            if not self.config.enable_chunked_prefill and known - start > draft.budget:
+                return
+            # What running prefills will need, and a block for every running sequence, stays
+            # free, lest the next steps preempt again.
+            if missing + draft.promised + len(self.running) > self.kv.device.num_free:
+                return
+            self._admit(draft, seq, prefix)
+            draft.promised += blocks_for(known, self.kv.block_size) - len(seq.blocks)
+
+    def _admit(self, draft: _Draft, seq: Sequence, prefix: Prefix) -> None:
+        heapq.heappop(self._waiting)
+        self._num_waiting -= 1
+        seq.state = State.RUNNING
+        seq.slot = self._free_slots.pop()
+        if seq.swapped:
+            self.kv.swap_in(seq)
+        else:
+            self.kv.claim(seq, prefix)
+            if seq.num_preemptions == 0:
+                seq.cached_tokens = seq.computed
+                seq.scheduled_time = time.monotonic()
+            self.stats.recomputed_tokens += max(0, seq.lost_tokens - seq.computed)
+            seq.lost_tokens = 0
+        draft.admits.append(seq.admit())
+        at = len(self.running)
+        while at and self.running[at - 1].order > seq.order:
+            at -= 1
+        self.running.insert(at, seq)
+        count = min(seq.known - seq.computed, draft.budget)
+        grown = self.kv.grow(seq, seq.computed + count)
+        assert grown, "admission counted the blocks"
+        self._add_row(draft, seq, count)
+
+    # ---- preemption ----
+
+    def _victim(self, draft: _Draft, needy: Sequence) -> Sequence:
+        """Who gives way to ``needy``: of those behind it that have no row in this plan, one of
+        the lowest priority, and of these the one that loses the least work; else itself."""
+        behind = [
+            seq
+            for seq in self.running
+            if seq.planned_in != draft.step and seq is not needy and seq.order > needy.order
+        ]
+        if not behind:
+            return needy
+        if self.config.scheduling_policy == "priority":
+            lowest = max(seq.priority for seq in behind)
+            behind = [seq for seq in behind if seq.priority == lowest]
+        return min(behind, key=lambda seq: (seq.computed, -seq.order))
+
+    def _swap_pays(self, seq: Sequence) -> bool:
+        """Whether to preempt ``seq`` by swapping, rather than recomputing."""
+        mode = self.config.preemption_mode
+        if mode == "auto":
+            swap = self.costs.swap(*self.kv.swap_cost(seq))
+            return swap < self.costs.recompute(seq.computed)
+        return mode == "swap"
+
+    def _preempt(self, draft: _Draft, seq: Sequence) -> None:
+        """Take a running sequence's blocks and slot and queue it again, in its old place."""
+        draft.preempted = True
+        if self._swap_pays(seq) and self.kv.swap_out(seq):
+            self.stats.preemptions_swap += 1
+        else:
+            self.kv.release(seq)
+            seq.lost_tokens, seq.computed = seq.computed, 0
+            self.stats.preemptions_recompute += 1
+        seq.num_preemptions += 1
+        self._leave(seq)
+        self._enqueue(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._released.append(seq.slot)
+        self._free_slots.append(seq.slot)
+        seq.slot = -1
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        if seq.state is State.RUNNING:
+            self._leave(seq)
+        else:
+            self._num_waiting -= 1
+        self.kv.release(seq)
+        seq.state = State.FINISHED
+        seq.finish_reason = reason
+
+    # ---- results ----
+
+    def apply(self, result: StepResult) -> list[Progress]:
+        """Take in a step's result; the progress of each sequence that got something from it.
+
+        Tokens of sequences that ended meanwhile are discarded.
+        """
+        step, rows = self._in_flight.popleft()
+        assert step == result.step, f"result of step {result.step} came for step {step}"
+        self._observe(rows, result.seconds)
+        progress = []
+        tokens, failed = result.tokens.tolist(), result.failed
+        any_failed = bool(np.any(failed))
+        i = 0
+        for number, row in enumerate(rows):
+            seq = row.seq
+            token = logprobs = prompt = None
+            bad = False
+            if row.wants:
+                token, logprobs = tokens[i], result.logprobs.get(i)
+                bad = any_failed and bool(failed[i])
+                i += 1
+            if seq.finished:
+                continue
+            if number in result.prompt_logprobs:
+                prompt = (row.start + 1, result.prompt_logprobs[number])
+            if row.wants:
+                seq.pending -= 1
+            if bad:
+                self._finish(seq, FinishReason.ERROR)
+                progress.append(Progress(seq))
+                continue
+            if token is not None:
+                seq.tokens.append(token)
+                if seq.state is State.RUNNING:
+                    self.kv.publish(seq)
+                self._end_if_done(seq, token)
+            if token is not None or prompt is not None:
+                progress.append(Progress(seq, token, logprobs, prompt))
+        return progress
+
+    def _end_if_done(self, seq: Sequence, token: int) -> None:
+        if token in seq.stop_ids:
+            if token in seq.sampling.stop_token_ids:  # the model's own end is no reason to name
+                seq.stop_reason = token
+            self._finish(seq, FinishReason.STOP)
+        elif len(seq.tokens) >= seq.max_total:
+            self._finish(seq, FinishReason.LENGTH)
+
+    def _observe(self, rows: list[_Row], seconds: float) -> None:
+        num_tokens = sum(row.count for row in rows)
+        if num_tokens >= 64 and num_tokens > 8 * len(rows):  # nearly all of it is prefill
+            self.costs.observe_prefill(num_tokens, seconds)
+            self.kv.promote = self.costs.promotion_pays(self.kv.block_size)

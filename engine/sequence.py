@@ -1,0 +1,126 @@
+"""One completion being made: all the state that is needed to run it, or to run it elsewhere."""
+
+import enum
+from array import array
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from engine.blocks import ROOT, BlockHash, hash_block
+from engine.plan import Admit, Ints
+from engine.sampling_params import SamplingParams
+
+
+class State(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # a stop token or stop string, or the model's end token
+    LENGTH = "length"  # max_tokens or the model's length
+    ABORT = "abort"  # cancelled
+    ERROR = "error"  # its logits were not finite, or the engine failed
+
+
+class Sequence:
+    """Tokens, position and blocks of one completion. The scheduler alone changes it.
+
+    ``known`` counts the tokens whose values exist, here (``tokens``) or still on the workers
+    (``pending``); ``computed`` counts those whose keys and values are in the cache once all
+    plans so far have run. A step lets ``computed`` catch up with ``known``: there are no phases.
+    """
+
+    __slots__ = (
+        "request_id", "index", "tokens", "prompt_len", "max_total", "sampling", "seed", "stop_ids",
+        "bad_words", "order", "priority", "state", "finish_reason", "stop_reason", "slot",
+        "computed", "pending", "blocks", "swapped", "published", "planned_in", "cached_tokens",
+        "scheduled_time", "lost_tokens", "num_preemptions", "_hashes",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Seq[int],
+        sampling: SamplingParams,
+        *,
+        index: int = 0,
+        seed: int = 0,
+        max_total: int,
+        stop_ids: tuple[int, ...] = (),
+        bad_words: tuple[tuple[int, ...], ...] = (),
+        priority: int = 0,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.tokens = array("i", prompt)
+        self.prompt_len = len(prompt)
+        self.max_total = max_total  # most tokens of prompt and output
+        self.sampling = sampling
+        self.seed = seed
+        self.stop_ids = stop_ids
+        self.bad_words = bad_words
+        self.priority = priority
+        self.order: float = 0.0  # the scheduler's queue key
+        self.state = State.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.slot = -1
+        self.computed = 0
+        self.pending = 0
+        self.blocks: list[int] = []  # device blocks, by index
+        self.swapped: list[int] = []  # CPU blocks that stand in for them while swapped out
+        self.published = 0  # leading blocks that were offered to the prefix cache
+        self.planned_in = -1  # the last step that has a row for it
+        self.cached_tokens = 0  # prompt tokens found in the prefix cache at first admission
+        self.scheduled_time: float | None = None  # of the first admission
+        self.lost_tokens = 0  # computed tokens given up by the last recompute preemption
+        self.num_preemptions = 0
+        self._hashes: list[BlockHash] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request_id}/{self.index}, {self.state.value}, prompt"
+            f" {self.prompt_len}, known {self.known}, computed {self.computed})"
+        )
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens) + self.pending
+
+    @property
+    def output(self) -> "array[int]":
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def finished(self) -> bool:
+        return self.state is State.FINISHED
+
+    @property
+    def wants_cache(self) -> bool:
+        """Whether its prefix may come from the cache: prompt logprobs need every hidden state."""
+        return self.sampling.prompt_logprobs is None or len(self.tokens) > self.prompt_len
+
+    def hashes(self, num_blocks: int, block_size: int) -> list[BlockHash]:
+        """The chained hashes of at least its first ``num_blocks`` full blocks of known tokens."""
+        hashes = self._hashes
+        while len(hashes) < num_blocks:
+            start = len(hashes) * block_size
+            parent = hashes[-1] if hashes else ROOT
+            hashes.append(hash_block(parent, self.tokens[start : start + block_size]))
+        return hashes
+
+    def admit(self) -> Admit:
+        return Admit(
+            slot=self.slot,
+            tokens=self.as_ints(),
+            prompt_len=self.prompt_len,
+            sampling=self.sampling,
+            seed=self.seed,
+            stop_ids=self.stop_ids,
+            bad_words=self.bad_words,
+        )
+
+    def as_ints(self) -> Ints:
+        return np.array(self.tokens, dtype=np.int32)

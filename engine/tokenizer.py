@@ -1,0 +1,187 @@
+"""A checkpoint's tokenizer: text to token ids and back, chats to prompts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+from engine import chat
+from engine.errors import CheckpointError, RequestError
+from engine.tokenizer_files import Resolved, resolve
+
+
+class TokenText(NamedTuple):
+    """One token as text, as logprobs show it: "" for a part of a character; its bytes say which."""
+
+    text: str
+    bytes: bytes
+
+
+class Tokenizer:
+    """Encodes, decodes and renders chats as transformers' tokenizer of the same checkpoint does.
+
+    One thing is left out: ``clean_up_tokenization_spaces``, which for BPE transformers leaves out
+    too, and which would change text that a stream has already shown.
+
+    special_tokens: "bos_token" and so on, to the token. chat_templates: by name ("default").
+    vocab_size: one more than the largest token id.
+    """
+
+    def __init__(self, resolved: Resolved) -> None:
+        self.backend = backend = resolved.backend
+        self.special_tokens = resolved.special_tokens
+        self.chat_templates = resolved.chat_templates
+        specials = [*self.special_tokens.values(), *resolved.extra_special_tokens]
+        ids = [backend.token_to_id(token) for token in dict.fromkeys(specials)]
+        self.all_special_ids = [i for i in ids if i is not None]
+        self.bos_token_id = self._special_id("bos_token")
+        self.eos_token_id = self._special_id("eos_token")
+        self.vocab_size = backend.size
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+    @classmethod
+    def load(cls, path_or_id: str | Path, revision: str | None = None) -> "Tokenizer":
+        """The tokenizer of a checkpoint folder or of a Hugging Face hub id (at a revision).
+
+        Raises CheckpointError if there is none, or it cannot be read.
+        """
+        try:
+            return cls(resolve(path_or_id, revision))
+        except Exception as error:  # tokenizers raises plain Exception, transformers anything
+            message = f"cannot load a tokenizer from {str(path_or_id)!r}: {error}"
+            raise CheckpointError(message) from error
+
+    @overload
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    @overload
+    def encode(self, text: list[str], add_special_tokens: bool = True) -> list[list[int]]: ...
+
+    def encode(
+        self, text: str | list[str], add_special_tokens: bool = True
+    ) -> list[int] | list[list[int]]:
+        """The token ids of a text, or of each of several (encoded in parallel)."""
+        texts = [text] if isinstance(text, str) else text
+        for one in texts:
+            if not isinstance(one, str):
+                raise RequestError(f"a prompt must be a string or token ids, got {one!r}")
+            try:
+                one.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(f"a prompt must be valid Unicode: {error}") from None
+        ids = self.backend.encode(texts, add_special_tokens)
+        return ids[0] if isinstance(text, str) else ids
+
+    def decode(
+        self,
+        ids: Sequence[int],
+        skip_special_tokens: bool = False,
+        spaces_between_special_tokens: bool = True,
+    ) -> str:
+        """The text of token ids; ids that the vocabulary lacks have none.
+
+        spaces_between_special_tokens: False leaves out the spaces that some decoders (WordPiece)
+        put between two added tokens.
+        """
+        if skip_special_tokens or spaces_between_special_tokens:
+            return self.backend.decode(list(ids), skip_special_tokens)
+        added = self.backend.added_ids
+        runs: list[list[int]] = []
+        for token_id in ids:
+            if runs and not (token_id in added and runs[-1][-1] in added):
+                runs[-1].append(token_id)
+            else:
+                runs.append([token_id])
+        return "".join(self.backend.decode(run, skip_special_tokens=False) for run in runs)
+
+    def id_to_piece(self, token_id: int) -> str | None:
+        """The token as the vocabulary writes it, or None for an id that it lacks."""
+        return self.backend.id_to_token(token_id)
+
+    def token_texts(self, ids: Sequence[int], context: Sequence[int] = ()) -> list[TokenText]:
+        """Each of ``ids`` as the token that could follow the token ids ``context``.
+
+        A token that ends a character begun in the context shows the whole character, as in vLLM.
+        """
+        byte_decoder = self.backend.byte_decoder
+        if byte_decoder is not None:
+            begun, _ = byte_decoder.unfinished(context, byte_decoder.pieces)
+            pieces = [byte_decoder.pieces[i] for i in ids]
+            return [TokenText(byte_decoder.text(begun + piece)[0], piece) for piece in pieces]
+        before = list(context[-8:])
+        skip = len(self.decode(before))
+        texts = [self.decode([*before, token_id])[skip:] for token_id in ids]
+        return [TokenText(text, text.encode()) for text in texts]
+
+    def bad_words_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """The token sequences that must not be completed, for ``SamplingParams.bad_words``.
+
+        Each word at the start of a text and after a space, as in vLLM; but where vLLM leaves out
+        the second if it takes another number of tokens, here it is kept.
+        """
+        sequences: list[list[int]] = []
+        for word in words:
+            bare = self.encode(word.lstrip(), add_special_tokens=False)
+            if not bare:
+                raise RequestError(f"bad_words has {word!r}, which is no token at all")
+            spaced = self.encode(" " + word.lstrip(), add_special_tokens=False)
+            sequences.append(bare)
+            if spaced[-len(bare) :] != bare:  # else banning the bare form bans it already
+                sequences.append(spaced)
+        return sequences
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_kwargs: Any,
+    ) -> str:
+        """The prompt of OpenAI-style messages. It holds its own special tokens: encode it with
+        ``add_special_tokens=False``, or call ``apply_chat_template``.
+
+        chat_template: the name of one of the checkpoint's, or a template itself (see
+            ``chat.load_template`` for one in a file); the checkpoint's default by default.
+        add_generation_prompt: end with the header of the assistant's answer.
+        continue_final_message: leave the last message open, for the model to go on with.
+        tools: what the model may call, as JSON schemas. template_kwargs: for the template.
+
+        Raises RequestError for wrong messages, for what the template refuses or has no use for,
+        and if there is no template.
+        """
+        name = chat_template or ("tool_use" if tools and "tool_use" in self.chat_templates else "")
+        template = self.chat_templates.get(name or "default", chat_template)
+        if template is None:
+            raise RequestError(
+                "the checkpoint has no chat template: give one with chat_template"
+                f" (--chat-template){self._names()}"
+            )
+        if template is chat_template and "{" not in template:
+            raise RequestError(f"chat_template must be a template, got {template!r}{self._names()}")
+        return chat.render(
+            template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            special_tokens=self.special_tokens,
+            template_kwargs=template_kwargs,
+        )
+
+    def _names(self) -> str:
+        names = sorted(self.chat_templates)
+        return f", or the name of one of its own: {names}" if names else ""
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """The token ids of ``render_chat`` with the same arguments."""
+        text = self.render_chat(messages, chat_template, **options)
+        return self.encode(text, add_special_tokens=False)

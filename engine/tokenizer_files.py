@@ -1,0 +1,187 @@
+"""The tokenizer of a checkpoint, as transformers' AutoTokenizer would resolve it, but sooner.
+
+AutoTokenizer takes seconds to import and brings torch along. So a folder whose tokenizer.json says
+all is read with ``tokenizers`` alone, and what transformers made of another is kept for the next
+start, under a name that is a hash of all that it depends on.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from engine.pieces import ByteDecoder, byte_decoder
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SPECIAL_TOKENS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+
+# Entries of tokenizer_config.json that change no token: with these alone tokenizer.json says all.
+_PLAIN_ENTRIES = {
+    *SPECIAL_TOKENS, "added_tokens_decoder", "additional_special_tokens", "backend",
+    "chat_template", "clean_up_tokenization_spaces", "errors", "extra_special_tokens", "is_local",
+    "local_files_only", "model_input_names", "model_max_length", "name_or_path", "padding_side",
+    "processor_class", "tokenizer_class", "truncation_side",
+}  # fmt: skip
+_PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+# For other model types (qwen2) AutoTokenizer may prefer a class of its own to the one that the
+# checkpoint names.
+_PLAIN_MODEL_TYPES = (None, "llama", "mistral", "opt", "qwen3")
+
+
+class Backend(Protocol):
+    """What this module needs of a tokenizer; ``tokenizers.Tokenizer`` has nearly all of it."""
+
+    byte_decoder: ByteDecoder | None
+    size: int
+    added_ids: frozenset[int]
+
+    def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
+
+    def id_to_token(self, token_id: int) -> str | None: ...
+
+    def token_to_id(self, token: str) -> int | None: ...
+
+
+class FastBackend:
+    """A tokenizer of the ``tokenizers`` library. Encodes several texts in parallel threads, unless
+    TOKENIZERS_PARALLELISM=false."""
+
+    def __init__(self, backend: "tokenizers.Tokenizer") -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        self._backend = backend
+        self.byte_decoder = byte_decoder(backend)
+        self.added_ids = frozenset(added)
+        self.size = max(backend.get_vocab_size(), *(i + 1 for i in added), 0)
+        self.id_to_token = backend.id_to_token
+        self.token_to_id = backend.token_to_id
+
+    def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+class SlowBackend:
+    """A tokenizer that transformers runs in Python."""
+
+    byte_decoder: ByteDecoder | None = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.added_ids = frozenset(tokenizer.added_tokens_decoder)
+        self.size = max(len(tokenizer), *(i + 1 for i in self.added_ids), 0)
+
+    def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        return [self._tokenizer.encode(t, add_special_tokens=add_special_tokens) for t in texts]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        text: str = self._tokenizer.decode(
+            [i for i in ids if i < self.size],
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+        return text
+
+    def id_to_token(self, token_id: int) -> str | None:
+        token: str | None = None
+        if token_id < self.size:
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+        return token
+
+    def token_to_id(self, token: str) -> int | None:
+        token_id: int | None = self._tokenizer.convert_tokens_to_ids(token)
+        return token_id
+
+
+class Resolved(NamedTuple):
+    """A tokenizer as found. special_tokens: "bos_token" and so on, to the token.
+    extra_special_tokens: others that count as special. chat_templates: by name."""
+
+    backend: Backend
+    special_tokens: dict[str, str]
+    extra_special_tokens: list[str]
+    chat_templates: dict[str, str]
+
+
+def _content(token: Any) -> str:
+    """The text of a special token, which files write as a string or as an object."""
+    return token if isinstance(token, str) else token["content"]
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_plain(folder: Path) -> Resolved | None:
+    """The tokenizer of a folder whose tokenizer.json says all that transformers would make of it,
+    or None: then only transformers knows."""
+    files = {path.name for path in folder.iterdir()}
+    if not {"tokenizer.json", "tokenizer_config.json"} <= files or "tekken.json" in files:
+        return None
+    config = _read_json(folder / "tokenizer_config.json")
+    if config.get("tokenizer_class") not in _PLAIN_CLASSES or not set(config) <= _PLAIN_ENTRIES:
+        return None
+    if "config.json" in files:
+        model_type = _read_json(folder / "config.json").get("model_type")
+        if model_type not in _PLAIN_MODEL_TYPES:
+            return None
+    in_config = config.get("added_tokens_decoder")
+    legacy = {"special_tokens_map.json", "added_tokens.json"} & files
+    if in_config is None and legacy:
+        return None
+
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    added = backend.get_added_tokens_decoder()
+    for token_id, token in (in_config or {}).items():
+        if repr(tokenizers.AddedToken(**token)) != repr(added.get(int(token_id))):
+            return None
+    special = {k: _content(config[k]) for k in SPECIAL_TOKENS if config.get(k) is not None}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if not isinstance(extra, list):
+        return None
+    extra = [_content(token) for token in extra]
+    if not {*special.values(), *extra} <= {token.content for token in added.values()}:
+        return None  # transformers would add them
+    templates = _templates(config.get("chat_template"))
+    files_of_templates = {"default": folder / "chat_template.jinja"}
+    for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        files_of_templates[path.stem] = path
+    in_files = {k: p.read_text("utf-8") for k, p in files_of_templates.items() if p.is_file()}
+    return Resolved(FastBackend(backend), special, extra, in_files or templates)
+
+
+def _templates(value: Any) -> dict[str, str]:
+    """Chat templates by name: tokenizer_config.json has one, a list of named ones, or none."""
+    if value is None:
+        return {}
+    if isinstance(value, list):
+        return {entry["name"]: entry["template"] for entry in value}
+    return dict(value) if isinstance(value, dict) else {"default": value}
+
+
+def _from_transformers(path_or_id: str, revision: str | None) -> Resolved:
+    from transformers import AutoTokenizer
+
+    options = {} if revision is None else {"revision": revision}
+    loaded = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **options)
+    special = loaded.special_tokens_map
+    extra = [token for token in loaded.all_special_tokens if token not in special.values()]
+    fast = getattr(loaded, "backend_tokenizer", None)
+    backend: Backend = SlowBackend(loaded) if fast is None else FastBackend(fast)
+    return Resolved(backend, special, extra, _templates(loaded.chat_template))

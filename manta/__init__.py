@@ -1,0 +1,70 @@
+"""manta: a distributed multi-GPU serving system for large language models on Ray.
+
+The public names, imported when they are first used:
+
+    from manta import LLM, SamplingParams, RequestOutput
+"""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.llm import LLM as LLM
+    from engine.errors import CheckpointError as CheckpointError
+    from engine.errors import ConfigError as ConfigError
+    from engine.errors import EngineError as EngineError
+    from engine.errors import MantaError as MantaError
+    from engine.errors import PromptTooLong as PromptTooLong
+    from engine.errors import QueueFull as QueueFull
+    from engine.errors import RequestError as RequestError
+    from engine.outputs import CompletionOutput as CompletionOutput
+    from engine.outputs import Logprob as Logprob
+    from engine.outputs import RequestOutput as RequestOutput
+    from engine.sampling_params import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "cluster.llm",
+    "SamplingParams": "engine.sampling_params",
+    "RequestOutput": "engine.outputs",
+    "CompletionOutput": "engine.outputs",
+    "Logprob": "engine.outputs",
+    "MantaError": "engine.errors",
+    "ConfigError": "engine.errors",
+    "CheckpointError": "engine.errors",
+    "RequestError": "engine.errors",
+    "PromptTooLong": "engine.errors",
+    "QueueFull": "engine.errors",
+    "EngineError": "engine.errors",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def _check_siblings() -> None:
+    """Other distributions have packages of our names; say so rather than fail somewhere inside."""
+    home = Path(__file__).resolve().parent.parent
+    for name in ("engine", "workers", "cluster", "deploy"):
+        spec = importlib.util.find_spec(name)
+        places = list(spec.submodule_search_locations or []) if spec else []
+        if home / name not in [Path(place).resolve() for place in places]:
+            found = f"found {places[0]}" if places else "found none"
+            raise ImportError(
+                f"manta needs its own package {name!r} from {home}, but {found}; another"
+                f" distribution, or a folder on sys.path, has taken the name"
+            )
+
+
+_check_siblings()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'manta' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

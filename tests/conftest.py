@@ -1,0 +1,24 @@
+"""Fixtures shared by the tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.tiny_models import TINY_MODELS
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``checkpoint(name)`` is the folder of the tiny model ``name``, made at the first call."""
+    folder = tmp_path_factory.mktemp("tiny")
+    models = {model.name: model for model in TINY_MODELS}
+    made: dict[str, Path] = {}
+
+    def get(name: str, **options: Any) -> Path:
+        if name not in made:
+            made[name] = models[name].save(folder, **options)
+        return made[name]
+
+    return get

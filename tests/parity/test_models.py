@@ -1,0 +1,232 @@
+"""Every network's forward pass against transformers: any mix of rows, ranks and stages."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+from tests.parity.paged import Paged, build
+from tests.parity.tiny_models import TINY_MODELS
+from workers.attention.gather import GatherAttention
+from workers.checkpoint import load_config
+from workers.models import read_traits
+from workers.parallel import Group, Stage
+
+Checkpoint = Callable[..., Path]
+Rows = list[tuple[int, int, int]]
+
+NAMES = [model.name for model in TINY_MODELS]
+SEQUENCES = [
+    torch.randint(3, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+    for n in (1, 40, 17, 70)
+]
+# Whole prompts, chunks and single tokens in one step; rows in any order; (sequence, start, count).
+RAGGED: list[Rows] = [
+    [(0, 0, 1), (1, 0, 13)],
+    [(1, 13, 1), (2, 0, 17), (3, 0, 5)],
+    [(3, 5, 40), (1, 14, 20)],
+    [(3, 45, 1), (1, 34, 1)],
+    [(1, 35, 5), (3, 46, 24)],
+]
+ALONE: list[Rows] = [[(i, 0, len(tokens))] for i, tokens in enumerate(SEQUENCES)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def reference(name: str, tokens: list[int]) -> Tensor:
+    """transformers' logits [len(tokens), vocab_size]."""
+    model = next(m for m in TINY_MODELS if m.name == name).build()
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def one_by_one(name: str, tokens: list[int]) -> Tensor:
+    """The same, each token fed as if it had been generated."""
+    model = next(m for m in TINY_MODELS if m.name == name).build()
+    past, rows = None, []
+    with torch.no_grad():
+        for token in tokens:
+            out = model(torch.tensor([[token]]), past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            rows.append(out.logits[0, 0])
+    return torch.stack(rows)
+
+
+def assert_close(ours: list[Tensor], expected: list[Tensor], tolerance: float = 1e-4) -> None:
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "llama-dynamic"])
+def test_ragged_chunks_equal_transformers(name: str, checkpoint: Checkpoint) -> None:
+    ours = Paged([build(checkpoint(name))], SEQUENCES).logits(RAGGED)
+    assert_close(ours, [reference(name, tokens) for tokens in SEQUENCES])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "opt-post-norm"])
+def test_plain_attention_equals_transformers(name: str, checkpoint: Checkpoint) -> None:
+    model = build(checkpoint(name), backend=GatherAttention, block_size=4)
+    ours = Paged([model], SEQUENCES, block_size=4).logits(RAGGED)
+    assert_close(ours, [reference(name, tokens) for tokens in SEQUENCES])
+
+
+def test_dynamic_rope_beyond_the_original_length_is_as_generated(checkpoint: Checkpoint) -> None:
+    ours = Paged([build(checkpoint("llama-dynamic"))], SEQUENCES).logits(RAGGED)
+    assert_close(ours, [one_by_one("llama-dynamic", tokens) for tokens in SEQUENCES])
+    # A prompt within the original length is the same whole or one by one.
+    short = [i for i, tokens in enumerate(SEQUENCES) if len(tokens) <= 24]
+    assert short
+    assert_close(
+        [ours[i] for i in short], [reference("llama-dynamic", SEQUENCES[i]) for i in short]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3-sliding", "opt", "opt-post-norm"])
+def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
+    model = build(checkpoint(name), dtype=dtype)
+    ragged = Paged([model], SEQUENCES).logits(RAGGED)
+    for a, b in zip(ragged, Paged([model], SEQUENCES).logits(ALONE), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bfloat16_is_as_close_as_bfloat16_can_be(checkpoint: Checkpoint) -> None:
+    ours = Paged([build(checkpoint("qwen3"), dtype=torch.bfloat16)], SEQUENCES).logits(ALONE)
+    model = next(m for m in TINY_MODELS if m.name == "qwen3").build().bfloat16()
+    for tokens, logits in zip(SEQUENCES, ours, strict=True):
+        exact = reference("qwen3", tokens)
+        with torch.no_grad():
+            theirs = model(torch.tensor([tokens])).logits[0].float()
+        assert (logits - exact).abs().mean() < 1.2 * (theirs - exact).abs().mean() + 1e-4
+
+
+class _Ranks:
+    """Groups of threads that add and concatenate for real, with a barrier on either side."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._barrier = threading.Barrier(size, timeout=60)
+        self._slots: list[Tensor] = [torch.empty(0)] * size
+
+    def exchange(self, rank: int, x: Tensor) -> list[Tensor]:
+        self._slots[rank] = x.clone()
+        self._barrier.wait()
+        everyone = list(self._slots)
+        self._barrier.wait()
+        return everyone
+
+    def run(self, work: Callable[[Group], Any]) -> list[Any]:
+        results: list[Any] = [None] * self.size
+        errors: list[BaseException] = []
+
+        def rank(i: int) -> None:
+            try:
+                results[i] = work(_ThreadGroup(self, i))
+            except BaseException as error:
+                errors.append(error)
+                self._barrier.abort()
+
+        threads = [threading.Thread(target=rank, args=(i,)) for i in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results
+
+
+class _ThreadGroup(Group):
+    def __init__(self, ranks: _Ranks, rank: int) -> None:
+        super().__init__(ranks.size, rank)
+        object.__setattr__(self, "ranks", ranks)
+
+    ranks: _Ranks
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return torch.stack(self.ranks.exchange(self.rank, x)).sum(0)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self.ranks.exchange(self.rank, x), dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("llama", 2),
+        ("llama", 4),  # 2 key-value heads: each is held twice
+        ("llama-mqa", 2),
+        ("llama-tied", 2),
+        ("llama-biases", 2),
+        ("qwen2-sliding", 2),
+        ("qwen3-tied-biases", 4),
+        ("opt", 2),
+        ("opt-post-norm", 4),
+    ],
+)
+def test_tensor_parallel_ranks_equal_one(name: str, size: int, checkpoint: Checkpoint) -> None:
+    path = checkpoint(name)
+
+    def work(group: Group) -> list[Tensor]:
+        return Paged([build(path, group=group)], SEQUENCES).logits(RAGGED)
+
+    whole = Paged([build(path)], SEQUENCES).logits(RAGGED)
+    for rank in _Ranks(size).run(work):
+        assert_close(rank, whole)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "opt", "opt-post-norm", "opt-untied-gelu"])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_pipeline_stages_equal_the_whole(name: str, cut: int, checkpoint: Checkpoint) -> None:
+    path = checkpoint(name)
+    stages = [build(path, stage=Stage(0, cut, 3)), build(path, stage=Stage(cut, 3, 3))]
+    ours = Paged(stages, SEQUENCES).logits(RAGGED)
+    whole = Paged([build(path)], SEQUENCES).logits(RAGGED)
+    for a, b in zip(ours, whole, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_size_that_does_not_divide_the_heads_is_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=3 .*attention heads \(4\)"):
+        build(checkpoint("llama"), group=Group(3, 0))
+
+
+def test_dummy_weights_do_not_depend_on_the_layout(checkpoint: Checkpoint) -> None:
+    path = checkpoint("llama-tied")
+
+    def work(group: Group) -> list[Tensor]:
+        model = build(path, group=group, load_format="dummy")
+        return Paged([model], SEQUENCES).logits(ALONE)
+
+    whole = Paged([build(path, load_format="dummy")], SEQUENCES).logits(ALONE)
+    assert all(logits.isfinite().all() and logits.std() > 0 for logits in whole)
+    assert_close(_Ranks(2).run(work)[1], whole)
+
+
+def test_config_defaults_are_those_of_transformers(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A config.json that says nothing means what transformers' config class means by nothing."""
+    from transformers import AutoConfig
+
+    from workers.models.registry import ARCHITECTURES
+
+    for architecture, (kind, _) in ARCHITECTURES.items():
+        bare, full = tmp_path / f"{kind}-bare", tmp_path / f"{kind}-full"
+        for folder, values in ((bare, {}), (full, AutoConfig.for_model(kind).to_dict())):
+            folder.mkdir()
+            values = {k: v for k, v in values.items() if k not in ("architectures",)}
+            values |= {"model_type": kind, "architectures": [architecture]}
+            (folder / "config.json").write_text(json.dumps(values))
+        assert read_traits(load_config(bare)) == read_traits(load_config(full))

@@ -1,0 +1,132 @@
+"""Tiny random checkpoints of every family and variation, made by transformers."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A checkpoint to be made: ``config`` is what differs from the family's tiny base."""
+
+    name: str
+    family: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path, **options: Any) -> Path:
+        """The checkpoint in ``folder``/name, random but always the same, float32."""
+        path = folder / self.name
+        self.build().save_pretrained(path, **options)
+        return path
+
+    def build(self) -> Any:
+        """The transformers model, in eval mode with eager attention.
+
+        Weights are larger and biases and norms less trivial than transformers initialises them,
+        so that an argmax has a margin and nothing is multiplied by 1 or added as 0.
+        """
+        config_class, model_class, base = FAMILIES[self.family]
+        config = config_class(**(base | self.config))
+        config._attn_implementation = "eager"
+        torch.manual_seed(sum(self.name.encode()))
+        model = model_class(config).eval()
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                if tensor.dim() == 2:
+                    tensor.normal_(0, 0.7 / tensor.shape[1] ** 0.5 if "embed" not in name else 0.6)
+                else:
+                    tensor.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+        return model
+
+
+_LLAMA = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_OPT = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "ffn_dim": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "word_embed_proj_dim": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, _LLAMA),
+    "mistral": (
+        transformers.MistralConfig,
+        transformers.MistralForCausalLM,
+        _LLAMA | {"sliding_window": 7},
+    ),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, _LLAMA),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, _LLAMA | {"head_dim": 32}),
+    "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, _OPT),
+}
+
+
+def _rope(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
+
+
+_YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+_LLAMA3 = _YARN | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_SLIDING = {"use_sliding_window": True, "sliding_window": 6}
+
+TINY_MODELS = [
+    TinyModel("llama", "llama"),
+    TinyModel("llama-mha", "llama", {"num_key_value_heads": 4}),
+    TinyModel("llama-mqa", "llama", {"num_key_value_heads": 1}),
+    TinyModel("llama-tied", "llama", {"tie_word_embeddings": True}),
+    TinyModel("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True}),
+    TinyModel("llama-head-dim", "llama", {"head_dim": 24}),
+    TinyModel("llama-odd", "llama", {"hidden_size": 60, "head_dim": 10, "rms_norm_eps": 1e-4}),
+    TinyModel("llama-theta", "llama", _rope("default", rope_theta=500000.0)),
+    TinyModel("llama-linear", "llama", _rope("linear", factor=3.0)),
+    TinyModel(
+        "llama-dynamic", "llama", _rope("dynamic", factor=2.0) | {"max_position_embeddings": 24}
+    ),
+    TinyModel("llama-llama3", "llama", _rope("llama3", **_LLAMA3)),
+    TinyModel("llama-yarn", "llama", _rope("yarn", **_YARN)),
+    TinyModel("llama-yarn-betas", "llama", _rope("yarn", **_YARN, beta_fast=8.0, beta_slow=2.0)),
+    TinyModel("llama-yarn-mscale", "llama", _rope("yarn", **_YARN, mscale=0.8, mscale_all_dim=0.5)),
+    TinyModel("llama-yarn-attention", "llama", _rope("yarn", **_YARN, attention_factor=1.3)),
+    TinyModel("llama-yarn-untruncated", "llama", _rope("yarn", **_YARN, truncate=False)),
+    TinyModel("mistral", "mistral"),
+    TinyModel("mistral-full", "mistral", {"sliding_window": None}),
+    TinyModel("qwen2", "qwen2"),
+    TinyModel("qwen2-tied", "qwen2", {"tie_word_embeddings": True}),
+    TinyModel("qwen2-sliding", "qwen2", _SLIDING | {"max_window_layers": 1}),
+    TinyModel(
+        "qwen2-layer-types",
+        "qwen2",
+        _SLIDING | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    TinyModel("qwen3", "qwen3"),
+    TinyModel("qwen3-tied-biases", "qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    TinyModel("qwen3-sliding", "qwen3", _SLIDING | {"max_window_layers": 2}),
+    TinyModel("qwen3-yarn", "qwen3", _rope("yarn", **_YARN)),
+    TinyModel("opt", "opt"),
+    TinyModel("opt-post-norm", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    TinyModel("opt-no-bias", "opt", {"enable_bias": False}),
+    TinyModel("opt-no-affine", "opt", {"layer_norm_elementwise_affine": False}),
+    TinyModel("opt-no-final-norm", "opt", {"_remove_final_layer_norm": True}),
+    TinyModel(
+        "opt-untied-gelu", "opt", {"tie_word_embeddings": False, "activation_function": "gelu"}
+    ),
+    TinyModel("opt-odd", "opt", {"hidden_size": 60, "word_embed_proj_dim": 60}),
+]

@@ -1,0 +1,1 @@
+"""Computation: model shards, layers, attention backends, KV tensors, sampler, weights."""

@@ -1,0 +1,110 @@
+"""Attention on the CPU by the compiled kernel: one pass over the paged cache for any mix of rows."""
+
+import ctypes
+import mmap
+from math import prod
+
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+from workers.attention.base import AttentionShape
+from workers.batch import Batch
+from workers.kernels.build import DTYPES, library
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 48  # query heads of one kv head
+
+
+class AttentionStep(ctypes.Structure):
+    """``Step`` of cpu.cpp: what all layers of a step share."""
+
+    _fields_ = [
+        ("heads", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("dim", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("rows", ctypes.c_int32),
+        ("tokens", ctypes.c_int64),
+        ("table_stride", ctypes.c_int64),
+        ("query_starts", ctypes.c_void_p),
+        ("context_lens", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("cells", ctypes.c_void_p),
+    ]
+
+
+class CpuAttention:
+    """An AttentionBackend for bf16 and fp32, head dimensions that are multiples of 16 up to 256 and
+    block sizes that are multiples of 16.
+
+    A query's result does not depend, not in one bit, on the other rows of its batch, on how its
+    prompt was cut into chunks or on the number of threads. The layout of a block is described in
+    cpu.cpp. Raises ConfigError for a shape outside these limits.
+    """
+
+    def __init__(self, shape: AttentionShape) -> None:
+        kernels = library() if self.supports(shape) else None
+        if kernels is None:
+            raise ConfigError(
+                f"CpuAttention cannot serve {shape}; needed: compiled kernels, bfloat16 or float32 "
+                f"on a CPU, head_dim a multiple of 16 up to {MAX_HEAD_DIM}, block_size a multiple "
+                f"of 16, at most {MAX_GROUP} query heads for each kv head"
+            )
+        self.shape = shape
+        self.kernel = kernels.functions["attend", shape.dtype]
+        self.step = AttentionStep(
+            heads=shape.num_heads,
+            kv_heads=shape.num_kv_heads,
+            dim=shape.head_dim,
+            block_size=shape.block_size,
+            scale=shape.scale,
+        )
+
+    @staticmethod
+    def supports(shape: AttentionShape) -> bool:
+        return (
+            shape.device.type == "cpu"
+            and shape.dtype in DTYPES
+            and shape.head_dim % 16 == 0
+            and shape.head_dim <= MAX_HEAD_DIM
+            and shape.block_size % 16 == 0
+            and shape.num_heads <= MAX_GROUP * shape.num_kv_heads
+            and library() is not None
+        )
+
+    def allocate(self, num_blocks: int) -> Tensor:
+        """One layer's cache, on huge pages where the system has them: decode jumps between blocks,
+        and with small pages spends its time in page-table walks."""
+        size = (num_blocks, self.shape.num_kv_heads, 2, self.shape.block_size, self.shape.head_dim)
+        memory = mmap.mmap(-1, max(1, prod(size)) * self.shape.dtype.itemsize)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=self.shape.dtype)[: prod(size)].view(size)
+
+    def begin(self, batch: Batch) -> None:
+        step = self.step
+        self.batch = batch  # keeps alive what the pointers point to
+        assert batch.block_tables.stride(1) == 1 and batch.block_tables.dtype == torch.int32
+        step.rows = batch.context_lens.shape[0]
+        step.tokens = batch.cells.shape[0]
+        step.table_stride = batch.block_tables.stride(0)
+        step.query_starts = batch.query_starts.data_ptr()
+        step.context_lens = batch.context_lens.data_ptr()
+        step.tables = batch.block_tables.data_ptr()
+        step.cells = batch.cells.data_ptr()
+
+    def attend(
+        self, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
+    ) -> Tensor:
+        tokens, heads, dim = q.shape
+        assert q.stride(1) == k.stride(1) == v.stride(1) == dim
+        assert q.stride(2) == k.stride(2) == v.stride(2) == 1
+        out = q.new_empty((tokens, heads * dim))
+        self.kernel(
+            ctypes.byref(self.step), cache.data_ptr(), q.data_ptr(), q.stride(0), k.data_ptr(),
+            k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(), window or 0,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out

@@ -1,0 +1,97 @@
+"""Attention in plain PyTorch: gathers each row's keys and values, then masks and multiplies."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.attention.base import AttentionShape
+from workers.batch import Batch
+
+MAX_GATHERED = 1 << 26  # elements of keys gathered at once
+
+
+class GatherAttention:
+    """An AttentionBackend for any device, dtype and shape. A block is [2, block_size, kv_heads, D].
+
+    Rows of one query are taken together, padded to the longest context; others one by one.
+    """
+
+    def __init__(self, shape: AttentionShape) -> None:
+        self.shape = shape
+
+    def allocate(self, num_blocks: int) -> Tensor:
+        s = self.shape
+        size = (num_blocks, 2, s.block_size, s.num_kv_heads, s.head_dim)
+        return torch.empty(size, dtype=s.dtype, device=s.device)
+
+    def begin(self, batch: Batch) -> None:
+        """Plans the step: groups of rows that are attended together, as row and token indices."""
+        self.batch = batch
+        starts, contexts = batch.query_starts.tolist(), batch.context_lens.tolist()
+        lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        per_token = self.shape.num_kv_heads * self.shape.head_dim
+        groups: list[list[int]] = []
+        room = 0
+        single = [r for r, n in enumerate(lengths) if n == 1]
+        for row in sorted(single, key=lambda r: -contexts[r]):
+            if room < 1:  # the first row of a group is its longest
+                groups.append([])
+                room = max(1, MAX_GATHERED // (contexts[row] * per_token))
+            groups[-1].append(row)
+            room -= 1
+        groups += [[r] for r, n in enumerate(lengths) if n > 1]
+        device = batch.cells.device
+        self.groups = [
+            (
+                torch.tensor(rows, device=device),
+                slice(starts[rows[0]], starts[rows[0] + 1])
+                if len(rows) == 1
+                else torch.tensor([starts[r] for r in rows], device=device),
+                max(contexts[r] for r in rows),
+            )
+            for rows in groups
+        ]
+
+    def attend(
+        self, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
+    ) -> Tensor:
+        s, batch = self.shape, self.batch
+        block, offset = batch.cells // s.block_size, batch.cells % s.block_size
+        cache[block, 0, offset] = k
+        cache[block, 1, offset] = v
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for rows, tokens, context in self.groups:
+            out[tokens] = self._rows(cache, q[tokens], rows, context, window).to(out.dtype)
+        return out.view(q.shape[0], -1)
+
+    def _rows(
+        self, cache: Tensor, q: Tensor, rows: Tensor, context: int, window: int | None
+    ) -> Tensor:
+        """Attention of q [rows * queries, heads, D], each row with as many queries."""
+        s = self.shape
+        queries = q.shape[0] // rows.shape[0]
+        lens = self.batch.context_lens[rows].long()[:, None, None]
+        blocks = -(-context // s.block_size)
+        tables = self.batch.block_tables[rows, :blocks].long()
+        position = lens - queries + torch.arange(queries, device=q.device)[:, None]
+        key = torch.arange(blocks * s.block_size, device=q.device)
+        seen = key <= position  # [rows, queries, keys]
+        if window is not None:
+            seen &= key > position - window
+        # Cells that no query sees may hold anything, blocks that none sees may be gone.
+        used = seen.any(1)
+        alive = used.view(len(rows), blocks, -1).any(-1)
+        pages = cache[tables.where(alive, 0)]  # [rows, blocks, 2, block_size, kv_heads, D]
+        keys, values = (
+            pages[:, :, i].flatten(1, 2).where(used[..., None, None], 0).transpose(1, 2)
+            for i in (0, 1)
+        )
+        attended = F.scaled_dot_product_attention(
+            q.view(len(rows), queries, s.num_heads, s.head_dim).transpose(1, 2),
+            keys,
+            values,
+            attn_mask=seen[:, None],
+            scale=s.scale,
+            enable_gqa=s.num_heads != s.num_kv_heads,
+        )
+        return attended.transpose(1, 2).reshape(-1, s.num_heads, s.head_dim)

@@ -1,0 +1,884 @@
+// manta's CPU kernels outside the GEMMs: paged attention, rotary embedding, norms, SiLU, argmax.
+//
+// Plain C ABI, no headers but the standard library's. Vectors are GCC/Clang vector extensions, so
+// the same source is right on any CPU; a few primitives have faster forms under #if. The loop over
+// threads borrows the OpenMP runtime that torch uses (manta_init), since a second pool of
+// threads would spin against torch's.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+// ---------------------------------------------------------------- threads
+
+using ParallelFn = void (*)(void (*)(void*), void*, unsigned, unsigned);
+ParallelFn gomp_parallel = nullptr;
+
+// Runs body() once on each of `threads` threads; the body takes its share from an atomic counter.
+template <class F>
+void parallel(int threads, F&& body) {
+    if (threads <= 1 || !gomp_parallel) return body();
+    auto call = [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); };
+    gomp_parallel(call, &body, threads, 0);
+}
+
+// body(begin, end) over 0..n in pieces of `grain`; serial when the whole is one piece.
+template <class F>
+void parallel_for(int threads, int64_t n, int64_t grain, F&& body) {
+    if (n <= grain || threads <= 1) return body(int64_t(0), n);
+    std::atomic<int64_t> next{0};
+    parallel(threads, [&] {
+        for (int64_t i; (i = next.fetch_add(grain, std::memory_order_relaxed)) < n;)
+            body(i, std::min(i + grain, n));
+    });
+}
+
+// ---------------------------------------------------------------- vectors
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;  // fp32 lanes
+constexpr int MAX_NV = 4;  // vectors across a register tile: 6 x 4 accumulators of 32 registers
+#elif defined(__AVX__)
+constexpr int VL = 8;
+constexpr int MAX_NV = 2;
+#elif defined(__aarch64__)
+constexpr int VL = 4;
+constexpr int MAX_NV = 4;
+#else
+constexpr int VL = 4;
+constexpr int MAX_NV = 2;
+#endif
+constexpr int MAX_NQ = 6;  // rows of a register tile
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));
+
+constexpr float NEG = -1e30f;  // stands for -inf: finite, so that no inf - inf arises
+constexpr float LOG2E = 1.44269504088896341f;
+
+template <class V, class T>
+inline V load(const T* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V, class T>
+inline void store(T* p, V v) {
+    memcpy(p, &v, sizeof v);
+}
+inline vf splat(float x) { return vf{} + x; }
+inline vu splat_u(uint32_t x) { return vu{} + x; }
+
+inline vi lanes() {
+    vi v;
+    for (int i = 0; i < VL; i++) v[i] = i;
+    return v;
+}
+
+inline vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline vf vmin(vf a, vf b) { return -vmax(-a, -b); }
+
+inline float hmax(vf a) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)a);
+#else
+    float m = a[0];
+    for (int i = 1; i < VL; i++) m = std::max(m, a[i]);
+    return m;
+#endif
+}
+
+inline float hsum(vf a) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)a);
+#else
+    float s = 0;
+    for (int i = 0; i < VL; i++) s += a[i];
+    return s;
+#endif
+}
+
+// 2^x for x <= 127, relative error 2e-7: 2^round(x) times a polynomial of the fraction (the
+// coefficients are Cephes' exp2f).
+inline vf exp2v(vf x) {
+#if defined(__AVX512F__)
+    vf n = (vf)_mm512_roundscale_ps((__m512)x, 0);
+    vf f = x - n;
+#else
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    vf clamped = vmax(x, splat(-126.0f));
+    vf shifted = clamped + magic;
+    vf f = clamped - (shifted - magic);
+#endif
+    vf p = splat(1.535336188319500e-4f);
+    p = p * f + splat(1.339887440266574e-3f);
+    p = p * f + splat(9.618437357674640e-3f);
+    p = p * f + splat(5.550332471162809e-2f);
+    p = p * f + splat(2.402264791363012e-1f);
+    p = p * f + splat(6.931472028550421e-1f);
+    p = p * f + splat(1.0f);
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return x < -126.0f ? vf{} : (vf)((vu)p + ((vu)shifted << 23));
+#endif
+}
+
+inline float exp2s(float x) { return exp2v(splat(x))[0]; }
+
+// ---------------------------------------------------------------- element types
+
+inline float widen(uint16_t x) {
+    uint32_t u = uint32_t(x) << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+inline vh narrow(vf x) {  // to bf16, nearest even
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+    vu u = (vu)x;
+    vu r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    r = (x != x) ? splat_u(0x7fc0u) : r;
+    return __builtin_convertvector(r, vh);
+#endif
+}
+
+// PER elements make a 32-bit unit; dot() adds the products of units lane by lane.
+struct F32 {
+    using T = float;
+    static constexpr int PER = 1;
+    static vf get(const T* p) { return load<vf>(p); }
+    static void put(T* p, vf x) { store(p, x); }
+    static vf dot(vf acc, vu a, vu b) { return acc + (vf)a * (vf)b; }
+    static vf round(vf x) { return x; }
+};
+
+struct BF16 {
+    using T = uint16_t;
+    static constexpr int PER = 2;
+    static vf get(const T* p) {
+        return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16);
+    }
+    static void put(T* p, vf x) { store(p, narrow(x)); }
+    static vf dot(vf acc, vu a, vu b) {
+#if defined(__AVX512BF16__)
+        return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+        return (vf)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#else
+        acc += (vf)(a << 16) * (vf)(b << 16);
+        return acc + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
+#endif
+    }
+    static vf round(vf x) {
+        return (vf)(__builtin_convertvector(narrow(x), vu) << 16);
+    }
+};
+
+// The first n < VL elements, the rest `fill`; and back.
+template <class E>
+inline vf get_tail(const typename E::T* p, int n, float fill) {
+    typename E::T buffer[VL] = {};
+    memcpy(buffer, p, n * sizeof(*p));
+    return lanes() < n ? E::get(buffer) : splat(fill);
+}
+template <class E>
+inline void put_tail(typename E::T* p, vf x, int n) {
+    typename E::T buffer[VL];
+    E::put(buffer, x);
+    memcpy(p, buffer, n * sizeof(*p));
+}
+
+// f(i, x) for each vector x = p[i : i + VL] of n elements, the last one padded with `fill`.
+template <class E, class F>
+inline void each(const typename E::T* p, int64_t n, float fill, F&& f) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) f(i, E::get(p + i));
+    if (i < n) f(i, get_tail<E>(p + i, int(n - i), fill));
+}
+template <class E>
+inline vf at(const typename E::T* p, int64_t i, int64_t n) {
+    return i + VL <= n ? E::get(p + i) : get_tail<E>(p + i, int(n - i), 0.0f);
+}
+template <class E>
+inline void set(typename E::T* p, int64_t i, int64_t n, vf x) {
+    if (i + VL <= n) E::put(p + i, x);
+    else put_tail<E>(p + i, x, int(n - i));
+}
+
+// ---------------------------------------------------------------- paged attention
+//
+// A block holds, for each kv head, keys then values, in 32-bit units of PER elements along the
+// dimension that a product sums over: K [dim / PER][block_size] and V [block_size / PER][dim]. So
+// both products of attention are the same register tile: rows of a small matrix broadcast against
+// vectors of the cache.
+//
+// A query's result depends on its own context only, bit by bit: the order of every sum is fixed by
+// absolute positions (TILE, CHUNK), and not by threads, by the chunking of its prompt or by what
+// else is in the batch. Long contexts are split over threads at multiples of CHUNK
+// (Flash-Decoding, Dao et al. 2023); partial results are merged in order whether they were split
+// or not.
+
+constexpr int TILE = 128;  // keys of one online-softmax step
+constexpr int CHUNK = 512;  // keys of one partial result
+constexpr int MAX_ROWS = 48;  // (query, head) pairs that share a pass over one kv head's keys
+constexpr int MAX_DIM = 256;
+
+struct Step {  // mirrored by AttentionStep in attention/cpu.py
+    int32_t heads, kv_heads, dim, block_size;
+    float scale;
+    int32_t rows;
+    int64_t tokens;
+    int64_t table_stride;
+    const int32_t* query_starts;  // [rows + 1]
+    const int32_t* context_lens;  // [rows]
+    const int32_t* tables;  // [rows, table_stride]
+    const int64_t* cells;  // [tokens]
+
+    int64_t head_units(int per) const { return int64_t(2) * block_size * dim / per; }
+};
+
+template <class E>
+void store_kv(const Step& s, uint32_t* cache, const typename E::T* k, int64_t k_stride,
+              const typename E::T* v, int64_t v_stride, int threads) {
+    using T = typename E::T;
+    constexpr int PER = E::PER;
+    const int64_t grain = std::clamp<int64_t>(s.tokens / (4 * threads), 1, 16);
+    const int units = s.dim / PER, bs = s.block_size;
+    parallel_for(threads, s.tokens, grain, [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+            // A run of tokens that lie side by side in one block.
+            const int64_t block = s.cells[begin] / bs;
+            const int offset = int(s.cells[begin] % bs);
+            int run = 1;
+            while (begin + run < end && offset + run < bs &&
+                   s.cells[begin + run] == s.cells[begin] + run)
+                run++;
+            for (int h = 0; h < s.kv_heads; h++) {
+                uint32_t* to = cache + (block * s.kv_heads + h) * s.head_units(PER);
+                const T* key = k + begin * k_stride + h * s.dim;
+                for (int u = 0; u < units; u++)
+                    for (int t = 0; t < run; t++)
+                        memcpy(to + u * bs + offset + t, key + t * k_stride + u * PER, 4);
+                T* values = reinterpret_cast<T*>(to + units * bs);
+                for (int t = 0; t < run; t++) {
+                    const T* value = v + (begin + t) * v_stride + h * s.dim;
+                    const int cell = offset + t;
+                    T* dst = values + cell / PER * PER * s.dim + cell % PER;
+                    for (int d = 0; d < s.dim; d++) dst[d * PER] = value[d];
+                }
+            }
+            begin += run;
+        }
+    });
+}
+
+struct Segment {  // consecutive units of V
+    const uint32_t* base;
+    int units;
+};
+
+// S[NQ][NV * VL] = A [NQ][units] times NV vectors of keys; lda and step in units.
+template <class E, int NQ, int NV>
+inline void score_tile(const uint32_t* a, int lda, const uint32_t* const* keys, int64_t step,
+                       int units, float* s) {
+    vf acc[NQ][NV] = {};
+    for (int u = 0; u < units; u++) {
+        vu b[NV];
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) b[v] = load<vu>(keys[v] + u * step);
+#pragma GCC unroll 8
+        for (int q = 0; q < NQ; q++) {
+            vu x = splat_u(a[q * lda + u]);
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; v++) acc[q][v] = E::dot(acc[q][v], x, b[v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; q++)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) store(s + q * TILE + v * VL, acc[q][v]);
+}
+
+// C[NQ][NV * VL] = alpha * C + P times the segments of V; ldp in units, ldc in floats.
+template <class E, int NQ, int NV>
+inline void value_tile(const uint32_t* p, int ldp, const Segment* segments, int count, int dim,
+                       float* c, const float* alpha) {
+    vf acc[NQ][NV];
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; q++)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) acc[q][v] = load<vf>(c + q * dim + v * VL) * alpha[q];
+    for (int i = 0; i < count; i++) {
+        const uint32_t* base = segments[i].base;
+        for (int u = 0; u < segments[i].units; u++, base += dim, p++) {
+            vu b[NV];
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; v++) b[v] = load<vu>(base + v * VL);
+#pragma GCC unroll 8
+            for (int q = 0; q < NQ; q++) {
+                vu x = splat_u(p[q * ldp]);
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; v++) acc[q][v] = E::dot(acc[q][v], x, b[v]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; q++)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) store(c + q * dim + v * VL, acc[q][v]);
+}
+
+// Calls f(integral_constant<n>) for n in 1..MAX.
+template <int MAX, class F>
+inline void dispatch(int n, F&& f) {
+    if constexpr (MAX > 0) {
+        if (n == MAX) f(std::integral_constant<int, MAX>{});
+        else dispatch<MAX - 1>(n, f);
+    }
+}
+
+// Online softmax of some (query, head) rows: running maximum (times scale and log2 e), sum, output.
+struct State {
+    float max[MAX_ROWS];
+    float sum[MAX_ROWS];
+    float out[MAX_ROWS * MAX_DIM];  // [rows][dim]
+
+    void clear(int rows, int dim) {
+        std::fill_n(max, rows, NEG);
+        std::fill_n(sum, rows, 0.0f);
+        std::fill_n(out, rows * dim, 0.0f);
+    }
+
+    void merge(const float* other_max, const float* other_sum, const float* other_out, int rows,
+               int dim) {
+        for (int r = 0; r < rows; r++) {
+            const float m = std::max(max[r], other_max[r]);
+            const float mine = exp2s(max[r] - m), theirs = exp2s(other_max[r] - m);
+            max[r] = m;
+            sum[r] = sum[r] * mine + other_sum[r] * theirs;
+            float* o = out + r * dim;
+            const float* p = other_out + r * dim;
+            for (int d = 0; d < dim; d += VL)
+                store(o + d, load<vf>(o + d) * mine + load<vf>(p + d) * theirs);
+        }
+    }
+};
+
+struct Task {
+    int32_t row, first, count;  // queries first .. first + count - 1 of the row
+    int32_t head, head_end;  // kv heads
+    int32_t chunk, chunk_end;
+    int32_t part;  // of a split task: its partial result; else -1
+    int32_t whole;  // of a split task: the index of its Whole
+};
+
+struct Whole {  // a task that was split: whoever ends last merges parts first .. first + count - 1
+    int32_t first, count;
+    std::atomic<int32_t> left{0};
+};
+
+template <class E>
+class Attention {
+    using T = typename E::T;
+    static constexpr int PER = E::PER;
+    static constexpr int UNIT_TILE = TILE / PER;
+
+    const Step& s;
+    const uint32_t* cache;
+    const T* q;
+    const int64_t q_stride;
+    T* out;
+    const int window;  // a query at p sees p - window + 1 .. p
+    const int group;  // query heads of a kv head
+    const float factor;  // scale * log2 e
+
+    std::vector<Task> tasks;
+    std::unique_ptr<Whole[]> wholes;
+    std::vector<float> parts;
+    int64_t part_size = 0;
+
+    struct alignas(64) Scratch {
+        State run, chunk;
+        uint32_t q[MAX_ROWS * MAX_DIM / PER];  // [rows][dim]
+        float scores[MAX_NQ * TILE];
+        uint32_t probs[MAX_NQ * UNIT_TILE];
+        uint32_t last[MAX_DIM];  // the unit of V that holds the context's end, zeros past it
+        int32_t position[MAX_ROWS];
+    };
+
+  public:
+    Attention(const Step& s, const uint32_t* cache, const T* q, int64_t q_stride, T* out,
+              int window)
+        : s(s), cache(cache), q(q), q_stride(q_stride), out(out),
+          window(window > 0 ? window : std::numeric_limits<int>::max() / 2),
+          group(s.heads / s.kv_heads), factor(s.scale * LOG2E) {}
+
+    void run(int threads) {
+        plan(threads);
+        std::atomic<size_t> next{0};
+        parallel(threads, [&] {
+            Scratch w;
+            for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();)
+                for (int h = tasks[i].head; h < tasks[i].head_end; h++) attend(w, tasks[i], h);
+        });
+    }
+
+  private:
+    // Cuts rows into tasks: tiles of queries; kv heads in groups while that leaves enough tasks;
+    // and chunks of the context where one task would be a large share of the whole step.
+    void plan(int threads) {
+        const int tile = std::max(1, MAX_ROWS / group);
+        int64_t total = 0;
+        for (int r = 0; r < s.rows; r++)
+            for (int t = 0; t < queries(r); t += tile)
+                total += cost(r, t, tile) * s.kv_heads;
+        const int64_t fair = threads > 1 ? total / (8 * threads) + 1 : total + 1;
+
+        int whole_count = 0, part_count = 0;
+        for (int r = 0; r < s.rows; r++)
+            for (int t = ((queries(r) + tile - 1) / tile - 1) * tile; t >= 0; t -= tile) {
+                const int count = std::min(tile, queries(r) - t);
+                const int first = first_key(r, t) / CHUNK;
+                const int end = (position(r, t + count - 1) + CHUNK) / CHUNK;
+                if (cost(r, t, tile) > 2 * fair && end - first > 1) {
+                    for (int h = 0; h < s.kv_heads; h++, whole_count++)
+                        for (int c = first; c < end; c++)
+                            tasks.push_back({r, t, count, h, h + 1, c, c + 1, part_count++,
+                                             whole_count});
+                    continue;
+                }
+                const int heads = int(std::clamp<int64_t>(fair / cost(r, t, tile), 1, s.kv_heads));
+                for (int h = 0; h < s.kv_heads; h += heads)
+                    tasks.push_back({r, t, count, h, std::min(h + heads, s.kv_heads), first, end,
+                                     -1, -1});
+            }
+        part_size = MAX_ROWS * (s.dim + 2);
+        parts.resize(part_count * part_size);
+        wholes.reset(new Whole[whole_count]);
+        for (const Task& task : tasks)
+            if (task.part >= 0) {
+                Whole& w = wholes[task.whole];
+                if (w.left++ == 0) w.first = task.part;
+                w.count = w.left;
+            }
+    }
+
+    int queries(int r) const { return s.query_starts[r + 1] - s.query_starts[r]; }
+    int position(int r, int t) const { return s.context_lens[r] - queries(r) + t; }
+    int first_key(int r, int t) const { return std::max(0, position(r, t) - window + 1); }
+    int64_t cost(int r, int t, int tile) const {  // keys times register tiles
+        const int count = std::min(tile, queries(r) - t);
+        const int keys = position(r, t + count - 1) + 1 - first_key(r, t);
+        return int64_t(keys) * ((count * group + MAX_NQ - 1) / MAX_NQ);
+    }
+
+    void attend(Scratch& w, const Task& task, int h) {
+        const int rows = task.count * group, dim = s.dim;
+        for (int i = 0; i < rows; i++) {
+            const int t = task.first + i / group;
+            w.position[i] = position(task.row, t);
+            memcpy(w.q + i * dim / PER,
+                   q + (s.query_starts[task.row] + t) * q_stride + (h * group + i % group) * dim,
+                   dim * sizeof(T));
+        }
+        if (task.part >= 0) {
+            w.run.clear(rows, dim);
+            pass(w, w.run, task.row, h, rows, task.chunk);
+            float* part = parts.data() + task.part * part_size;
+            memcpy(part, w.run.max, rows * sizeof(float));
+            memcpy(part + MAX_ROWS, w.run.sum, rows * sizeof(float));
+            memcpy(part + 2 * MAX_ROWS, w.run.out, rows * dim * sizeof(float));
+            Whole& whole = wholes[task.whole];
+            if (whole.left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+            w.run.clear(rows, dim);
+            for (int i = 0; i < whole.count; i++) {
+                part = parts.data() + (whole.first + i) * part_size;
+                w.run.merge(part, part + MAX_ROWS, part + 2 * MAX_ROWS, rows, dim);
+            }
+        } else {
+            w.run.clear(rows, dim);
+            pass(w, w.run, task.row, h, rows, task.chunk);
+            for (int c = task.chunk + 1; c < task.chunk_end; c++) {
+                w.chunk.clear(rows, dim);
+                pass(w, w.chunk, task.row, h, rows, c);
+                w.run.merge(w.chunk.max, w.chunk.sum, w.chunk.out, rows, dim);
+            }
+        }
+        for (int i = 0; i < rows; i++) {
+            const int t = s.query_starts[task.row] + task.first + i / group;
+            T* to = out + (int64_t(t) * s.heads + h * group + i % group) * dim;
+            const float inverse = 1.0f / w.run.sum[i];
+            for (int d = 0; d < dim; d += VL)
+                E::put(to + d, load<vf>(w.run.out + i * dim + d) * inverse);
+        }
+    }
+
+    // Adds chunk c of the context to a state of `rows` (query, head) rows in ascending position.
+    void pass(Scratch& w, State& state, int row, int h, int rows, int c) {
+        const int bs = s.block_size, dim = s.dim, units = dim / PER;
+        const int context = s.context_lens[row];
+        const int32_t* table = s.tables + row * s.table_stride;
+        const int tiles = (rows + MAX_NQ - 1) / MAX_NQ, step = (rows + tiles - 1) / tiles;
+
+        const int low = std::max(0, w.position[0] - window + 1);
+        const int high = std::min(w.position[rows - 1] + 1, (c + 1) * CHUNK);
+        const int start = std::max(c * CHUNK, low / TILE * TILE);
+        for (int base = start; base < high; base += TILE) {
+            const uint32_t* keys[TILE / VL];
+            const int filled = std::min(TILE, high - base);
+            for (int i = 0; i < filled; i += 16) {
+                const int p = base + i;
+                // A block that no query of this tile sees may be gone: read any other instead.
+                const int seen = std::max(p, low / 16 * 16);
+                const uint32_t* block =
+                    cache + (int64_t(table[seen / bs]) * s.kv_heads + h) * s.head_units(PER);
+                for (int j = 0; j < 16; j += VL) keys[(i + j) / VL] = block + p % bs + j;
+            }
+            for (int m = 0; m < rows; m += step) {
+                const int n = std::min(step, rows - m);
+                const int end = std::min(w.position[m + n - 1] + 1 - base, filled);
+                if (end <= 0 || w.position[m] - window + 1 >= base + TILE) continue;
+                const int vectors = (end + VL - 1) / VL;
+                float alpha[MAX_NQ];
+                Segment segments[TILE / 16];
+                const int count = values(w, table, h, base, std::max(low - base, 0), end, context,
+                                         segments);
+                const int skip = std::max(low - base, 0) / 16 * 16;
+                dispatch<MAX_NQ>(n, [&](auto nq) {
+                    constexpr int NQ = decltype(nq)::value;
+                    const uint32_t* a = w.q + m * units;
+                    int v = 0;
+                    for (; v + MAX_NV <= vectors; v += MAX_NV)
+                        score_tile<E, NQ, MAX_NV>(a, units, keys + v, bs, units,
+                                                  w.scores + v * VL);
+                    dispatch<MAX_NV - 1>(vectors - v, [&](auto nv) {
+                        score_tile<E, NQ, decltype(nv)::value>(a, units, keys + v, bs, units,
+                                                               w.scores + v * VL);
+                    });
+                    for (int i = 0; i < NQ; i++)
+                        alpha[i] = softmax(w, state, m + i, i, base, vectors, end);
+                    const uint32_t* p = w.probs + skip / PER;
+                    float* o = state.out + m * dim;
+                    int d = 0;
+                    for (; d + MAX_NV * VL <= dim; d += MAX_NV * VL) {
+                        Segment moved[TILE / 16];
+                        for (int i = 0; i < count; i++)
+                            moved[i] = {segments[i].base + d, segments[i].units};
+                        value_tile<E, NQ, MAX_NV>(p, UNIT_TILE, moved, count, dim, o + d, alpha);
+                    }
+                    dispatch<MAX_NV - 1>((dim - d) / VL, [&](auto nv) {
+                        Segment moved[TILE / 16];
+                        for (int i = 0; i < count; i++)
+                            moved[i] = {segments[i].base + d, segments[i].units};
+                        value_tile<E, NQ, decltype(nv)::value>(p, UNIT_TILE, moved, count, dim,
+                                                               o + d, alpha);
+                    });
+                });
+            }
+        }
+    }
+
+    // The segments of V for keys base + skip .. base + end - 1, skip rounded down to 16.
+    int values(Scratch& w, const int32_t* table, int h, int base, int low, int end, int context,
+               Segment* segments) const {
+        const int bs = s.block_size, dim = s.dim;
+        int count = 0;
+        for (int i = low / 16 * 16; i < end;) {
+            const int p = base + i, offset = p % bs, n = std::min(bs - offset, end - i);
+            const uint32_t* v = cache +
+                                (int64_t(table[p / bs]) * s.kv_heads + h) * s.head_units(PER) +
+                                s.head_units(PER) / 2 + int64_t(offset / PER) * dim;
+            segments[count++] = {v, (n + PER - 1) / PER};
+            i += n;
+            if (PER == 2 && n % 2 && base + i == context) {
+                // The last unit's second half lies past the context and may hold anything.
+                segments[count - 1].units--;
+                for (int d = 0; d < dim; d++) w.last[d] = first_half(v[n / 2 * dim + d]);
+                segments[count++] = {w.last, 1};
+            }
+        }
+        return count;
+    }
+
+    static uint32_t first_half(uint32_t unit) {
+        uint16_t halves[2];
+        memcpy(halves, &unit, 4);
+        halves[1] = 0;
+        memcpy(&unit, halves, 4);
+        return unit;
+    }
+
+    // Scores of one row to probabilities (relative to its running maximum); returns the factor by
+    // which what the row has summed so far must shrink.
+    float softmax(Scratch& w, State& state, int r, int i, int base, int vectors, int end) {
+        float* scores = w.scores + i * TILE;
+        T* probs = reinterpret_cast<T*>(w.probs + i * UNIT_TILE);
+        const int high = std::min(w.position[r] + 1 - base, end);
+        const int low = std::max(w.position[r] - window + 1 - base, 0);
+        if (low > 0 || high < vectors * VL)
+            for (int v = 0; v < vectors; v++) {
+                vi lane = lanes() + v * VL;
+                vf x = load<vf>(scores + v * VL);
+                store(scores + v * VL, (lane < high) & (lane >= low) ? x : splat(NEG));
+            }
+        vf m = splat(NEG);
+        for (int v = 0; v < vectors; v++) m = vmax(m, load<vf>(scores + v * VL));
+        const float top = hmax(m);
+        if (top == NEG) {  // the row sees nothing of this tile
+            for (int v = 0; v < vectors; v++) E::put(probs + v * VL, vf{});
+            return 1.0f;
+        }
+        const float old = state.max[r];
+        const float now = std::max(old, top * factor);
+        vf sum = {};
+        for (int v = 0; v < vectors; v++) {
+            vf p = exp2v(load<vf>(scores + v * VL) * factor - now);
+            sum += p;
+            E::put(probs + v * VL, p);
+        }
+        const float alpha = exp2s(old - now);
+        state.max[r] = now;
+        state.sum[r] = state.sum[r] * alpha + hsum(sum);
+        return alpha;
+    }
+};
+
+template <class E>
+void attend(const Step& s, void* cache, const void* q, int64_t q_stride, const void* k,
+            int64_t k_stride, const void* v, int64_t v_stride, void* out, int window,
+            int threads) {
+    using T = typename E::T;
+    auto* units = static_cast<uint32_t*>(cache);
+    store_kv<E>(s, units, static_cast<const T*>(k), k_stride, static_cast<const T*>(v), v_stride,
+                threads);
+    Attention<E>(s, units, static_cast<const T*>(q), q_stride, static_cast<T*>(out), window)
+        .run(threads);
+}
+
+// ---------------------------------------------------------------- rows of elements
+
+constexpr int64_t SERIAL = 32768;  // elements below which waking threads costs more than it gains
+
+inline int64_t grain_of(int64_t rows, int64_t width, int threads) {
+    if (rows * width <= SERIAL) return rows;
+    return std::max<int64_t>(1, std::min(rows / (2 * threads), SERIAL / width));
+}
+
+// Rotates the first 2 * half elements of each head: pairs (i, i + half), NeoX style.
+template <class E>
+void rope(typename E::T* x, int64_t stride, int heads, int dim, const int64_t* positions,
+          const float* cos, const float* sin, int half, int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+        const float* c = cos + positions[t] * half;
+        const float* n = sin + positions[t] * half;
+        for (int h = 0; h < heads; h++) {
+            typename E::T* p = x + t * stride + h * dim;
+            for (int i = 0; i < half; i += VL) {
+                vf a = at<E>(p, i, half), b = at<E>(p + half, i, half);
+                vf ci = at<F32>(c, i, half), si = at<F32>(n, i, half);
+                set<E>(p, i, half, a * ci - b * si);
+                set<E>(p + half, i, half, b * ci + a * si);
+            }
+        }
+    }
+}
+
+// y = x / rms(x), rounded, times w: the order of rounding is transformers'.
+template <class E>
+void rms_row(const typename E::T* x, const typename E::T* w, typename E::T* y, int64_t n,
+             float eps) {
+    vf sum = {};
+    each<E>(x, n, 0.0f, [&](int64_t, vf v) { sum += v * v; });
+    const float scale = 1.0f / std::sqrt(hsum(sum) / float(n) + eps);
+    each<E>(x, n, 0.0f,
+            [&](int64_t i, vf v) { set<E>(y, i, n, E::round(v * scale) * at<E>(w, i, n)); });
+}
+
+template <class E>
+void layer_row(const typename E::T* x, const typename E::T* w, const typename E::T* b,
+               typename E::T* y, int64_t n, float eps) {
+    vf sum = {};
+    each<E>(x, n, 0.0f, [&](int64_t, vf v) { sum += v; });
+    const float mean = hsum(sum) / float(n);
+    vf square = {};
+    each<E>(x, n, mean, [&](int64_t, vf v) { square += (v - mean) * (v - mean); });
+    const float scale = 1.0f / std::sqrt(hsum(square) / float(n) + eps);
+    each<E>(x, n, 0.0f, [&](int64_t i, vf v) {
+        set<E>(y, i, n, (v - mean) * scale * at<E>(w, i, n) + at<E>(b, i, n));
+    });
+}
+
+template <class E>
+void silu_row(const typename E::T* gate, const typename E::T* up, typename E::T* y, int64_t n) {
+    each<E>(gate, n, 0.0f, [&](int64_t i, vf g) {
+        vf e = exp2v(vmin(vmax(g * -LOG2E, splat(NEG)), splat(126.0f)));  // no overflow, no inf
+        set<E>(y, i, n, E::round(g / (e + 1.0f)) * at<E>(up, i, n));
+    });
+}
+
+// ---------------------------------------------------------------- argmax and logsumexp
+
+constexpr int64_t SPAN = 8192;  // logits of one task; fixed, so that sums do not depend on threads
+
+struct Best {
+    float max, sum;
+    int64_t index;
+};
+
+template <class E>
+Best best_of(const typename E::T* x, int64_t n) {
+    const float lowest = -std::numeric_limits<float>::infinity();
+    vf top = splat(lowest);
+    vi where = {};
+    vf bad = {};
+    each<E>(x, n, lowest, [&](int64_t i, vf v) {
+        vi better = v > top;
+        top = better ? v : top;
+        where = better ? lanes() + int32_t(i) : where;
+        bad = (v == v) ? bad : v;
+    });
+    Best best{top[0], 0.0f, where[0]};
+    for (int l = 1; l < VL; l++)
+        if (top[l] > best.max || (top[l] == best.max && where[l] < best.index))
+            best.max = top[l], best.index = where[l];
+    if (hsum(bad) != hsum(bad)) best.max = std::numeric_limits<float>::quiet_NaN();
+    if (!std::isfinite(best.max)) return best;
+    vf sum = {};
+    each<E>(x, n, lowest, [&](int64_t, vf v) {
+        sum += exp2v(vmax((v - best.max) * LOG2E, splat(NEG)));
+    });
+    best.sum = hsum(sum);
+    return best;
+}
+
+// Per row: the first index of the maximum, log(sum(exp)), and whether that is finite.
+template <class E>
+void argmax_lse(const typename E::T* x, int64_t rows, int64_t stride, int64_t n, int64_t* index,
+                float* lse, uint8_t* finite, int threads) {
+    const int64_t spans = (n + SPAN - 1) / SPAN;
+    std::vector<Best> bests(rows * spans);
+    parallel_for(rows * n <= SERIAL ? 1 : threads, rows * spans, 1,
+                 [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; i++) {
+                         const int64_t from = i % spans * SPAN;
+                         bests[i] = best_of<E>(x + i / spans * stride + from,
+                                               std::min(SPAN, n - from));
+                         bests[i].index += from;
+                     }
+                 });
+    for (int64_t r = 0; r < rows; r++) {
+        const Best* b = bests.data() + r * spans;
+        Best best = b[0];
+        bool nan = best.max != best.max;
+        for (int64_t i = 1; i < spans; i++) {
+            nan |= b[i].max != b[i].max;
+            if (b[i].max > best.max) best.max = b[i].max, best.index = b[i].index;
+        }
+        float sum = 0.0f;
+        for (int64_t i = 0; i < spans; i++)
+            if (b[i].sum > 0) sum += b[i].sum * std::exp(b[i].max - best.max);
+        index[r] = best.index;
+        lse[r] = nan ? std::numeric_limits<float>::quiet_NaN()
+                 : std::isfinite(best.max) ? best.max + std::log(sum) : best.max;
+        finite[r] = std::isfinite(lse[r]);
+    }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- the C interface
+// Each function once for each element type; strides and sizes in elements.
+
+#define FOR_TYPE(name, E)                                                                         \
+    extern "C" void manta_attend_##name(const Step* s, void* cache, const void* q, int64_t qs,    \
+                                        const void* k, int64_t ks, const void* v, int64_t vs,     \
+                                        void* out, int window, int threads) {                     \
+        attend<E>(*s, cache, q, qs, k, ks, v, vs, out, window, threads);                          \
+    }                                                                                             \
+    extern "C" void manta_rope_##name(void* q, int64_t q_stride, int q_heads, void* k,            \
+                                      int64_t k_stride, int k_heads, int dim, int64_t tokens,     \
+                                      const int64_t* positions, const float* cos,                 \
+                                      const float* sin, int half, int threads) {                  \
+        const int64_t grain = grain_of(tokens, int64_t(q_heads + k_heads) * dim, threads);        \
+        parallel_for(threads, tokens, grain, [&](int64_t begin, int64_t end) {                    \
+            rope<E>((E::T*)q, q_stride, q_heads, dim, positions, cos, sin, half, begin, end);     \
+            rope<E>((E::T*)k, k_stride, k_heads, dim, positions, cos, sin, half, begin, end);     \
+        });                                                                                       \
+    }                                                                                             \
+    extern "C" void manta_rms_norm_##name(const void* x, int64_t stride, int64_t outer,           \
+                                          int64_t inner, int64_t n, const void* w, float eps,     \
+                                          void* y, int threads) {                                 \
+        parallel_for(threads, outer, grain_of(outer, inner * n, threads),                         \
+                     [&](int64_t begin, int64_t end) {                                            \
+                         for (int64_t r = begin; r < end; r++)                                    \
+                             for (int64_t i = 0; i < inner; i++)                                  \
+                                 rms_row<E>((const E::T*)x + r * stride + i * n, (const E::T*)w,  \
+                                            (E::T*)y + (r * inner + i) * n, n, eps);              \
+                     });                                                                          \
+    }                                                                                             \
+    extern "C" void manta_add_rms_norm_##name(const void* x, int64_t stride, void* residual,      \
+                                              int64_t rows, int64_t n, const void* w, float eps,  \
+                                              void* y, int threads) {                             \
+        parallel_for(threads, rows, grain_of(rows, n, threads), [&](int64_t begin, int64_t end) { \
+            for (int64_t r = begin; r < end; r++) {                                               \
+                E::T* sum = (E::T*)residual + r * n;                                              \
+                each<E>((const E::T*)x + r * stride, n, 0.0f,                                     \
+                        [&](int64_t i, vf v) { set<E>(sum, i, n, v + at<E>(sum, i, n)); });       \
+                rms_row<E>(sum, (const E::T*)w, (E::T*)y + r * n, n, eps);                        \
+            }                                                                                     \
+        });                                                                                       \
+    }                                                                                             \
+    extern "C" void manta_layer_norm_##name(const void* x, int64_t stride, int64_t rows,          \
+                                            int64_t n, const void* w, const void* b, float eps,   \
+                                            void* y, int threads) {                               \
+        parallel_for(threads, rows, grain_of(rows, n, threads), [&](int64_t begin, int64_t end) { \
+            for (int64_t r = begin; r < end; r++)                                                 \
+                layer_row<E>((const E::T*)x + r * stride, (const E::T*)w, (const E::T*)b,         \
+                             (E::T*)y + r * n, n, eps);                                           \
+        });                                                                                       \
+    }                                                                                             \
+    extern "C" void manta_silu_mul_##name(const void* x, int64_t stride, int64_t rows, int64_t n, \
+                                          void* y, int threads) {                                 \
+        parallel_for(threads, rows, grain_of(rows, n, threads), [&](int64_t begin, int64_t end) { \
+            for (int64_t r = begin; r < end; r++)                                                 \
+                silu_row<E>((const E::T*)x + r * stride, (const E::T*)x + r * stride + n,         \
+                            (E::T*)y + r * n, n);                                                 \
+        });                                                                                       \
+    }                                                                                             \
+    extern "C" void manta_argmax_lse_##name(const void* x, int64_t rows, int64_t stride,          \
+                                            int64_t n, int64_t* index, float* lse,                \
+                                            uint8_t* finite, int threads) {                       \
+        argmax_lse<E>((const E::T*)x, rows, stride, n, index, lse, finite, threads);              \
+    }
+
+FOR_TYPE(bf16, BF16)
+FOR_TYPE(fp32, F32)
+
+extern "C" void manta_init(void* gomp) { gomp_parallel = reinterpret_cast<ParallelFn>(gomp); }

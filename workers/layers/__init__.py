@@ -1,0 +1,1 @@
+"""Layers. Each is given where it lives (device, type, group) when it is built."""

@@ -1,0 +1,50 @@
+"""The feed-forward blocks."""
+
+from collections.abc import Iterable
+from itertools import chain
+
+from torch import Tensor
+
+from workers import kernels
+from workers.layers.linear import Activation, ColumnLinear, Part, RowLinear
+from workers.parallel import Place
+from workers.weights import Parameter
+
+
+class GatedMLP:
+    """down(silu(gate(x)) · up(x)) + residual, as in Llama; gate and up are one product."""
+
+    def __init__(self, place: Place, name: str, hidden: int, inner: int, bias: bool) -> None:
+        cut = place.group.split(inner, "intermediate_size")
+        parts = [Part(f"{name}.{part}", inner, cut) for part in ("gate_proj", "up_proj")]
+        self._gate_up = ColumnLinear(place, parts, hidden, bias)
+        self._down = RowLinear(place, f"{name}.down_proj", inner, hidden, bias)
+
+    def parameters(self) -> Iterable[Parameter]:
+        return chain(self._gate_up.parameters(), self._down.parameters())
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self._down(kernels.silu_mul(self._gate_up(x)), residual)
+
+
+class MLP:
+    """fc2(act(fc1(x))) + residual, as in OPT; the activation is fused into the first product."""
+
+    def __init__(
+        self,
+        place: Place,
+        name: str,
+        hidden: int,
+        inner: int,
+        bias: bool,
+        activation: Activation,
+    ) -> None:
+        part = Part(f"{name}.fc1", inner, place.group.split(inner, "ffn_dim"))
+        self._fc1 = ColumnLinear(place, [part], hidden, bias, activation)
+        self._fc2 = RowLinear(place, f"{name}.fc2", inner, hidden, bias)
+
+    def parameters(self) -> Iterable[Parameter]:
+        return chain(self._fc1.parameters(), self._fc2.parameters())
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self._fc2(self._fc1(x), residual)

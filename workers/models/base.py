@@ -1,0 +1,162 @@
+"""What every model shares: its traits, read from config.json, and its interface."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from workers.attention.base import AttentionBackend, AttentionShape
+from workers.batch import Batch
+from workers.checkpoint import Config
+from workers.layers.attention import Heads
+from workers.parallel import Place, Stage
+from workers.weights import Parameter
+
+# Fields of other networks that change the mathematics, and the values that leave it alone.
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "quantization_config": (),
+    "compression_config": (),
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
+    "rope_interleaved": (False,),
+    "num_experts": (0,),
+    "num_local_experts": (0, 1),
+    "n_routed_experts": (0,),
+    "kv_lora_rank": (),
+    "final_logit_softcapping": (),
+    "attn_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "attention_multiplier": (),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "scale_emb": (1,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_chunk_size": (),
+    "sliding_window": (),
+    "no_rope_layers": ([],),
+    "cross_attention_layers": ([],),
+    "clip_qkv": (),
+    "qk_layernorm": (False,),
+    "use_qk_norm": (False,),
+    "alibi": (False,),
+    "parallel_attn": (False,),
+    "use_parallel_residual": (False,),
+    "text_config": (),
+    "vision_config": (),
+}
+
+
+def refuse_foreign(config: Config, honoured: Iterable[str] = ()) -> None:
+    """Raise CheckpointError for a field that would change the mathematics and is not honoured."""
+    for field, neutral in NEUTRAL.items():
+        if field in config and field not in honoured and config.get(field) not in neutral:
+            raise config.error(field, "is not supported for this architecture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What the rest of the system must know of a model, whatever its network.
+
+    ``max_position`` is the longest context in tokens that the checkpoint is meant for; ``tied``
+    says that the output layer shares the token embeddings.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    heads: Heads
+    max_position: int
+    tied: bool
+
+
+def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionShape:
+    """The attention of one rank, as a backend needs it.
+
+    Raises ConfigError if the group does not divide the heads.
+    """
+    mine, shared = traits.heads.split(place.group)
+    return AttentionShape(
+        num_heads=mine.stop - mine.start,
+        num_kv_heads=shared.stop - shared.start,
+        head_dim=traits.heads.size,
+        scale=traits.heads.size**-0.5,
+        block_size=block_size,
+        dtype=place.dtype,
+        device=place.device,
+    )
+
+
+class Layer(Protocol):
+    """Anything with parameters."""
+
+    def parameters(self) -> Iterable[Parameter]: ...
+
+
+class Model(ABC):
+    """One pipeline stage of a network on one tensor-parallel rank.
+
+    A subclass builds only the layers of its stage and appends each to ``parts``.
+    """
+
+    def __init__(self, place: Place, stage: Stage) -> None:
+        self.place = place
+        self.stage = stage
+        self.parts: list[Layer] = []
+
+    @abstractmethod
+    def forward(self, batch: Batch, caches: list[Tensor], hidden: Tensor | None = None) -> Tensor:
+        """One step of this stage, after the backend's ``begin(batch)``.
+
+        ``caches`` holds one attention cache for each layer of the stage; ``hidden`` [T, H] comes
+        from the stage before, None on the first. Returns [T, H] for the next stage or, on the
+        last one, for ``logits``, which normalises the rows it is given.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows [n, H] of the last stage's output to [n, vocab_size] in the model's type."""
+
+    @abstractmethod
+    def whole(self) -> "Model":
+        """The same network in one piece on the meta device: all names, no memory."""
+
+    def parameters(self) -> list[Parameter]:
+        """Every parameter that this rank holds."""
+        return [parameter for part in self.parts for parameter in part.parameters()]
+
+    def names(self) -> set[str]:
+        """The checkpoint names of the whole network, on whichever rank and stage they live."""
+        return {parameter.name for parameter in self.whole().parameters()}
+
+    @abstractmethod
+    def canonical(self, name: str) -> str | None:
+        """The parameter name of a checkpoint tensor; None for one known to mean nothing."""
+
+    @property
+    @abstractmethod
+    def tied(self) -> dict[str, str]:
+        """Tensors that only repeat another one: alias to owner."""
+
+
+def whole_place(place: Place) -> Place:
+    """Where ``Model.whole`` lives."""
+    return Place(torch.device("meta"), place.dtype)
+
+
+class Build(Protocol):
+    """The constructor of every model."""
+
+    def __call__(
+        self,
+        traits: Traits,
+        place: Place,
+        stage: Stage,
+        backend: AttentionBackend,
+        max_length: int,
+    ) -> Model: ...

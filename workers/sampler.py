@@ -1,0 +1,334 @@
+"""Tokens from logits: one call for all rows of a step.
+
+**Noise.** All randomness is a pure function of (seed, position, index), so that a request's tokens
+do not depend on its batch, on preemption or on where it runs. SplitMix64 (Steele, Lea and Flood
+2014, "Fast splittable pseudorandom number generators"; it passes BigCrush) is used twice: the
+stream that starts at mix(seed) gives each position a 64-bit key, and the stream that starts at
+the key gives the noise. That is integer arithmetic, hence the same on every device; 52 bits go
+into a uniform in (0, 1) of float64, so that neither tail is cut short.
+
+**Draws** are exponential races (Gumbel-max): with independent E_i ~ Exp(1), argmax p_i / E_i has
+distribution p. One uniform and the inverse of the cumulative sum would need less noise, but there
+a change in any logit shifts every boundary after it: with N likely tokens, a relative change of d
+flips about d * sqrt(N) of the draws, in a race only about d. Logits do change in their last bits
+with the batch's shape and the device, so races it is.
+
+- With ``top_k`` the race is among the k candidates; a token's noise has its id as index.
+- Else the vocabulary is dealt into classes of about sqrt(V) tokens. The classes race by their
+  mass, then the tokens of the winning class by theirs: P(class) * P(token | class) is exact
+  ("top-down" Gumbel sampling: Maddison, Tarlow and Minka 2014, "A* sampling"), as steady as the
+  race of all, and needs 2 sqrt(V) noise instead of V.
+- ``top_p`` without ``top_k`` is by rejection, as in FlashInfer (2025, "Sorting-free GPU kernels
+  for LLM sampling"): a token is drawn from all; if the mass of what is likelier already reaches
+  top_p, it was outside: draw again among just those likelier ones. Nothing is ever sorted.
+
+**Ties.** Tokens are ordered by logit, equal ones by id, so that exactly k remain under ``top_k``
+and the fewest under ``top_p``, and top_k=1 is greedy whatever the rounding of the logits.
+
+Order and meaning of the steps are vLLM's (V1): process (see SamplingTable), greedy; temperature,
+min_p, top_k, top_p, draw. Log-probabilities are of the raw logits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.plan import Ints, TokenLogprobs
+from workers.kernels import argmax_lse
+from workers.sampling_table import NO_LOGPROBS, SamplingTable, on_device
+
+__all__ = ["HostSampled", "RowLogprobs", "Sampled", "Sampler", "SamplingTable"]
+
+GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step; the other two are its mixers
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+BLOCK = 32  # tokens whose maximum is taken first when looking for the top k
+PROMPT_ELEMENTS = 2**23  # of logits whose log-probabilities are computed at a time
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogprobs:
+    """Log-probabilities of the rows that asked: the chosen token's, then the top k's."""
+
+    rows: Array  # [m], indices into the step's rows
+    tops: Array  # [m], how many top ones each row asked for
+    ids: Tensor  # [m, 1 + k]
+    values: Tensor  # [m, 1 + k] float32
+    ranks: Tensor  # [m, 1 + k]
+
+    def to_host(self) -> dict[int, TokenLogprobs]:
+        ids, ranks = (t.to(torch.int32).cpu().numpy() for t in (self.ids, self.ranks))
+        values = self.values.cpu().numpy()
+        return {
+            int(row): TokenLogprobs(ids[i, : k + 1], values[i, : k + 1], ranks[i, : k + 1])
+            for i, (row, k) in enumerate(zip(self.rows, self.tops, strict=True))
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class HostSampled:
+    """``Sampled`` as StepResult has it."""
+
+    tokens: Ints  # [n]
+    failed: NDArray[np.bool_]  # [n]
+    logprobs: dict[int, TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was sampled for each row, on the device.
+
+    A row has ``failed`` if its logits held NaN or +inf, or if its sampling parameters leave no
+    token with a finite logit; its token is then 0 and means nothing.
+    """
+
+    tokens: Tensor  # [n] int32
+    failed: Tensor  # [n] bool
+    logprobs: RowLogprobs | None  # of the rows that asked, if any
+
+    def to_host(self) -> HostSampled:
+        """Waits for the device."""
+        logprobs = self.logprobs.to_host() if self.logprobs else {}
+        return HostSampled(self.tokens.cpu().numpy(), self.failed.cpu().numpy(), logprobs)
+
+
+class Sampler:
+    """Samples a token for each row of a step. Keeps no state but its table's."""
+
+    def __init__(self, table: SamplingTable) -> None:
+        self.table = table
+
+    def sample(self, logits: Tensor, slots: Ints, positions: Ints) -> Sampled:
+        """A token for each row of ``logits`` [n, V], which are left as they are.
+
+        slots: [n], the slot of each row. positions: [n], the index in its sequence of the token
+        to be sampled (tokens so far, the prompt's included).
+        """
+        table = self.table
+        x, unusable = table.process(logits, slots, positions)
+        greedy, some_k = table.greedy[slots], table.top_k[slots] > 0
+        groups = ((_greedy, greedy), (self._among_top_k, ~greedy & some_k),
+                  (self._among_all, ~greedy & ~some_k))  # fmt: skip
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=x.device)
+        finite = torch.empty(len(slots), dtype=torch.bool, device=x.device)
+        for draw, mine in groups:
+            if mine.all():
+                tokens, finite = draw(x, slots, positions)
+                break
+            if mine.any():
+                rows = np.flatnonzero(mine)
+                at = on_device(rows, x.device)
+                token, ok = draw(x.index_select(0, at), slots[rows], positions[rows])
+                tokens.index_copy_(0, at, token)
+                finite.index_copy_(0, at, ok)
+        if unusable is not None:
+            finite &= ~unusable
+        tokens = tokens * finite
+        return Sampled(tokens.int(), ~finite, self._logprobs(logits, tokens, slots))
+
+    def prompt_logprobs(self, logits: Tensor, targets: Tensor, k: int) -> list[TokenLogprobs]:
+        """Log-probabilities of ``targets`` [n] int64 under ``logits`` [n, V] and of the k likeliest
+        tokens; k = -1 is the whole vocabulary. Waits for the device."""
+        k = self.table.vocab_size if k < 0 else k
+        step = max(1, PROMPT_ELEMENTS // self.table.vocab_size)
+        result: list[TokenLogprobs] = []
+        for at in range(0, len(targets), step):
+            parts = _logprobs_of(logits[at : at + step], targets[at : at + step], k)
+            rows = np.arange(len(parts[0]))
+            result += RowLogprobs(rows, np.full_like(rows, k), *parts).to_host().values()
+        return result
+
+    def _logprobs(self, logits: Tensor, tokens: Tensor, slots: Ints) -> RowLogprobs | None:
+        asked = self.table.logprobs[slots]
+        rows = np.flatnonzero(asked != NO_LOGPROBS)
+        if not len(rows):
+            return None
+        tops = np.where(asked[rows] < 0, self.table.vocab_size, asked[rows])
+        at = on_device(rows, logits.device)
+        parts = _logprobs_of(logits.index_select(0, at), tokens[at], int(tops.max()))
+        return RowLogprobs(rows, tops, *parts)
+
+    def _among_top_k(self, x: Tensor, slots: Ints, positions: Ints) -> tuple[Tensor, Tensor]:
+        """Draws from x [n, V] where every row has a top_k: among [n, largest k] candidates."""
+        table, device = self.table, x.device
+        top_k, top_p = table.top_k[slots], table.top_p[slots]
+        x = x.float()
+        most = int(top_k.max())
+        value, ids = _top(x, most)
+        scale = on_device(1 / table.temperature[slots], device)[:, None]
+        value = (value - value[:, :1]) * scale
+        keep = torch.arange(most, device=device) < on_device(top_k, device)[:, None]
+        if table.min_p[slots].any():
+            least = np.log(np.maximum(table.min_p[slots], 1e-45))  # below any exp(value)
+            keep &= value >= on_device(least, device)[:, None]
+        if (top_p < 1).any():
+            p = value.exp() * keep
+            # Running sums, since these do not depend on how many candidates follow.
+            upto = p.cumsum(-1)
+            limit = on_device(np.where(top_p < 1, top_p, 2), device)[:, None] * upto[:, -1:]
+            keep &= upto - p < limit
+        race = value - _exponential(self._keys(slots, positions, device), ids).log()
+        winner = torch.where(keep, race, -torch.inf).argmax(-1, keepdim=True)
+        return ids.gather(1, winner)[:, 0], x.amax(-1).isfinite()
+
+    def _among_all(self, x: Tensor, slots: Ints, positions: Ints) -> tuple[Tensor, Tensor]:
+        """Draws from x [n, V] where no row has a top_k."""
+        table, device = self.table, x.device
+        n, vocab = x.shape
+        classes = 1 << round(np.log2(vocab) / 2)
+        size = -(-vocab // classes)  # tokens of a class: those equal modulo ``classes``
+        p = torch.empty((n, size * classes), dtype=torch.float32, device=device)
+        p[:, vocab:] = -torch.inf
+        p[:, :vocab] = x
+        if (table.temperature[slots] != 1).any():
+            p *= on_device(1 / table.temperature[slots], device)[:, None]
+        p = p.softmax(-1)
+        if table.min_p[slots].any():
+            least = p.amax(-1, keepdim=True) * on_device(table.min_p[slots], device)[:, None]
+            # Comparing into float is several times faster than into bool on a CPU.
+            p *= torch.ge(p, least, out=torch.empty_like(p))
+        keys = self._keys(slots, positions, device)
+        mass = p.view(n, size, classes).sum(1)
+        token = _race(p, mass, keys, 0)
+        finite = mass.sum(-1).isfinite()
+        if (table.top_p[slots] < 1).any():
+            limit = on_device(np.where(table.top_p[slots] < 1, table.top_p[slots], 2), device)
+            self._reject(p, mass, token, keys, limit * mass.sum(-1))
+        return token, finite
+
+    def _reject(self, p: Tensor, mass: Tensor, token: Tensor, keys: Tensor, limit: Tensor) -> None:
+        """Draws again, into ``token`` [n], until the mass of what is likelier than each token is
+        below ``limit`` [n]. p: [n, size * classes], their sums by class: mass [n, classes]."""
+        classes = mass.shape[1]
+        index = torch.arange(p.shape[1], dtype=torch.float32, device=p.device)
+        rows = torch.arange(len(p), device=p.device)
+        total = mass.sum(-1)
+        turn = 0
+        while True:
+            drawn = token[rows, None]
+            chance = p.gather(1, drawn)
+            # What is likelier is at most all the others, which settles most draws of a sharp
+            # distribution. NaN compares false, so rows without a distribution end here.
+            open_ = (total - chance[:, 0] >= limit).nonzero()[:, 0]
+            if not len(open_):
+                return
+            rows, p, keys, limit, chance, drawn = (
+                t.index_select(0, open_) for t in (rows, p, keys, limit, chance, drawn)
+            )
+            likelier = torch.gt(p, chance, out=torch.empty_like(p))
+            equal = torch.eq(p, chance, out=torch.empty_like(p))
+            before = torch.lt(index, drawn, out=torch.empty_like(p))
+            likelier = likelier.add_(equal.mul_(before)).mul_(p)
+            mass = likelier.view(len(p), -1, classes).sum(1)
+            total = mass.sum(-1)
+            open_ = (total >= limit).nonzero()[:, 0]
+            rows, p, mass, keys, limit, total = (
+                t.index_select(0, open_) for t in (rows, likelier, mass, keys, limit, total)
+            )
+            turn += 1
+            token[rows] = _race(p, mass, keys, turn)
+
+    def _keys(self, slots: Ints, positions: Ints, device: torch.device) -> Tensor:
+        """[n, 1] int64: a key for the noise of each (seed, position)."""
+        with np.errstate(over="ignore"):
+            start = _mix64(self.table.seed[slots] + np.uint64(GOLDEN))
+            keys = _mix64(start + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN))
+        return on_device(keys.view(np.int64), device)[:, None]
+
+
+def _greedy(x: Tensor, _slots: Ints, _positions: Ints) -> tuple[Tensor, Tensor]:
+    index, _, finite = argmax_lse(x)
+    return index, finite
+
+
+def _race(p: Tensor, mass: Tensor, keys: Tensor, turn: int) -> Tensor:
+    """A token [n] for each row of p [n, size * classes] with sums by class mass [n, classes]."""
+    (n, classes), size = mass.shape, p.shape[1] // mass.shape[1]
+    first = turn * (classes + size)
+    index = torch.arange(first, first + classes + size, device=p.device)
+    noise = _exponential(keys, index)
+    chosen = (mass / noise[:, :classes]).argmax(-1)
+    inside = p.view(n, size, classes)[torch.arange(n, device=p.device), :, chosen]
+    return (inside / noise[:, classes:]).argmax(-1) * classes + chosen
+
+
+def _mix64(z: Array) -> Array:
+    """SplitMix64's finalizer of uint64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(MIX_1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(MIX_2)
+    z ^= z >> np.uint64(31)
+    return z
+
+
+def _exponential(keys: Tensor, index: Tensor) -> Tensor:
+    """Exp(1) noise, float64 [n, k], number ``index`` [k] or [n, k] of the stream of each of
+    ``keys`` [n, 1] int64."""
+    # _mix64 on int64, whose >> is arithmetic; products wrap alike.
+    z = keys + (index + 1) * _signed(GOLDEN)
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * _signed(MIX_1)
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * _signed(MIX_2)
+    z = z ^ ((z >> 31) & (2**33 - 1))
+    uniform = (((z >> 12) & (2**52 - 1)).double() + 0.5) * 2.0**-52
+    return uniform.log().neg_()
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _top(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and ids [n, k] of the k largest of each row of x [n, V] float32, in order; of equal
+    ones the lower id comes first."""
+    n, vocab = x.shape
+    if k * BLOCK * 2 > vocab:
+        return _decode(_sortable(x, torch.arange(vocab, device=x.device)).topk(k)[0])
+    # The k largest lie in the k blocks with the largest maxima.
+    blocks = F.pad(x, (0, -vocab % BLOCK), value=-torch.inf).view(n, -1, BLOCK)
+    count = blocks.shape[1]
+    _, best = _decode(
+        _sortable(blocks.amax(-1), torch.arange(count, device=x.device)).topk(k, sorted=False)[0]
+    )
+    rows = torch.arange(0, n * count, count, device=x.device)[:, None]
+    pool = blocks.view(-1, BLOCK).index_select(0, (rows + best).view(-1)).view(n, -1)
+    ids = (best[..., None] * BLOCK + torch.arange(BLOCK, device=x.device)).view(n, -1)
+    return _decode(_sortable(pool, ids).topk(k)[0])
+
+
+def _sortable(x: Tensor, ids: Tensor) -> Tensor:
+    """int64 that order as float32 x does, and equal ones by descending id."""
+    bits = (x + 0.0).view(torch.int32)  # -0 becomes +0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.long() << 32) + (0x7FFFFFFF - ids)
+
+
+def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """x and ids of ``_sortable``."""
+    bits = (keys >> 32).int()
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return bits.view(torch.float32), 0x7FFFFFFF - (keys & 0x7FFFFFFF)
+
+
+def _logprobs_of(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, log-probabilities and ranks [n, 1 + k] of ``tokens`` [n] and of the top k.
+
+    A rank is one more than the number of strictly likelier tokens.
+    """
+    lse = argmax_lse(logits)[1][:, None]
+    x = logits.float()
+    tokens = tokens[:, None]
+    value = x.gather(1, tokens)
+    rank = torch.gt(x, value, out=torch.empty_like(x)).sum(-1, keepdim=True).long() + 1
+    if k:
+        top, ids = _top(x, k)
+        ids = ids.clamp(max=x.shape[1] - 1)  # padding can only come up among NaN
+        ranks = torch.searchsorted(-top, -top) + 1
+        tokens, value, rank = (
+            torch.cat(both, dim=1) for both in ((tokens, ids), (value, top), (rank, ranks))
+        )
+    return tokens, value - lse, rank

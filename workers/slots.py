@@ -1,0 +1,67 @@
+"""A worker's device tables, one row for each slot, and how a plan's rows become a batch."""
+
+import torch
+from torch import Tensor
+
+from engine.plan import Ints, StepPlan
+from workers.batch import Batch
+
+
+class Slots:
+    """Tokens and block tables of the running sequences, kept current by the plans' changes."""
+
+    def __init__(
+        self, num_slots: int, max_model_len: int, block_size: int, device: torch.device
+    ) -> None:
+        max_blocks = -(-max_model_len // block_size)
+        self.block_size = block_size
+        self.device = device
+        self.tokens = torch.zeros(num_slots, max_model_len, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
+
+    def upload(self, values: Ints) -> Tensor:
+        """A host array as a device tensor of int64, without waiting for the device."""
+        tensor = torch.from_numpy(values).long()
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+    def update(self, plan: StepPlan) -> None:
+        """Carry out what the plan says of admitted slots and new cells."""
+        for admit in plan.admits:
+            tokens = torch.from_numpy(admit.tokens)
+            self.tokens[admit.slot, : len(admit.tokens)] = tokens.to(self.device)
+        if len(plan.cells):
+            slot, index, block = self.upload(plan.cells).unbind(1)
+            self.block_tables[slot, index] = block.int()
+
+    def batch(self, plan: StepPlan) -> Batch:
+        """The rows of ``plan`` laid end to end."""
+        total, rows = plan.num_tokens, len(plan.slots)
+        contexts = plan.starts + plan.counts
+        slots, starts = self.upload(plan.slots), self.upload(plan.starts)
+        if total == rows:  # decodes only
+            row_slots, positions = slots, starts
+            query_starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
+        else:
+            counts = self.upload(plan.counts)
+            ends = counts.cumsum(0)
+            row = torch.repeat_interleave(
+                torch.arange(rows, device=self.device), counts, output_size=total
+            )
+            row_slots = slots[row]
+            positions = torch.arange(total, device=self.device) - (ends - counts - starts)[row]
+            query_starts = torch.nn.functional.pad(ends, (1, 0)).int()
+        blocks = self.block_tables[row_slots, positions // self.block_size].long()
+        most = int(contexts.max())
+        used = -(-most // self.block_size)
+        return Batch(
+            tokens=self.tokens[row_slots, positions].long(),
+            positions=positions,
+            query_starts=query_starts,
+            context_lens=self.upload(contexts).int(),
+            block_tables=self.block_tables[slots, :used],
+            cells=blocks * self.block_size + positions % self.block_size,
+            max_query_len=int(plan.counts.max()),
+            max_context_len=most,
+        )

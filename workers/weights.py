@@ -1,0 +1,282 @@
+"""Filling a model's parameters from a checkpoint: each exactly once, each rank its own part.
+
+safetensors files are mapped and read by slices; ``pytorch_model.bin`` is read with
+``torch.load(weights_only=True)`` and nothing looser.
+"""
+
+import math
+import pickle
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.errors import CheckpointError, ConfigError
+from workers.checkpoint import DTYPES, read_json
+
+LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
+Cut = tuple[slice, ...]
+Progress = Callable[[str, int], None]  # a tensor's name, and its bytes that this rank has read
+DUMMY_VALUES = 1_000_003  # a prime, so that the rows of a matrix do not repeat
+
+
+class Parameter:
+    """The part of one checkpoint tensor that this rank holds, and where it goes.
+
+    ``shape`` is the whole tensor's in the checkpoint, ``cut`` this rank's part of it, ``target``
+    the tensor (often a view of a merged one) that the part fills. ``filled`` is called once after.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        target: Tensor,
+        cut: Cut = (),
+        filled: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.shape = shape
+        self.cut = cut or (slice(None),) * len(shape)
+        self._target: Tensor | None = target
+        self._filled = filled
+
+    @property
+    def full(self) -> bool:
+        return self._target is None
+
+    def fill(self, part: Tensor) -> None:
+        """Copy ``part``, converted to the target's type and device, and let the target go."""
+        if self._target is None:
+            raise CheckpointError(f"the checkpoint holds tensor {self.name} more than once")
+        self._target.copy_(part)
+        self._target = None  # a merged weight is freed as soon as its layer has packed it
+        self._filled()
+
+
+class Loadable(Protocol):
+    """What the loader asks of a model."""
+
+    def parameters(self) -> Iterable[Parameter]:
+        """Every parameter that this rank holds."""
+        ...
+
+    def names(self) -> set[str]:
+        """The checkpoint names of the whole model, on whichever rank and stage they live."""
+        ...
+
+    def canonical(self, name: str) -> str | None:
+        """The parameter name of a checkpoint tensor; None for one known to mean nothing."""
+        ...
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Names that only repeat another tensor: alias to owner."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What loading took: bytes that this rank read, tensors, seconds."""
+
+    bytes: int
+    tensors: int
+    seconds: float
+
+
+class _Source(Protocol):
+    """An open checkpoint file."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, cut: Cut) -> Tensor: ...
+
+
+class _Safetensors:
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def names(self) -> Iterable[str]:
+        return list(self._handle.offset_keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle.get_slice(name).get_shape())
+
+    def read(self, name: str, cut: Cut) -> Tensor:
+        tensor: Tensor = self._handle.get_slice(name)[cut or ...]
+        return tensor
+
+
+class _Pickled:
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> Iterable[str]:
+        return self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, cut: Cut) -> Tensor:
+        return self._tensors[name][cut]
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[_Source]:
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt") as handle:
+                yield _Safetensors(handle)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged or truncated: {error}") from error
+        return
+    try:
+        # A file of the old tar format (torch before 1.6) cannot be mapped.
+        tensors = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
+        raise CheckpointError(f"{file} is damaged, truncated or unsafe: {reason}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise CheckpointError(f"{file} must hold a dict of tensors")
+    yield _Pickled(tensors)
+
+
+def find_files(path: Path, load_format: str = "auto") -> list[Path]:
+    """The weight files of a checkpoint folder, as transformers finds them.
+
+    Raises CheckpointError if there are none or if one that the index names is missing.
+    """
+    bases = {"safetensors": ["model.safetensors"], "pt": ["pytorch_model.bin"]}
+    sought = bases.get(load_format, bases["safetensors"] + bases["pt"])
+    for base in sought:
+        if (path / base).is_file():
+            return [path / base]
+        index = path / f"{base}.index.json"
+        if not index.is_file():
+            continue
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map")
+        files = [path / name for name in sorted(set(weight_map.values()))]
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise CheckpointError(f"{index} names files that are missing: {', '.join(absent[:5])}")
+        return files
+    raise CheckpointError(
+        f"{path} has no weights: neither {' nor '.join(sought)}, nor an index of shards"
+    )
+
+
+def load(
+    model: Loadable, path: Path, load_format: str = "auto", progress: Progress | None = None
+) -> Loaded:
+    """Fill every parameter of ``model`` from the checkpoint folder ``path``.
+
+    ``load_format`` is one of ``LOAD_FORMATS``; "dummy" reads no file and fills in small values
+    that depend on the tensor's name alone, so that every layout of ranks holds the same model.
+    Raises CheckpointError, naming up to five tensors, for missing, extra or misshapen ones.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ConfigError(f"load_format={load_format!r}: allowed are {', '.join(LOAD_FORMATS)}")
+    start = time.perf_counter()
+    with torch.inference_mode():
+        if load_format == "dummy":
+            read = _fill_dummy(model, progress)
+        else:
+            read = _fill_from_files(model, find_files(path, load_format), progress)
+    return Loaded(sum(read), len(read), time.perf_counter() - start)
+
+
+def _fill_from_files(model: Loadable, files: list[Path], progress: Progress | None) -> list[int]:
+    """Check every name and shape, then read. Returns the bytes read of each tensor."""
+    with ExitStack() as stack:
+        where = _locate(model, [stack.enter_context(_open(file)) for file in files])
+        known = model.names()
+        extra = [raw for name, (raw, _) in where.items() if name not in known]
+        _complain("the model does not know", extra)
+        _complain("the model needs but the checkpoint lacks", sorted(known - where.keys()))
+        mine = {p.name: p for p in model.parameters()}
+        misshapen = []
+        for name, parameter in mine.items():
+            raw, source = where[name]
+            shape = source.shape(raw)
+            if shape != parameter.shape:
+                misshapen.append(f"{raw} {list(shape)}, not {list(parameter.shape)}")
+        _complain("have the wrong shape", misshapen)
+        read = []
+        for name, (raw, source) in where.items():
+            if name not in mine:
+                continue
+            part = source.read(raw, mine[name].cut)
+            if part.dtype not in DTYPES.values():
+                raise CheckpointError(f"tensor {raw} is {part.dtype}; allowed: {', '.join(DTYPES)}")
+            mine[name].fill(part)
+            read.append(part.numel() * part.element_size())
+            if progress:
+                progress(name, read[-1])
+        return read
+
+
+def _locate(model: Loadable, sources: list[_Source]) -> dict[str, tuple[str, _Source]]:
+    """Where each parameter is: parameter name to the checkpoint's own name and file."""
+    where: dict[str, tuple[str, _Source]] = {}
+    for source in sources:
+        for raw in source.names():
+            name = model.canonical(raw)
+            if name is None:
+                continue
+            if name in where:
+                raise CheckpointError(f"the checkpoint holds tensor {name} more than once")
+            where[name] = raw, source
+    for alias, owner in model.tied.items():
+        if alias not in where:
+            continue
+        raw, source = where.pop(alias)
+        if owner not in where:
+            where[owner] = raw, source
+            continue
+        twin = where[owner][1].read(where[owner][0], ())
+        tensor = source.read(raw, ())
+        if tensor.data_ptr() != twin.data_ptr() and not torch.equal(tensor, twin):
+            raise CheckpointError(
+                f"tie_word_embeddings is true but tensor {raw} differs from {where[owner][0]}"
+            )
+    return where
+
+
+def _fill_dummy(model: Loadable, progress: Progress | None) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.empty(DUMMY_VALUES).uniform_(-0.03, 0.03, generator=generator)
+    read = []
+    for parameter in model.parameters():
+        count = math.prod(parameter.shape)
+        start = zlib.crc32(parameter.name.encode()) % DUMMY_VALUES
+        repeats = -(-(start + count) // DUMMY_VALUES)
+        full = values.repeat(repeats)[start : start + count].view(parameter.shape)
+        if "norm" in parameter.name and parameter.name.endswith(".weight"):
+            full = 1 + full
+        part = full[parameter.cut]
+        parameter.fill(part)
+        read.append(part.numel() * part.element_size())
+        if progress:
+            progress(parameter.name, read[-1])
+    return read
+
+
+def _complain(what: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise CheckpointError(f"{len(names)} tensors {what}: {', '.join(names[:5])}{more}")
