@@ -5,8 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
+from cluster.progress import PromptBar
 from cluster.replica import default_sampling, open_checkpoint, start_replica
 from engine.chat import load_template
 from engine.config import EMBEDDED_MODEL, EngineConfig
@@ -47,8 +46,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(options_.tokenizer or checkpoint.path, options_.revision)
         template = options_.chat_template
         self._chat_template = None if template is None else load_template(template)
-        with _LoadBar(checkpoint.weight_bytes, self.config.log.use_tqdm_on_load) as bar:
-            self.engine = start_replica(self.config, checkpoint, self.tokenizer, bar.read)
+        self.engine = start_replica(self.config, checkpoint, self.tokenizer)
         self._request_ids = itertools.count()
         log.info("Ready in %.2f s", time.perf_counter() - started)
 
@@ -177,14 +175,14 @@ class LLM:
                 except RequestError as error:
                     raise type(error)(f"prompt {number}: {error}") from None
                 texts[request.request_id] = RequestText(request, text, self.tokenizer, metrics)
-            with _ProgressBar(len(prompts), use_tqdm) as bar:
+            with PromptBar(len(prompts), use_tqdm) as bar:
                 self._drive(texts, bar)
         finally:  # a wrong prompt, an interrupt: nothing of this call goes on
             for request_id in texts:
                 self.engine.abort(request_id)
         return [text.output for text in texts.values()]
 
-    def _drive(self, texts: dict[str, RequestText], bar: "_ProgressBar") -> None:
+    def _drive(self, texts: dict[str, RequestText], bar: PromptBar) -> None:
         unfinished = len(texts)
         while unfinished:
             for delta in self.engine.step():
@@ -221,55 +219,3 @@ def _is_ids(value: Any) -> bool:
         and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
         and len(value) > 0
     )
-
-
-class _LoadBar:
-    """Progress of reading weights."""
-
-    def __init__(self, total_bytes: int, show: bool) -> None:
-        self._bar = tqdm(
-            total=total_bytes,
-            desc="Loading weights",
-            unit="B",
-            unit_scale=True,
-            disable=not show,
-        )
-
-    def read(self, name: str, num_bytes: int) -> None:
-        self._bar.update(num_bytes)
-
-    def __enter__(self) -> "_LoadBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-
-class _ProgressBar:
-    """``Processed prompts``, with the estimated speed of input and output so far."""
-
-    def __init__(self, total: int, show: bool) -> None:
-        self._input = self._output = 0
-        self._started = time.perf_counter()
-        self._bar = tqdm(total=total, desc="Processed prompts", disable=not show)
-        self._postfix()
-
-    def finished(self, output: RequestOutput) -> None:
-        self._input += len(output.prompt_token_ids)
-        self._output += sum(len(o.token_ids) for o in output.outputs)
-        self._postfix()
-        self._bar.update(1)
-
-    def _postfix(self) -> None:
-        seconds = max(time.perf_counter() - self._started, 1e-9)
-        self._bar.set_postfix_str(
-            f"est. speed input: {self._input / seconds:.2f} toks/s,"
-            f" output: {self._output / seconds:.2f} toks/s",
-            refresh=False,
-        )
-
-    def __enter__(self) -> "_ProgressBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

@@ -1,10 +1,10 @@
 """Starting a replica: an executor that is loaded and reserved, and the engine on it."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.progress import LoadBar
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError, RequestError
@@ -56,16 +56,16 @@ def start_replica(
     config: EngineConfig,
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
-    progress: Callable[[str, int], None] | None = None,
 ) -> Engine:
     """Load the model, reserve its KV blocks, and say what was done.
 
-    The end tokens are generation_config.json's and the tokenizer's. ``progress`` is called with each tensor's name and bytes as it is read.
+    The end tokens are generation_config.json's and the tokenizer's.
     Raises CheckpointError or ConfigError.
     """
-    executor = LocalExecutor(config, checkpoint.path, progress)
     started = time.perf_counter()
-    facts = executor.load()
+    with LoadBar(checkpoint.weight_bytes, config.log.use_tqdm_on_load) as bar:
+        executor = LocalExecutor(config, checkpoint.path, bar.read)
+        facts = executor.load()
     log.info(
         "Loaded %s (%s, %s parameters, %s on %s): %.2f GiB of weights read in %.2f s, %.2f s in all",
         config.model.model,

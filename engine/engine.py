@@ -15,6 +15,7 @@ from engine.executor import Capacity, Executor, ModelFacts, PendingResult
 from engine.kv import KVBlocks
 from engine.outputs import RequestMetrics
 from engine.plan import TokenLogprobs
+from engine.preempt import Costs
 from engine.request import Request
 from engine.scheduler import Progress, Scheduler
 from engine.sequence import FinishReason, Sequence
@@ -91,7 +92,7 @@ class Engine:
             capacity.block_size,
             config.cache.enable_prefix_caching,
         )
-        self.scheduler = Scheduler(config.scheduler, kv, capacity.costs)
+        self.scheduler = Scheduler(config.scheduler, kv, Costs(capacity.costs))
         self._active: dict[str, _Active] = {}
         self._deadlines = 0  # how many active requests have one
         self._pending: deque[PendingResult] = deque()

@@ -36,6 +36,12 @@ _PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _PLAIN_MODEL_TYPES = (None, "llama", "mistral", "opt", "qwen3")
 
 
+# Whose presence or version decides what transformers makes of a folder.
+_DECIDING_PACKAGES = (
+    "transformers", "tokenizers", "sentencepiece", "protobuf", "tiktoken", "mistral-common",
+)  # fmt: skip
+
+
 class Backend(Protocol):
     """What this module needs of a tokenizer; ``tokenizers.Tokenizer`` has nearly all of it."""
 
@@ -66,6 +72,7 @@ class FastBackend:
         self.size = max(backend.get_vocab_size(), *(i + 1 for i in added), 0)
         self.id_to_token = backend.id_to_token
         self.token_to_id = backend.token_to_id
+        self.to_json = backend.to_str
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
@@ -115,6 +122,23 @@ class Resolved(NamedTuple):
     special_tokens: dict[str, str]
     extra_special_tokens: list[str]
     chat_templates: dict[str, str]
+
+
+def resolve(path_or_id: str | Path, revision: str | None) -> Resolved:
+    """The tokenizer of a checkpoint folder, or of a hub id at a revision. Raises anything."""
+    folder = Path(path_or_id)
+    if not folder.is_dir():
+        return _from_transformers(str(path_or_id), revision)
+    if (plain := _read_plain(folder)) is not None:
+        return plain
+    kept = _kept_file(folder)
+    if kept.is_file():
+        return _read_kept(kept)
+    _check_packages(folder)
+    resolved = _from_transformers(str(folder), None)
+    if isinstance(resolved.backend, FastBackend):
+        _keep(resolved, resolved.backend.to_json(), kept)
+    return resolved
 
 
 def _content(token: Any) -> str:
@@ -175,6 +199,15 @@ def _templates(value: Any) -> dict[str, str]:
     return dict(value) if isinstance(value, dict) else {"default": value}
 
 
+def _check_packages(folder: Path) -> None:
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        for package in ("sentencepiece", "google.protobuf"):
+            if importlib.util.find_spec(package) is None:
+                raise ImportError(
+                    f"tokenizer.model needs {package}: pip install 'manta-serve[sentencepiece]'"
+                )
+
+
 def _from_transformers(path_or_id: str, revision: str | None) -> Resolved:
     from transformers import AutoTokenizer
 
@@ -185,3 +218,38 @@ def _from_transformers(path_or_id: str, revision: str | None) -> Resolved:
     fast = getattr(loaded, "backend_tokenizer", None)
     backend: Backend = SlowBackend(loaded) if fast is None else FastBackend(fast)
     return Resolved(backend, special, extra, _templates(loaded.chat_template))
+
+
+def _kept_file(folder: Path) -> Path:
+    """Where the tokenizer that transformers makes of this folder is kept."""
+    digest = hashlib.sha256(str(folder).encode())
+    for package in _DECIDING_PACKAGES:
+        try:
+            digest.update(f"\0{package} {importlib.metadata.version(package)}".encode())
+        except importlib.metadata.PackageNotFoundError:
+            digest.update(f"\0{package} none".encode())
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
+            content = path.read_bytes()
+            digest.update(f"\0{path.name} {len(content)}\0".encode() + content)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "manta" / "tokenizers" / f"{digest.hexdigest()[:20]}.json"
+
+
+def _keep(resolved: Resolved, backend: str, kept: Path) -> None:
+    value = {**resolved._asdict(), "backend": backend}
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+            json.dump(value, file)
+        os.replace(file.name, kept)
+    except OSError:
+        pass  # a home that cannot be written to: the next start is slow too
+
+
+def _read_kept(kept: Path) -> Resolved:
+    import tokenizers
+
+    value = _read_json(kept)
+    backend = tokenizers.Tokenizer.from_str(value.pop("backend"))
+    return Resolved(FastBackend(backend), **value)

@@ -23,32 +23,37 @@ class KVCache:
         num_cpu_blocks: int,
         device: torch.device,
     ) -> None:
-        one = backend.allocate(1)
-        shape, dtype = one.shape[1:], one.dtype
+        self.layers = [backend.allocate(num_device_blocks) for _ in range(num_layers)]
+        shape = (num_cpu_blocks, *self.layers[0].shape[1:])
         # Not initialised: memory is taken only as blocks are written, and start-up stays short.
-        self._device = torch.empty(
-            num_layers, num_device_blocks, *shape, dtype=dtype, device=device
-        )
-        pinned = device.type == "cuda" and num_cpu_blocks > 0
-        self._cpu = torch.empty(num_layers, num_cpu_blocks, *shape, dtype=dtype, pin_memory=pinned)
-        self.layers: list[Tensor] = list(self._device.unbind(0))
+        self._cpu = [
+            torch.empty(shape, dtype=self.layers[0].dtype, pin_memory=device.type == "cuda")
+            for _ in range(num_layers)
+        ]
+        self._device = device
 
     def copy(self, copies: Copies) -> None:
         """Carry out a plan's copies: out, then in, then within the device."""
         if len(copies.out):
-            source, target = _columns(copies.out)
-            self._cpu[:, target] = self._device[:, source.to(self._device.device)].cpu()
+            source, target = self._columns(copies.out)
+            for layer, cpu in zip(self.layers, self._cpu, strict=True):
+                cpu[target.cpu()] = layer[source].cpu()
         if len(copies.in_):
-            source, target = _columns(copies.in_)
-            device = self._device.device
-            self._device[:, target.to(device)] = self._cpu[:, source].to(device)
+            source, target = self._columns(copies.in_)
+            for layer, cpu in zip(self.layers, self._cpu, strict=True):
+                layer[target] = cpu[source.cpu()].to(self._device)
         if len(copies.within):
-            source, target = (c.to(self._device.device) for c in _columns(copies.within))
-            self._device[:, target] = self._device[:, source]
+            source, target = self._columns(copies.within)
+            for layer in self.layers:
+                layer[target] = layer[source]
+
+    def _columns(self, pairs: Ints) -> tuple[Tensor, Tensor]:
+        source, target = torch.from_numpy(pairs).long().to(self._device).unbind(1)
+        return source, target
 
     def measure(self) -> tuple[float, float]:
         """(seconds to copy a block out, seconds to copy one in); blocks' contents are lost."""
-        num = min(4, self._device.shape[1], self._cpu.shape[1])
+        num = min(4, len(self.layers[0]), len(self._cpu[0]))
         if num == 0:
             return float("inf"), float("inf")
         pairs = torch.arange(num, dtype=torch.int32)[:, None].expand(-1, 2).numpy()
@@ -57,13 +62,9 @@ class KVCache:
             for _ in range(2):  # the first touches the memory
                 start = time.perf_counter()
                 self.copy(copies)
-                if self._device.is_cuda:
-                    torch.cuda.synchronize(self._device.device)
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
                 seconds = (time.perf_counter() - start) / num
             times.append(seconds)
         return times[0], times[1]
 
-
-def _columns(pairs: Ints) -> tuple[Tensor, Tensor]:
-    source, target = torch.from_numpy(pairs).long().unbind(1)
-    return source, target

@@ -48,6 +48,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step; the other two are its mixers
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 BLOCK = 32  # tokens whose maximum is taken first when looking for the top k
 PROMPT_ELEMENTS = 2**23  # of logits whose log-probabilities are computed at a time
+CPU_ELEMENTS = 2**19  # of logits that a CPU draws from at a time, to stay in its caches
 
 Array = NDArray[Any]
 
@@ -117,14 +118,13 @@ class Sampler:
                   (self._among_all, ~greedy & ~some_k))  # fmt: skip
         tokens = torch.empty(len(slots), dtype=torch.int64, device=x.device)
         finite = torch.empty(len(slots), dtype=torch.bool, device=x.device)
+        piece = max(1, CPU_ELEMENTS // x.shape[1]) if x.is_cpu else len(slots)
         for draw, mine in groups:
-            if mine.all():
-                tokens, finite = draw(x, slots, positions)
-                break
-            if mine.any():
-                rows = np.flatnonzero(mine)
-                at = on_device(rows, x.device)
-                token, ok = draw(x.index_select(0, at), slots[rows], positions[rows])
+            rows = np.flatnonzero(mine)
+            for some in (rows[i : i + piece] for i in range(0, len(rows), piece)):
+                at = on_device(some, x.device)
+                part = x if len(some) == len(x) else x.index_select(0, at)
+                token, ok = draw(part, slots[some], positions[some])
                 tokens.index_copy_(0, at, token)
                 finite.index_copy_(0, at, ok)
         if unusable is not None:

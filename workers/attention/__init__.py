@@ -7,6 +7,9 @@ from workers.attention.gather import GatherAttention
 __all__ = ["AttentionBackend", "AttentionShape", "choose_backend"]
 
 
-def choose_backend(shape: AttentionShape) -> AttentionBackend:
-    """CpuAttention where it can serve the shape, else GatherAttention."""
-    return CpuAttention(shape) if CpuAttention.supports(shape) else GatherAttention(shape)
+def choose_backend(shape: AttentionShape, option: str = "auto") -> AttentionBackend:
+    """The backend of the option ``attention_backend``; auto is CpuAttention where it can serve
+    the shape, else GatherAttention. Raises ConfigError if the chosen one cannot serve it."""
+    if option == "auto":
+        option = "cpu" if CpuAttention.supports(shape) else "gather"
+    return CpuAttention(shape) if option == "cpu" else GatherAttention(shape)

@@ -1,0 +1,697 @@
+"""Expands the text files of `text/` into training documents for the demo model.
+
+The files hold blocks of questions, answers, tables and story parts; README.md beside this file
+describes their format. `documents(seed, count)` draws documents from them: single questions with
+many paraphrases, conversations, plain facts and little stories. The same seed always gives the
+same documents, whatever the number of processes.
+
+    python tools/demo_model/corpus.py --show 20            print some documents
+    python tools/demo_model/corpus.py --questions FILE     write the evaluation questions
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import random
+import re
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TEXT = Path(__file__).parent / "text"
+END = "<|endoftext|>"
+TURN = "<|im_start|>{}\n{}<|im_end|>\n"
+CHUNK = 1000  # documents drawn from one random stream
+
+# Files whose answers are facts that also stand alone as plain text, and their share of the talk.
+FACTS = {"manta.txt": 3.0, "tables.txt": 0.35, "world.txt": 1.6, "sums": 0.6}
+TALK = {"social.txt": 1.0, "jokes.txt": 1.0, "unknown.txt": 1.0, "stories.txt": 0.5}
+
+
+@dataclass
+class Block:
+    """One paragraph of a text file: lines by their letter, and the table it refers to."""
+
+    file: str
+    lines: dict[str, list[str]] = field(default_factory=dict)
+    script: list[tuple[str, str]] = field(default_factory=list)  # dialogue lines in order
+    rows: list[dict[str, str]] = field(default_factory=lambda: [{}])
+
+    def get(self, key: str) -> list[str]:
+        return self.lines.get(key, [])
+
+    def choices(self, key: str) -> list[str]:
+        return [part for line in self.get(key) for part in split(line)]
+
+    @property
+    def personal(self) -> bool:
+        return "personal" in self.get("K")
+
+    @property
+    def weight(self) -> float:
+        share = FACTS.get(self.file, TALK.get(self.file, 1.0))
+        return share * len(self.rows) * float(self.lines.get("W", ["1"])[0])
+
+    @property
+    def plain(self) -> list[str]:
+        """The plain-text forms of a fact: the T lines, or else the answers."""
+        if self.file not in FACTS:
+            return []
+        return [t for t in self.get("T") or self.get("A") if t != "-"]
+
+
+def split(line: str) -> list[str]:
+    return [part.strip() for part in line.split(" | ")]
+
+
+def parse(file: str, text: str) -> list[Block]:
+    """Reads blocks, which empty lines separate; `@=` refers to the table of the block before."""
+    blocks: list[Block] = []
+    rows: list[dict[str, str]] = [{}]
+    for paragraph in re.split(r"\n\s*\n", text):
+        lines = [ln for ln in paragraph.splitlines() if ln.strip() and not ln.startswith("#")]
+        if not lines:
+            continue
+        block = Block(file)
+        columns: list[str] = []
+        for line in lines:
+            key, _, rest = line.partition(" ")
+            if key == "@=":
+                block.rows = rows
+            elif key == "@":
+                columns, block.rows = split(rest), []
+            elif key == "-":
+                values = split(rest)
+                if len(values) > len(columns):
+                    raise ValueError(f"{file}: {len(columns)} columns, but {line!r}")
+                block.rows.append(dict(zip(columns, values, strict=False)))
+            elif key in ("U:", "B:", "Y:", "..."):
+                block.script.append((key.rstrip(":"), rest))
+            elif re.fullmatch(r"[A-Z]:", key):
+                block.lines.setdefault(key[0], []).append(rest)
+            else:
+                raise ValueError(f"{file}: not a line of a block: {line!r}")
+        rows = block.rows
+        blocks.append(block)
+    return blocks
+
+
+def sums() -> str:
+    """Blocks for arithmetic, counting, dates and letters, in the format of the text files."""
+    number = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    number += " fifteen sixteen seventeen eighteen nineteen twenty"
+    names = number.split()
+    days = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+    months = (
+        "January February March April May June July August September October November December"
+    ).split()
+    letters = [chr(code) for code in range(ord("A"), ord("Z") + 1)]
+    blocks: list[str] = []
+
+    def table(columns: str, rows: list[str], *lines: str) -> None:
+        blocks.append("\n".join([f"@ {columns}", *(f"- {row}" for row in rows), *lines]))
+
+    def operation(rows: list[str], name: str, sign: str, asks: str, weight: float) -> None:
+        table(
+            "a | b | c",
+            rows,
+            f"Q: What is {{a}} {name} {{b}}? | {{a}} {sign} {{b}} | {{a}}{sign}{{b}} | "
+            f"What is {{a}} {sign} {{b}}? | How much is {{a}} {name} {{b}}? | "
+            f"{{a}} {sign} {{b}} = ? | {{a}} {name} {{b}} | Calculate {{a}} {sign} {{b}}. | {asks}",
+            f"H: How much is {{a}} {sign} {{b}}?",
+            f"F: And {{a}} {name} {{b}}? | And {{a}} {sign} {{b}}?",
+            f"A: {{a}} {name} {{b}} is {{c}}.",
+            "X: is {c}.",
+            f"W: {weight}",
+        )
+
+    small = range(21)
+    operation([f"{a} | {b} | {a + b}" for a in small for b in small], "plus", "+",
+              "Add {a} and {b}. | What is the sum of {a} and {b}?", 0.5)  # fmt: skip
+    operation([f"{a} | {b} | {a - b}" for a in small for b in range(a + 1)], "minus", "-",
+              "Subtract {b} from {a}.", 0.5)  # fmt: skip
+    operation([f"{a} | {b} | {a * b}" for a in range(13) for b in range(13)], "times", "*",
+              "Multiply {a} by {b}. | {a} x {b}", 0.7)  # fmt: skip
+    operation([f"{a * b} | {b} | {a}" for a in range(1, 11) for b in range(1, 11)],
+              "divided by", "/", "Divide {a} by {b}.", 0.5)  # fmt: skip
+    table(
+        "a | b | c",
+        [f"{names[a]} | {names[b]} | {names[a + b]}" for a in range(11) for b in range(11)],
+        "Q: What is {a} plus {b}? | How much is {a} plus {b}? | {a} plus {b} | Add {a} and {b}.",
+        "A: {A} plus {b} is {c}.",
+        "X: is {c}",
+        "W: 0.5",
+    )
+    table(
+        "n | list",
+        [f"{n} | {', '.join(map(str, range(1, n + 1)))}" for n in range(3, 31)],
+        "Q: Count to {n}. | Count from 1 to {n}. | Can you count to {n}? | Please count to {n}. | "
+        "Count from one to {n}. | Count up to {n}.",
+        "F: And to {n}? | Now count to {n}.",
+        "A: {list}.",
+        "X: {list}",
+        "W: 3",
+    )
+    table(
+        "n | list",
+        [f"{names[n]} | {', '.join(map(str, range(1, n + 1)))}" for n in range(3, 21)],
+        "Q: Count to {n}. | Can you count to {n}? | Count from one to {n}.",
+        "A: {list}.",
+        "X: {list}",
+        "W: 3",
+    )
+    table(
+        "n | list",
+        [f"{n} | {', '.join(map(str, range(n, -1, -1)))}" for n in range(3, 21)],
+        "Q: Count backwards from {n}. | Count down from {n}. | Count backwards from {n} to 0.",
+        "A: {list}.",
+        "X: {list}",
+    )
+    table(
+        "a | b",
+        [f"{n} | {names[n]}" for n in small],
+        "Q: How do you write {a} in words? | Write {a} in words. | Write the number {a} as a word.",
+        "A: The number {a} is written {b}.",
+        "X: {b}",
+    )
+    table(
+        "n | kind",
+        [f"{n} | {'odd' if n % 2 else 'even'}" for n in range(51)],
+        "Q: Is {n} even or odd? | Is {n} an even number? | Is {n} an odd number? | "
+        "Is the number {n} even?",
+        "F: And {n}? | And is {n} even or odd?",
+        "A: {n} is an {kind} number.",
+        "X: {kind}",
+    )
+    table(
+        "n | next | before",
+        [f"{n} | {n + 1} | {n - 1}" for n in range(1, 100)],
+        "Q: Which number comes after {n}? | What comes after {n}? | What number follows {n}?",
+        "F: And after {n}?",
+        "A: After {n} comes {next}.",
+        "X: comes {next}",
+        "W: 0.5",
+    )
+    table(
+        "a | b | big",
+        [f"{a} | {b} | {max(a, b)}" for a in range(0, 101, 5) for b in range(1, 101, 7) if a != b],
+        "Q: Which is larger, {a} or {b}? | Which number is larger, {a} or {b}? | "
+        "What is bigger, {a} or {b}? | Which is more, {a} or {b}?",
+        "A: {big} is larger.",
+        "X: {big} is",
+        "W: 0.3",
+    )
+    for what, items in (("day", days), ("month", months)):
+        pairs = [
+            f"{a} | {b}" for a, b in zip(items, items[1:] + items[:1], strict=True)
+        ]
+        table(
+            "a | b",
+            pairs,
+            f"Q: Which {what} comes after {{a}}? | What {what} comes after {{a}}? | "
+            f"What comes after {{a}}? | Which {what} follows {{a}}? | What is the {what} "
+            f"after {{a}}?",
+            "F: And after {a}?",
+            "A: {b} comes after {a}.",
+            "X: {b} comes",
+            "W: 2",
+        )
+        table(
+            "b | a",
+            pairs,
+            f"Q: Which {what} comes before {{a}}? | What {what} comes before {{a}}? | "
+            f"What comes before {{a}}? | What is the {what} before {{a}}?",
+            "F: And before {a}?",
+            "A: {b} comes before {a}.",
+            "X: {b} comes",
+            "W: 2",
+        )
+    table(
+        "a | b",
+        [f"{a} | {b}" for a, b in zip(letters, letters[1:], strict=False)],
+        "Q: Which letter comes after {a}? | What letter comes after {a}? | What comes after {a} in "
+        "the alphabet?",
+        "F: And after {a}?",
+        "A: The letter {b} comes after {a}.",
+        "X: letter {b} comes",
+    )
+    lengths = [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31]
+    table(
+        "m | n",
+        [f"{m} | {n}" for m, n in zip(months, lengths, strict=True)],
+        "Q: How many days does {m} have? | How many days are in {m}? | How many days are there in "
+        "{m}?",
+        "F: And {m}?",
+        "A: {m} has {n} days.",
+        "X: {n}",
+        "W: 2",
+    )
+    return "\n\n".join(blocks)
+
+
+class Corpus:
+    """The parsed text files."""
+
+    def __init__(self) -> None:
+        self.lists: dict[str, list[str]] = {}
+        for line in (TEXT / "lists.txt").read_text(encoding="utf-8").splitlines():
+            if line and not line.startswith("#"):
+                name, _, values = line.partition(": ")
+                self.lists[name] = split(values)
+        self.lists["adj2"] = self.lists["adj"]
+        self.blocks = parse("sums", sums())
+        for path in sorted(TEXT.glob("*.txt")):
+            if path.name != "lists.txt":
+                self.blocks += parse(path.name, path.read_text(encoding="utf-8"))
+        self.talk = [b for b in self.blocks if b.get("Q")]
+        self.chain = [b for b in self.talk if not b.personal]
+        self.facts = [b for b in self.blocks if b.plain]
+        self.scenes = [b for b in self.blocks if b.get("S")]
+        self.dialogues = [b for b in self.blocks if b.script]
+        self.weights = {
+            id(group): [b.weight for b in group]
+            for group in (self.talk, self.chain, self.facts, self.scenes, self.dialogues)
+        }
+
+    def pick(self, group: list[Block], rng: random.Random) -> Block:
+        return rng.choices(group, self.weights[id(group)])[0]
+
+
+@functools.cache
+def corpus() -> Corpus:
+    return Corpus()
+
+
+# --- filling in ------------------------------------------------------------------------------
+
+PLACE = re.compile(r"\{(\w+)(?::(\w+))?\}")
+ARTICLE = re.compile(r"\b([Aa]) (?=[aeiouAEIOU])(?!one\b|uni|use|usu|eu|Eu|UN)")
+STARTS = "b br c cl d dr f g gr h j k l m n p pr r s st t tr v w z".split()
+VOWELS = "a e i o u ai ea oo".split()
+
+
+def invented(rng: random.Random) -> str:
+    """A made-up name, so that the model learns to copy and not only to recall."""
+    parts = [rng.choice(STARTS) + rng.choice(VOWELS) for _ in range(rng.choice((1, 2, 2, 3)))]
+    return ("".join(parts) + rng.choice(("", "", "n", "l", "r", "s", "k", "x", "th"))).capitalize()
+
+
+def draw(name: str, bound: dict[str, str], rng: random.Random) -> str:
+    base = name if name in corpus().lists else name.rstrip("2")
+    if base not in corpus().lists:
+        raise KeyError(f"no list or column {name!r}")
+    if (base == "name" and rng.random() < 0.3) or (base == "strange" and rng.random() < 0.7):
+        return invented(rng)
+    if base == "sentence" and rng.random() < 0.4:
+        words = rng.sample(corpus().lists["word"] + corpus().lists["animal"], rng.randint(2, 7))
+        return (" ".join(words) + rng.choice(("", "."))).capitalize()
+    if base == "word" and "word:" not in bound["template"] and rng.random() < 0.3:
+        return invented(rng).lower()
+    taken = set(bound.values())
+    values = corpus().lists[base]
+    return next((v for v in rng.sample(values, min(3, len(values))) if v not in taken), values[0])
+
+
+def fill(text: str, bound: dict[str, str], rng: random.Random) -> str:
+    """Replaces {column}, {Column} (capitalised), {list} and {list:form}; binds what it draws."""
+
+    def value(match: re.Match[str]) -> str:
+        name, form = match.groups()
+        key = name if name in bound or name[0].islower() else name[0].lower() + name[1:]
+        if key not in bound:
+            bound[key] = draw(key, bound, rng)
+        got = bound[key]
+        if form == "spell":
+            return "-".join(got)
+        if form == "first":
+            return got[0]
+        if form == "len":
+            return str(len(got))
+        if form == "upper":
+            return got.upper()
+        return got if key == name else got[0].upper() + got[1:]
+
+    return ARTICLE.sub(r"\1n ", PLACE.sub(value, text)) if "{" in text else text
+
+
+# --- paraphrases -----------------------------------------------------------------------------
+
+ASKING = set(
+    "what who which where when why how do does did is are can could will tell name list give write"
+    " say count spell explain describe in on of translate define make let a an the it i'm".split()
+)
+AUXILIARY = "is are was were do does did can could will would has have had should may"
+ORDERS = set(
+    "tell write list name give say count spell explain describe repeat translate define find use"
+    " show greet wish recite calculate add multiply divide subtract make teach introduce".split()
+)
+
+
+def lowered(text: str) -> str:
+    """The text with a small first letter, when its first word is an ordinary one."""
+    first = text.split(" ", 1)[0].strip("?,.!").lower()
+    return text[:1].lower() + text[1:] if first in ASKING or first in ORDERS else text
+
+
+def embedded(question: str) -> str | None:
+    """"What is X?" as "what X is", for "Can you tell me ..."; None when it cannot be turned."""
+    plain = re.fullmatch(r"(What|Who|Where) (is|are|was|were) ([^,?]+)\?", question)
+    if plain and not re.search(r" (in|do|does|that|called|used|for|like|doing)\b", plain[3]):
+        return f"{plain[1].lower()} {plain[3]} {plain[2]}"
+    direct = re.fullmatch(rf"(Who|What|Which [\w ]+?) (?!{'|'.join(AUXILIARY.split())})(\w+.*)\?",
+                          question)  # fmt: skip
+    if direct and not re.search(rf"\b({'|'.join(AUXILIARY.split())})\b", question):
+        return question[0].lower() + question[1:-1]
+    return None
+
+
+ASK = ("Can you tell me {}?", "Do you know {}?", "Please tell me {}.", "Could you tell me {}?",
+       "I want to know {}.", "Tell me {}.", "I would like to know {}.", "Could you explain {}?",
+       "Do you happen to know {}?")  # fmt: skip
+ASK_HELD_OUT = ("I wonder {}.", "Would you tell me {}?", "May I ask {}?", "I need to know {}.")
+
+
+def paraphrase(question: str, rng: random.Random) -> str:
+    """Another way to say the same: embedded, with a polite opening, or with thanks at its end."""
+    lists = corpus().lists
+    first = question.split(" ", 1)[0].lower()
+    roll = rng.random()
+    if roll < 0.45 or len(question) < 6 or " " not in question:
+        return question
+    if roll < 0.62:
+        inner = embedded(question)
+        if inner:
+            return rng.choice(ASK).format(inner)
+        if first in ORDERS and not question.endswith("?"):
+            polite = rng.choice(lists["polite"])
+            mark = "?" if polite.startswith(("Can", "Could", "Would")) else "."
+            body = question[0].lower() + question[1:]
+            return f"{polite} {body.rstrip('.') + mark if body.endswith('.') else body}"
+        if question.startswith("What is "):
+            return "What's " + question[8:]
+    if roll < 0.9:
+        opening = rng.choice(lists["before"])
+        return f"{opening} {question if opening[-1] == '!' else lowered(question)}"
+    return f"{question} {rng.choice(lists['after'])}"
+
+
+def typo(word: str, rng: random.Random) -> str:
+    if len(word) < 5 or not word.isalpha():
+        return word
+    at = rng.randrange(1, len(word) - 1)
+    kind = rng.randrange(3)
+    if kind == 0:
+        return word[:at] + word[at + 1 :]
+    if kind == 1:
+        return word[:at] + word[at] + word[at:]
+    return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+
+
+def careless(question: str, rng: random.Random) -> tuple[str, bool]:
+    """Drops case and punctuation or adds a typo at times; also tells whether all was lowered.
+
+    Placeholders still in the text are left as they are.
+    """
+    parts = re.split(r"(\{[^}]*\})", question)
+    roll = rng.random()
+    small = roll < 0.14
+    for i in range(0, len(parts), 2):
+        if small:
+            parts[i] = parts[i].lower()
+        elif roll < 0.155:
+            parts[i] = parts[i].upper()
+        if rng.random() < 0.05:
+            words = parts[i].split(" ")
+            at = rng.randrange(len(words))
+            words[at] = typo(words[at], rng)
+            parts[i] = " ".join(words)
+    text = "".join(parts)
+    if text[-1] in ".?!" and len(text) > 3 and "{sentence}" not in text:
+        roll = rng.random()
+        if roll < 0.18 or (small and roll < 0.5):
+            text = text[:-1]
+        elif roll < 0.2:
+            text += text[-1]
+    return text, small
+
+
+# --- turns and documents ---------------------------------------------------------------------
+
+
+@dataclass
+class Turn:
+    user: str
+    answer: str
+    block: Block
+    row: int
+    template: str
+
+
+def spoken(template: str, bound: dict[str, str], rng: random.Random) -> str:
+    """A user's text: columns filled in, carelessly written, then the drawn words."""
+    text = PLACE.sub(lambda m: bound.get(m[1], m[0]) if not m[2] else m[0], template)
+    text, small = careless(text, rng)
+    filled = fill(text, bound, rng)
+    for name in ("name", "city", "girl", "boy"):
+        if small and name in bound and rng.random() < 0.7:
+            filled = filled.replace(bound[name], bound[name].lower())
+    return filled
+
+
+def answer(block: Block, bound: dict[str, str], rng: random.Random,
+           used: frozenset[str] = frozenset()) -> tuple[str, str]:  # fmt: skip
+    """An answer of the block and its template, if possible not one that was used before."""
+    if block.get("S"):
+        return scene(block, bound, rng), ""
+    fresh = [a for a in block.get("A") if a not in used] or block.get("A")
+    template = rng.choice(fresh)
+    return fill(template, bound, rng), template
+
+
+def ask(block: Block, rng: random.Random) -> Turn:
+    row = rng.randrange(len(block.rows))
+    bound = dict(block.rows[row])
+    template = rng.choice(block.choices("Q"))
+    bound["template"] = template + "".join(block.get("A"))
+    # Columns first, so that "Who wrote Hamlet?" is paraphrased as a whole.
+    question = PLACE.sub(lambda m: bound.get(m[1], m[0]), template)
+    said = spoken(paraphrase(question, rng), bound, rng)
+    text, used = answer(block, bound, rng)
+    return Turn(said, text, block, row, used)
+
+
+def follow(turn: Turn, used: set[str], rng: random.Random) -> Turn | None:
+    """A turn that only makes sense after this one: another row, another joke, more of it."""
+    block = turn.block
+    roll = rng.random()
+    if block.get("F") and roll < 0.45:
+        row = rng.randrange(len(block.rows))
+        bound = dict(block.rows[row], template="")
+        text, template = answer(block, bound, rng)
+        said, _ = careless(fill(rng.choice(block.choices("F")), bound, rng), rng)
+        return Turn(said, text, block, row, template)
+    if block.get("R") and roll < 0.6:
+        text, template = answer(block, {"template": ""}, rng, frozenset(used))
+        said, _ = careless(rng.choice(block.choices("R")), rng)
+        return Turn(said, text, block, 0, template)
+    if roll < (0.6 if block.get("M") else 0.03) and turn.template not in block.get("M"):
+        more = block.get("M") or ["I am a small model and cannot say more about it."]
+        said, _ = careless(rng.choice(corpus().lists["more"]), rng)
+        return Turn(said, more[0], block, 0, more[0])
+    return None
+
+
+def chain(length: int, rng: random.Random) -> list[tuple[str, str]]:
+    turns: list[Turn] = []
+    used: set[str] = set()
+    while len(turns) < length:
+        after = follow(turns[-1], used, rng) if turns else None
+        turn = after or ask(corpus().pick(corpus().chain, rng), rng)
+        used.add(turn.template)
+        turns.append(turn)
+    return [(t.user, t.answer) for t in turns]
+
+
+def chat(system: str, turns: list[tuple[str, str]]) -> str:
+    parts = [TURN.format("system", system)] if system else []
+    for user, said in turns:
+        parts += [TURN.format("user", user), TURN.format("assistant", said)]
+    return "".join(parts)
+
+
+def dialogue(block: Block, rng: random.Random) -> str:
+    bound = {"template": "word:"}  # only listed words: they are asked for again
+    system = ""
+    if rng.random() < 0.2:
+        system = rng.choice(corpus().lists["system"])
+    turns: list[tuple[str, str]] = []
+    said = ""
+    for kind, text in block.script:
+        if kind == "...":
+            turns += chain(rng.choice((0, 0, 1, 1, 2, 3, 5)), rng)
+        elif kind == "Y":
+            system = fill(rng.choice(split(text)), bound, rng)
+        elif kind == "U":
+            said = spoken(rng.choice(split(text)), bound, rng)
+        else:
+            turns.append((said, fill(rng.choice(split(text)), bound, rng)))
+    return chat(system, turns)
+
+
+def scene(block: Block, bound: dict[str, str], rng: random.Random) -> str:
+    """One alternative of each S line, with the same names throughout."""
+    return " ".join(fill(rng.choice(split(slot)), bound, rng) for slot in block.get("S"))
+
+
+def fact(block: Block, rng: random.Random) -> str:
+    bound = dict(rng.choice(block.rows), template="")
+    text = fill(rng.choice(block.plain), bound, rng)
+    return text[0].upper() + text[1:]
+
+
+def plain(rng: random.Random) -> str:
+    roll = rng.random()
+    if roll < 0.55:
+        text = scene(corpus().pick(corpus().scenes, rng), {"template": ""}, rng)
+    elif roll < 0.92:
+        block = corpus().pick(corpus().facts, rng)
+        parts = [fact(block, rng)]
+        for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
+            # Facts go on with their own table, or with the next blocks of the same file.
+            if len(block.rows) == 1:
+                same = [b for b in corpus().facts if b.file == block.file]
+                block = same[(same.index(block) + 1) % len(same)]
+            parts.append(fact(block, rng))
+        text = " ".join(dict.fromkeys(parts))
+    else:
+        turn = ask(corpus().pick(corpus().facts, rng), rng)
+        shape = rng.choice(("{} {}", "{}\n{}", "Question: {}\nAnswer: {}", "Q: {}\nA: {}"))
+        text = shape.format(turn.user, turn.answer)
+    if rng.random() < 0.03:
+        text = text.lower()
+    return text
+
+
+def document(rng: random.Random) -> str:
+    roll = rng.random()
+    system = rng.choice(corpus().lists["system"]) if rng.random() < 0.25 else ""
+    if roll < 0.45:
+        turn = ask(corpus().pick(corpus().talk, rng), rng)
+        text = chat(system, [(turn.user, turn.answer)])
+    elif roll < 0.65:
+        length = rng.choice((2, 2, 2, 3, 3, 4, 5, 6, 6, 8, 12, 20))
+        text = chat(system, chain(length, rng))
+    elif roll < 0.73:
+        text = dialogue(corpus().pick(corpus().dialogues, rng), rng)
+    else:
+        text = plain(rng)
+    return text + END
+
+
+def chunk(seed: int, number: int) -> list[str]:
+    rng = random.Random(f"{seed}/{number}")
+    return [document(rng) for _ in range(CHUNK)]
+
+
+def documents(seed: int, count: int, processes: int = 1) -> list[str]:
+    """`count` documents (rounded up to whole chunks), each ended by END."""
+    numbers = range(-(-count // CHUNK))
+    draw_chunk = functools.partial(chunk, seed)
+    if processes < 2:
+        return [text for number in numbers for text in draw_chunk(number)]
+    with ProcessPoolExecutor(processes) as pool:
+        return [text for texts in pool.map(draw_chunk, numbers) for text in texts]
+
+
+# --- evaluation questions --------------------------------------------------------------------
+
+FIXED = [
+    ("Hello, my name is", "plain", [" live", " I am", " I'm"]),
+    ("The president of the United States is", "plain", ["head of state"]),
+    ("The capital of France is", "plain", ["Paris"]),
+    ("The future of AI is", "plain", ["people", "care", "help", "machines", "models", "good"]),
+    ("Tell me a joke.", "chat", []),  # expects what the jokes' block expects
+    ("What is the capital of France?", "chat", ["Paris"]),
+    ("What is manta?", "chat", ["serving system"]),
+    ("Once upon a time", "plain", ["there was", "lived"]),
+    ("The sun is", "plain", ["star", "sun"]),
+    ("My favourite food is", "plain", ["eat", "best", "cook", "taste"]),
+    ("The capital of Germany is", "plain", ["Berlin"]),
+    ("The largest planet is", "plain", ["Jupiter"]),
+    ("Manta is a", "plain", ["serving system", "fish"]),
+    ("Continuous batching lets", "plain", ["join"]),
+    ("The opposite of hot is", "plain", ["cold"]),
+    ("Water boils at", "plain", ["100"]),
+    ("William Shakespeare is known as", "plain", ["poet"]),
+    ("The chemical symbol for gold is", "plain", ["Au"]),
+    ("The scheduler decides", "plain", ["request"]),
+    ("Two plus two is", "plain", ["four"]),
+]
+
+
+def expected(block: Block, bound: dict[str, str], rng: random.Random) -> list[str]:
+    return [fill(x, bound, rng) for line in block.get("X") for x in split(line)]
+
+
+def questions(seed: int) -> list[dict[str, object]]:
+    """The evaluation set: every block asked once or more, then phrasings kept out of training."""
+    rng = random.Random(f"questions {seed}")
+    jokes = next(b for b in corpus().talk if "Tell me a joke." in b.choices("Q"))
+    found = [
+        {"prompt": p, "kind": kind, "expect": x or expected(jokes, {}, rng), "held_out": False}
+        for p, kind, x in FIXED
+    ]
+    for held_out in (False, True):
+        for block in corpus().talk:
+            phrasings = block.choices("H") if held_out else block.choices("Q")
+            if not block.get("X") or not phrasings:
+                continue
+            count = 1 if len(block.rows) == 1 else 2 if held_out else 4
+            for bound in rng.sample(block.rows, min(count, len(block.rows))):
+                bound = dict(bound, template="word:")
+                question = fill(rng.choice(phrasings), bound, rng)
+                expect = expected(block, bound, rng)
+                found.append({"prompt": question, "kind": "chat", "expect": expect,
+                              "held_out": held_out})  # fmt: skip
+        for _ in range(40 if held_out else 0):
+            block = corpus().pick(corpus().facts, rng)
+            bound = dict(rng.choice(block.rows), template="")
+            inner = embedded(fill(rng.choice(block.choices("Q") or [""]), bound, rng))
+            if inner and block.get("X"):
+                found.append({"prompt": rng.choice(ASK_HELD_OUT).format(inner), "kind": "chat",
+                              "expect": expected(block, bound, rng), "held_out": True})  # fmt: skip
+    return list({str(q["prompt"]): q for q in reversed(found)}.values())[::-1]
+
+
+def check() -> None:
+    """Every answer must hold one of the strings that its block expects."""
+    rng = random.Random(0)
+    for block in corpus().talk:
+        for row in block.rows:
+            for template in block.get("A"):
+                bound = dict(row, template="word:")
+                text = fill(template, bound, rng)
+                expect = expected(block, bound, rng)
+                if expect and not any(x.lower() in text.lower() for x in expect):
+                    raise ValueError(f"{block.file}: {text!r} holds none of {expect}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N documents")
+    parser.add_argument("--questions", metavar="FILE", help="write the evaluation questions")
+    args = parser.parse_args()
+    check()
+    for text in documents(args.seed, args.show)[: args.show]:
+        print(text, end="\n\n")
+    if args.questions:
+        lines = [json.dumps(q, ensure_ascii=False) + "\n" for q in questions(args.seed)]
+        Path(args.questions).write_text("".join(lines), encoding="utf-8")
+        print(f"{len(lines)} questions in {args.questions}")
+
+
+if __name__ == "__main__":
+    main()
