@@ -9,7 +9,6 @@ Logits are bf16, once ``sharp`` like a trained model's (a few tokens hold most o
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -33,22 +32,29 @@ KINDS = {
 }
 
 
-def seconds_per_call(call: Callable[[int], object], device: str, budget: float = 0.3) -> float:
-    """Median of as many calls as fit in ``budget`` seconds, at least 5."""
-    times: list[float] = []
-    while len(times) < 8 or sum(times) < budget:
-        started = time.perf_counter()
-        call(len(times))
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[3:])
-
-
 def logits_like(shape: str, n: int, vocab: int, device: str) -> Tensor:
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(n, vocab, generator=generator) * (3.5 if shape == "sharp" else 0.5)
     return x.to(device, torch.bfloat16)
+
+
+def measure(params: SamplingParams, logits: Tensor, budget: float = 0.3) -> float:
+    """Median seconds of as many calls as fit in ``budget`` seconds, at least 5."""
+    n, vocab = logits.shape
+    history = np.random.default_rng(n).integers(vocab, size=(n, PROMPT + OUTPUT), dtype=np.int32)
+    table = SamplingTable(n, vocab, torch.from_numpy(history).to(logits.device))
+    for slot in range(n):
+        table.admit(Admit(slot, history[slot], PROMPT, params, seed=slot))
+    sampler, slots = Sampler(table), np.arange(n, dtype=np.int32)
+    times: list[float] = []
+    while len(times) < 8 or sum(times) < budget:
+        positions = np.full(n, PROMPT + 1 + len(times) % OUTPUT, np.int32)
+        started = time.perf_counter()
+        sampler.sample(logits, slots, positions)
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[3:])
 
 
 def main() -> None:
@@ -61,26 +67,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(f"{args.device}, {args.threads} threads, ms per call")
     for vocab in args.vocab:
-        print(f"\n{'vocabulary ' + str(vocab):24}" + "".join(f"{f'n = {n}':>18}" for n in args.batch))
+        heads = "".join(f"{f'n = {n}':>18}" for n in args.batch)
+        print(f"\n{f'vocabulary {vocab}':24}{heads}")
         print(f"{'':24}" + f"{'sharp':>10}{'flat':>8}" * len(args.batch))
         for name, params in KINDS.items():
             line = f"{name:24}"
             for n in args.batch:
-                rng = np.random.default_rng(n)
-                history = rng.integers(vocab, size=(n, PROMPT + OUTPUT), dtype=np.int32)
-                tokens = torch.from_numpy(history).to(args.device)
-                table = SamplingTable(n, vocab, tokens)
-                for slot in range(n):
-                    table.admit(Admit(slot, history[slot], PROMPT, params, seed=slot))
-                sampler, slots = Sampler(table), np.arange(n, dtype=np.int32)
                 for shape, width in (("sharp", 10), ("flat", 8)):
-                    x = logits_like(shape, n, vocab, args.device)
-
-                    def call(i: int) -> object:
-                        positions = np.full(n, PROMPT + i % OUTPUT + 1, np.int32)
-                        return sampler.sample(x, slots, positions)  # noqa: B023
-
-                    line += f"{seconds_per_call(call, args.device) * 1e3:{width}.2f}"
+                    seconds = measure(params, logits_like(shape, n, vocab, args.device))
+                    line += f"{seconds * 1e3:{width}.2f}"
             print(line)
 
 

@@ -1,10 +1,13 @@
 """``LLM``: offline batched inference in this process."""
 
 import itertools
+import reprlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
+from cluster.interrupts import interrupts_held
 from cluster.progress import PromptBar
 from cluster.replica import default_sampling, open_checkpoint, start_replica
 from engine.chat import load_template
@@ -33,9 +36,9 @@ class LLM:
     Raises ConfigError for a wrong option and CheckpointError for an unusable checkpoint.
     """
 
-    def __init__(self, model: str = EMBEDDED_MODEL, **options: Any) -> None:
+    def __init__(self, model: str | PathLike[str] = EMBEDDED_MODEL, **options: Any) -> None:
         started = time.perf_counter()
-        self.config = EngineConfig.from_options(model=str(model), **options)
+        self.config = EngineConfig.from_options(model=model, **options)
         options_ = self.config.model
         checkpoint = open_checkpoint(self.config)
         self._defaults = (
@@ -113,10 +116,12 @@ class LLM:
 
     def _prompts(self, prompts: Any) -> list[tuple[str | None, list[int]]]:
         """(text, token ids) of each prompt."""
-        if isinstance(prompts, str | Mapping) or _is_ids(prompts):
+        if isinstance(prompts, str | Mapping) or (_is_ids(prompts) and len(prompts)):
             prompts = [prompts]
-        if not isinstance(prompts, Sequence):
-            raise RequestError(f"prompts must be a prompt or a list of prompts, got {prompts!r}")
+        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+            raise RequestError(
+                f"prompts must be a prompt or a list of prompts, got {reprlib.repr(prompts)}"
+            )
         texts: list[str | None] = []
         for number, prompt in enumerate(prompts):
             text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
@@ -142,7 +147,7 @@ class LLM:
             return
         raise RequestError(
             f"prompt {number} must be a string, a list of token ids, or a dict with 'prompt' or"
-            f" 'prompt_token_ids', got {prompt!r}"
+            f" 'prompt_token_ids', got {reprlib.repr(prompt)}"
         )
 
     def _run(
@@ -157,34 +162,41 @@ class LLM:
             priority = [0] * len(prompts)
         elif self.config.scheduler.scheduling_policy != "priority":
             raise RequestError("priority needs scheduling_policy='priority'")
-        elif len(priority) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts need as many priorities")
+        elif not isinstance(priority, Sequence) or len(priority) != len(prompts):
+            raise RequestError(f"priority must be a list of {len(prompts)}, one for each prompt")
         texts: dict[str, RequestText] = {}
-        try:
-            for number, (text, ids) in enumerate(prompts):
-                words = params[number].bad_words
-                request = Request(
-                    request_id=str(next(self._request_ids)),
-                    prompt_token_ids=ids,
-                    sampling=params[number],
-                    bad_words=tuple(map(tuple, self.tokenizer.bad_words_ids(words))),
-                    priority=priority[number],
-                )
-                try:
-                    metrics = self.engine.add(request)
-                except RequestError as error:
-                    raise type(error)(f"prompt {number}: {error}") from None
-                texts[request.request_id] = RequestText(request, text, self.tokenizer, metrics)
-            with PromptBar(len(prompts), use_tqdm) as bar:
-                self._drive(texts, bar)
-        finally:  # a wrong prompt, an interrupt: nothing of this call goes on
-            for request_id in texts:
-                self.engine.abort(request_id)
+        with interrupts_held() as check_interrupt:
+            try:
+                for number, (text, ids) in enumerate(prompts):
+                    try:
+                        request = self._request(ids, params[number], priority[number])
+                        metrics = self.engine.add(request)
+                    except RequestError as error:
+                        raise type(error)(f"prompt {number}: {error}") from None
+                    texts[request.request_id] = RequestText(request, text, self.tokenizer, metrics)
+                    check_interrupt()
+                with PromptBar(len(prompts), use_tqdm) as bar:
+                    self._drive(texts, bar, check_interrupt)
+            finally:  # a wrong prompt, an interrupt: nothing of this call goes on
+                for request_id in texts:
+                    self.engine.abort(request_id)
         return [text.output for text in texts.values()]
 
-    def _drive(self, texts: dict[str, RequestText], bar: PromptBar) -> None:
+    def _request(self, ids: list[int], sampling: SamplingParams, priority: int) -> Request:
+        return Request(
+            request_id=str(next(self._request_ids)),
+            prompt_token_ids=ids,
+            sampling=sampling,
+            bad_words=tuple(map(tuple, self.tokenizer.bad_words_ids(sampling.bad_words))),
+            priority=priority,
+        )
+
+    def _drive(
+        self, texts: dict[str, RequestText], bar: PromptBar, check_interrupt: Callable[[], None]
+    ) -> None:
         unfinished = len(texts)
         while unfinished:
+            check_interrupt()
             for delta in self.engine.step():
                 text = texts[delta.request_id]
                 _, stopped = text.take(delta)
@@ -203,7 +215,7 @@ class LLM:
             given = self.get_default_sampling_params()
         if isinstance(given, SamplingParams):
             return [given] * count
-        params = list(given)
+        params = list(given) if isinstance(given, Sequence) else []
         if len(params) != count or not all(isinstance(p, SamplingParams) for p in params):
             raise RequestError(
                 f"sampling_params must be one SamplingParams or {count} of them, one for each"
@@ -215,7 +227,6 @@ class LLM:
 def _is_ids(value: Any) -> bool:
     return (
         isinstance(value, Sequence)
-        and not isinstance(value, str)
+        and not isinstance(value, str | bytes)
         and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        and len(value) > 0
     )

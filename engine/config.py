@@ -7,6 +7,8 @@ choices and its bounds are in the field's metadata, from which the command line 
 
 import dataclasses
 import difflib
+import math
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -116,7 +118,6 @@ class SchedulerConfig:
     max_queued_tokens: int | None = option(
         None, "refuse further requests while this many prompt tokens wait", least=1
     )
-    schedule_log: str | None = option(None, "append every plan and result to this file")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,6 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    disable_log_stats: bool = option(False, "no line of throughput every few seconds")
     use_tqdm_on_load: bool = option(True, "a progress bar while weights load")
 
 
@@ -253,18 +253,21 @@ def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
     kind, optional = option_type(f)
     if value is None and optional:
         return None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    ok = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    ok = isinstance(value, (int, float) if kind is float else kind)
+    ok = ok and (kind is bool or not isinstance(value, bool))
+    if ok and kind is float:
+        ok = math.isfinite(value)
     meta = f.metadata
     if ok and meta["choices"]:
         ok = value in meta["choices"]
     if ok and meta["least"] is not None:
-        ok = value >= meta["least"]  # false for NaN
+        ok = value >= meta["least"]
     if ok and meta["most"] is not None:
         ok = value <= meta["most"]
     if ok and f.name == "model":
         ok = bool(value)
     if not ok:
         raise ConfigError(f"{f.name} must be {allowed(f)}, got {value!r}")
-    return value
+    return float(value) if kind is float else value

@@ -105,10 +105,6 @@ class Engine:
     def num_unfinished(self) -> int:
         return len(self._active)
 
-    def metrics(self, request_id: str) -> RequestMetrics:
-        """Of an unfinished request."""
-        return self._active[request_id].metrics
-
     def add(self, request: Request) -> RequestMetrics:
         """Queue a request; its times will appear in the value returned.
 
@@ -119,6 +115,9 @@ class Engine:
         sampling = request.sampling
         if request.request_id in self._active:
             raise RequestError(f"request_id {request.request_id!r} is running already")
+        priority = request.priority
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise RequestError(f"priority must be an integer, got {priority!r}")
         max_total = self._admissible(request)
         sampling.check_vocabulary(self.facts.vocab_size)
         most = self.config.model.max_logprobs
@@ -164,10 +163,6 @@ class Engine:
         active = self._active.get(request_id)
         if active:
             self._finish(active, active.sequences[index], FinishReason.STOP)
-
-    def cached_tokens(self, request_id: str) -> int:
-        """Prompt tokens of an unfinished request that the prefix cache had."""
-        return self._active[request_id].sequences[0].cached_tokens
 
     def _admissible(self, request: Request) -> int:
         """The most tokens that the request may come to."""
@@ -235,6 +230,9 @@ class Engine:
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
             raise EngineError(f"the engine failed: {self._failure}") from error
+        except BaseException as error:  # an interrupt in the middle of a step: it is half done
+            self._failure = f"{type(error).__name__} during a step"
+            raise
         for progress in self.scheduler.apply(result):
             deltas.append(self._delta(progress))
         return deltas
@@ -245,6 +243,7 @@ class Engine:
         metrics = active.metrics
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time = seq.scheduled_time
+            metrics.num_cached_tokens = seq.cached_tokens
         if metrics.first_token_time is None and progress.token is not None:
             metrics.first_token_time = time.monotonic()
         delta = Delta(

@@ -34,12 +34,16 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times in seconds of ``time.monotonic``; None where it has not come to that."""
+    """Times in seconds of ``time.monotonic``, None where it has not come to that, and counts.
+
+    ``num_cached_tokens`` are the prompt's tokens that the prefix cache had.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    num_cached_tokens: int = 0
     num_preemptions: int = 0
 
     @property
@@ -62,8 +66,11 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
-    num_cached_tokens: int = 0
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return self.metrics.num_cached_tokens
 
     @property
     def finished(self) -> bool:

@@ -72,7 +72,10 @@ class FastBackend:
         self.size = max(backend.get_vocab_size(), *(i + 1 for i in added), 0)
         self.id_to_token = backend.id_to_token
         self.token_to_id = backend.token_to_id
-        self.to_json = backend.to_str
+
+    def to_json(self) -> str | None:
+        """All of it for another process, or None if JSON does not hold all."""
+        return None if self._backend.encode_special_tokens else self._backend.to_str()
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
@@ -136,8 +139,8 @@ def resolve(path_or_id: str | Path, revision: str | None) -> Resolved:
         return _read_kept(kept)
     _check_packages(folder)
     resolved = _from_transformers(str(folder), None)
-    if isinstance(resolved.backend, FastBackend):
-        _keep(resolved, resolved.backend.to_json(), kept)
+    if isinstance(resolved.backend, FastBackend) and (backend := resolved.backend.to_json()):
+        _keep(resolved, backend, kept)
     return resolved
 
 
@@ -228,7 +231,7 @@ def _kept_file(folder: Path) -> Path:
             digest.update(f"\0{package} {importlib.metadata.version(package)}".encode())
         except importlib.metadata.PackageNotFoundError:
             digest.update(f"\0{package} none".encode())
-    for path in sorted(folder.rglob("*")):
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
             content = path.read_bytes()
             digest.update(f"\0{path.name} {len(content)}\0".encode() + content)

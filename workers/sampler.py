@@ -48,7 +48,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step; the other two are its mixers
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 BLOCK = 32  # tokens whose maximum is taken first when looking for the top k
 PROMPT_ELEMENTS = 2**23  # of logits whose log-probabilities are computed at a time
-CPU_ELEMENTS = 2**19  # of logits that a CPU draws from at a time, to stay in its caches
+CPU_ELEMENTS = 3 * 2**18  # of logits that a CPU draws from at a time, to stay in its caches
 
 Array = NDArray[Any]
 
@@ -112,18 +112,23 @@ class Sampler:
         to be sampled (tokens so far, the prompt's included).
         """
         table = self.table
+        assert logits.shape == (len(slots), table.vocab_size)
+        logits = logits.contiguous()
         x, unusable = table.process(logits, slots, positions)
         greedy, some_k = table.greedy[slots], table.top_k[slots] > 0
-        groups = ((_greedy, greedy), (self._among_top_k, ~greedy & some_k),
-                  (self._among_all, ~greedy & ~some_k))  # fmt: skip
-        tokens = torch.empty(len(slots), dtype=torch.int64, device=x.device)
-        finite = torch.empty(len(slots), dtype=torch.bool, device=x.device)
-        piece = max(1, CPU_ELEMENTS // x.shape[1]) if x.is_cpu else len(slots)
-        for draw, mine in groups:
+        n = len(slots)
+        tokens = torch.empty(n, dtype=torch.int64, device=x.device)
+        finite = torch.empty(n, dtype=torch.bool, device=x.device)
+        piece = max(1, CPU_ELEMENTS // x.shape[1]) if x.is_cpu else n
+        for draw, mine, most in (
+            (_greedy, greedy, n),
+            (self._among_top_k, ~greedy & some_k, piece),
+            (self._among_all, ~greedy & ~some_k, piece),
+        ):
             rows = np.flatnonzero(mine)
-            for some in (rows[i : i + piece] for i in range(0, len(rows), piece)):
+            for some in (rows[i : i + most] for i in range(0, len(rows), most)):
                 at = on_device(some, x.device)
-                part = x if len(some) == len(x) else x.index_select(0, at)
+                part = x if len(some) == n else x.index_select(0, at)
                 token, ok = draw(part, slots[some], positions[some])
                 tokens.index_copy_(0, at, token)
                 finite.index_copy_(0, at, ok)
@@ -139,7 +144,7 @@ class Sampler:
         step = max(1, PROMPT_ELEMENTS // self.table.vocab_size)
         result: list[TokenLogprobs] = []
         for at in range(0, len(targets), step):
-            parts = _logprobs_of(logits[at : at + step], targets[at : at + step], k)
+            parts = _logprobs_of(logits[at : at + step].contiguous(), targets[at : at + step], k)
             rows = np.arange(len(parts[0]))
             result += RowLogprobs(rows, np.full_like(rows, k), *parts).to_host().values()
         return result
@@ -204,32 +209,40 @@ class Sampler:
 
     def _reject(self, p: Tensor, mass: Tensor, token: Tensor, keys: Tensor, limit: Tensor) -> None:
         """Draws again, into ``token`` [n], until the mass of what is likelier than each token is
-        below ``limit`` [n]. p: [n, size * classes], their sums by class: mass [n, classes]."""
-        classes = mass.shape[1]
-        index = torch.arange(p.shape[1], dtype=torch.float32, device=p.device)
+        below ``limit`` [n]. p: [n, size * classes], their sums by class: mass [n, classes].
+
+        The only part of ``sample`` that waits for the device: how many turns it takes is chance.
+        """
+        classes, size = mass.shape[1], p.shape[1] // mass.shape[1]
+        line = torch.arange(size, device=p.device)[:, None]  # of ``classes`` successive tokens
+        column = torch.arange(classes, device=p.device)
         rows = torch.arange(len(p), device=p.device)
         total = mass.sum(-1)
         turn = 0
         while True:
-            drawn = token[rows, None]
-            chance = p.gather(1, drawn)
+            drawn = token[rows]
+            chance = p.gather(1, drawn[:, None])
             # What is likelier is at most all the others, which settles most draws of a sharp
             # distribution. NaN compares false, so rows without a distribution end here.
             open_ = (total - chance[:, 0] >= limit).nonzero()[:, 0]
             if not len(open_):
                 return
-            rows, p, keys, limit, chance, drawn = (
-                t.index_select(0, open_) for t in (rows, p, keys, limit, chance, drawn)
-            )
-            likelier = torch.gt(p, chance, out=torch.empty_like(p))
-            equal = torch.eq(p, chance, out=torch.empty_like(p))
-            before = torch.lt(index, drawn, out=torch.empty_like(p))
-            likelier = likelier.add_(equal.mul_(before)).mul_(p)
-            mass = likelier.view(len(p), -1, classes).sum(1)
+            if len(open_) < len(rows):
+                rows, p, keys, limit, chance, drawn = (
+                    t.index_select(0, open_) for t in (rows, p, keys, limit, chance, drawn)
+                )
+            # 1 for the likelier tokens; of those as likely as the one drawn, the ones before it.
+            lines, chance = p.view(-1, size, classes), chance[..., None]
+            at = (torch.arange(len(p), device=p.device), drawn // classes)
+            least = torch.where(line < at[1][:, None, None], _just_below(chance), chance)
+            likelier = torch.gt(lines, least, out=torch.empty_like(lines))
+            likelier[at] += (lines[at] == chance[:, 0]) & (column < (drawn % classes)[:, None])
+            mass = likelier.mul_(lines).sum(1)
             total = mass.sum(-1)
             open_ = (total >= limit).nonzero()[:, 0]
             rows, p, mass, keys, limit, total = (
-                t.index_select(0, open_) for t in (rows, likelier, mass, keys, limit, total)
+                t.index_select(0, open_)
+                for t in (rows, likelier.view_as(p), mass, keys, limit, total)
             )
             turn += 1
             token[rows] = _race(p, mass, keys, turn)
@@ -256,6 +269,10 @@ def _race(p: Tensor, mass: Tensor, keys: Tensor, turn: int) -> Tensor:
     chosen = (mass / noise[:, :classes]).argmax(-1)
     inside = p.view(n, size, classes)[torch.arange(n, device=p.device), :, chosen]
     return (inside / noise[:, classes:]).argmax(-1) * classes + chosen
+
+
+def _just_below(x: Tensor) -> Tensor:
+    return x.nextafter(torch.zeros_like(x))
 
 
 def _mix64(z: Array) -> Array:
@@ -289,7 +306,9 @@ def _top(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k * BLOCK * 2 > vocab:
         return _decode(_sortable(x, torch.arange(vocab, device=x.device)).topk(k)[0])
     # The k largest lie in the k blocks with the largest maxima.
-    blocks = F.pad(x, (0, -vocab % BLOCK), value=-torch.inf).view(n, -1, BLOCK)
+    if vocab % BLOCK:
+        x = F.pad(x, (0, -vocab % BLOCK), value=-torch.inf)
+    blocks = x.view(n, -1, BLOCK)
     count = blocks.shape[1]
     _, best = _decode(
         _sortable(blocks.amax(-1), torch.arange(count, device=x.device)).topk(k, sorted=False)[0]

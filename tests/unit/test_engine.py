@@ -4,7 +4,6 @@ import random
 from dataclasses import replace
 
 import pytest
-from simulator import VOCAB, SimulatedExecutor, foretell
 
 from engine.config import EngineConfig
 from engine.engine import Engine, child_seed
@@ -12,6 +11,7 @@ from engine.errors import PromptTooLong, QueueFull, RequestError
 from engine.preempt import MeasuredCosts
 from engine.request import Request
 from engine.sampling_params import SamplingParams
+from tests.support.simulator import VOCAB, SimulatedExecutor, foretell
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, seed=0)
 

@@ -78,14 +78,21 @@ def test_column_linear(activation: Activation, bias: bool, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inputs", [768, 2816])
+@pytest.mark.parametrize("inputs", [768, 1024, 1040, 2816])
 def test_no_bit_of_a_row_depends_on_the_others(inputs: int, dtype: torch.dtype) -> None:
-    layer = RowLinear(Place(CPU, dtype), "fc", inputs, 256, bias=True)
-    fill(layer.parameters(), {"fc.weight": torch.randn(256, inputs), "fc.bias": torch.randn(256)})
-    x, residual = torch.randn(300, inputs).to(dtype), torch.randn(300, 256).to(dtype)
-    whole = layer(x, residual)
-    for rows in (1, 2, 7, 8, 16, 33, 64, 128, 299):
-        assert torch.equal(layer(x[:rows], residual[:rows]), whole[:rows])
+    # Each product is exactly zero: what comes out is the rounding of its order of summation.
+    order = torch.randperm(inputs)
+    weight = torch.randn(256, inputs // 2).repeat(1, 2)[:, order]
+    x = torch.randn(300, inputs // 2).to(dtype)
+    x = torch.cat((x, -x), dim=1)[:, order]
+    layer = RowLinear(Place(CPU, dtype), "fc", inputs, 256, bias=False)
+    fill(layer.parameters(), {"fc.weight": weight})
+    nothing = torch.zeros(300, 256, dtype=dtype)
+    for product in (layer._product, lambda x: layer(x, nothing[: len(x)])):
+        whole = product(x)
+        assert whole.abs().max() < 1e-2 and whole.count_nonzero() > whole.numel() / 2
+        for rows in (1, 2, 7, 8, 16, 33, 64, 128, 299):
+            assert torch.equal(product(x[:rows]), whole[:rows])
 
 
 def test_plain_weight_is_freed_once_packed() -> None:

@@ -36,7 +36,7 @@ SCALINGS: list[dict[str, Any]] = [
     YARN | {"mscale": 0.8},
     YARN | {"truncate": False},
     # Both ends of the ramp on one dimension.
-    YARN | {"beta_fast": 1.0, "beta_slow": 1.0},
+    YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
 ]
 
 
@@ -101,6 +101,14 @@ def test_both_layouts_are_read_alike(scaling: dict[str, Any], key: str) -> None:
     new = Config({"rope_parameters": {"rope_theta": 5e5, "rope_type": kind, **rest}})
     assert read_rope(old, 64, 256) == read_rope(new, 64, 256)
     assert read_rope(new, 64, 256).theta == 5e5
+
+
+def test_the_original_length_beside_the_scaling_wins() -> None:
+    config = llama(LLAMA3, original_max_position_embeddings=32)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    values = llama(LLAMA3).to_dict() | {"original_max_position_embeddings": 32}
+    ours = inverse_frequencies(read_rope(Config(values), 64, 256), 1)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
 
 
 def test_null_scaling_is_none() -> None:

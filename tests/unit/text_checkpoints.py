@@ -129,3 +129,23 @@ def bert() -> Path:
     backend.train_from_iterator(TEXTS * 3, trainer)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "[SEP]"}
     return save(backend, config | {"unk_token": "[UNK]", "cls_token": "[CLS]"})
+
+
+@functools.cache
+def gemma() -> Path:
+    """SentencePiece BPE that puts no space before a text, as Gemma's."""
+    from transformers import LlamaTokenizer
+
+    backend = LlamaTokenizer.from_pretrained(llama()).backend_tokenizer
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    return save(backend, {"tokenizer_class": "TokenizersBackend", "eos_token": "</s>"})
+
+
+@functools.cache
+def byte_level_and_more() -> Path:
+    """Byte-level BPE with a further step of decoding, so that it is no matter of bytes alone."""
+    backend = tokenizers.Tokenizer.from_str(byte_level_backend().to_str())
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("zz", "Z")])
+    return save(backend, PLAIN_CONFIG)

@@ -1,0 +1,159 @@
+"""Greedy generation through the whole engine equals transformers', in any mix of steps."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from manta import LLM
+from tests.parity.tiny_models import TINY_MODELS, TinyModel
+from tests.support.tiny_tokenizer import save_tokenizer
+
+NEW_TOKENS = 64
+NUM_PROMPTS = 33
+GREEDY = SamplingParams(
+    temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=3
+)
+
+
+@dataclass
+class Reference:
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    logprobs: torch.Tensor  # [prompts, new tokens, vocabulary]
+
+
+def make_prompts(vocab_size: int, longest: int) -> list[list[int]]:
+    """Ragged, some with common beginnings, from 1 token up."""
+    rng = random.Random(0)
+
+    def draw(length: int) -> list[int]:
+        return [rng.randrange(3, vocab_size) for _ in range(length)]
+
+    stems = [draw(40), draw(longest // 2)]
+    prompts = [draw(1), draw(2), draw(16), draw(17), draw(longest)]
+    while len(prompts) < NUM_PROMPTS:
+        stem = rng.choice(stems) if rng.random() < 0.5 else []
+        prompts.append((stem + draw(rng.randint(1, longest)))[:longest])
+    return prompts
+
+
+@torch.inference_mode()
+def refer(model, prompts: list[list[int]]) -> Reference:
+    """What transformers' generate gives, on one padded batch."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logprobs = torch.stack(out.logits, 1).float().log_softmax(-1)
+    return Reference(prompts, out.sequences[:, longest:].tolist(), logprobs)
+
+
+def check(reference: Reference, which: list[int], outputs) -> None:
+    for number, output in zip(which, outputs, strict=True):
+        completion = output.outputs[0]
+        assert completion.token_ids == reference.tokens[number], f"prompt {number}"
+        expected = reference.logprobs[number]
+        for step, entry in enumerate(completion.logprobs):
+            for token, logprob in entry.items():
+                assert abs(logprob.logprob - expected[step, token].item()) < 1e-3
+            chosen = entry[completion.token_ids[step]]
+            assert chosen.rank == 1
+
+
+def start(path, tokenizer, **options) -> LLM:
+    options = {"max_num_seqs": 40, "kv_cache_memory_bytes": 64 << 20, "swap_space": 0.01} | options
+    return LLM(
+        str(path), tokenizer=str(tokenizer), dtype="float32", use_tqdm_on_load=False, **options
+    )
+
+
+def ask(llm: LLM, reference: Reference, which: list[int]):
+    return llm.generate([reference.prompts[i] for i in which], GREEDY, use_tqdm=False)
+
+
+def run_staggered(llm: LLM, reference: Reference, rng: random.Random) -> None:
+    """Requests arrive at any step, and some are cancelled."""
+    engine, waiting = llm.engine, list(range(NUM_PROMPTS))
+    rng.shuffle(waiting)
+    tokens: dict[str, list[int]] = {}
+    cancelled = set()
+    while waiting or engine.has_work:
+        if waiting and rng.random() < 0.4:
+            number = waiting.pop()
+            tokens[str(number)] = []
+            engine.add(
+                Request(
+                    request_id=str(number),
+                    prompt_token_ids=reference.prompts[number],
+                    sampling=GREEDY,
+                )
+            )
+            if rng.random() < 0.1:
+                cancelled.add(str(number))
+        for delta in engine.step():
+            tokens[delta.request_id].append(delta.token)
+            if delta.request_id in cancelled and rng.random() < 0.1:
+                engine.abort(delta.request_id)
+    for request_id, got in tokens.items():
+        expected = reference.tokens[int(request_id)]
+        assert got == (expected[: len(got)] if request_id in cancelled else expected)
+
+
+def assert_blocks_free(llm: LLM) -> None:
+    kv = llm.engine.scheduler.kv
+    assert kv.device.num_held == kv.cpu.num_held == 0
+    kv.device.check()
+    kv.cpu.check()
+
+
+def check_model(path, model, tokenizer, longest: int = 100) -> None:
+    """All the ways to run a model give transformers' tokens."""
+    rng = random.Random(1)
+    vocab_size = model.config.vocab_size
+    reference = refer(model, make_prompts(vocab_size, longest))
+    everything = list(range(NUM_PROMPTS))
+
+    llm = start(path, tokenizer)
+    for size in (1, 2, 7, NUM_PROMPTS):
+        which = rng.sample(everything, size)
+        check(reference, which, ask(llm, reference, which))
+    again = ask(llm, reference, everything)  # from the prefix cache
+    check(reference, everything, again)
+    assert sum(o.num_cached_tokens for o in again) > 500
+    assert_blocks_free(llm)
+
+    # Prompts in chunks of a few tokens among the decodes, blocks of another size, no cache.
+    llm = start(path, tokenizer, max_num_seqs=11, max_num_batched_tokens=13,
+                enable_prefix_caching=False, block_size=32)  # fmt: skip
+    check(reference, everything, ask(llm, reference, everything))
+
+    # Too few blocks: preemption by swapping and by recomputing.
+    for mode in ("swap", "recompute"):
+        llm = start(path, tokenizer, num_gpu_blocks_override=40, max_num_batched_tokens=64,
+                    kv_cache_memory_bytes=None, preemption_mode=mode, max_model_len=longest + 66,
+                    attention_backend="gather" if mode == "swap" else "auto")  # fmt: skip
+        run_staggered(llm, reference, rng)
+        stats = llm.engine.scheduler.stats
+        assert stats.preemptions_swap + stats.preemptions_recompute > 0
+        assert_blocks_free(llm)
+
+
+@pytest.mark.parametrize("tiny", TINY_MODELS, ids=lambda tiny: tiny.name)
+def test_every_family_generates_what_transformers_does(tiny: TinyModel, tmp_path) -> None:
+    model = tiny.build()
+    path = tiny.save(tmp_path)
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", model.config.vocab_size)
+    check_model(path, model, tokenizer)

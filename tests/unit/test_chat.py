@@ -1,0 +1,250 @@
+"""Chats against transformers' renderer, and every message that is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from engine import chat
+from engine.errors import ConfigError, RequestError
+from engine.tokenizer import Tokenizer
+from tests.unit import text_checkpoints as checkpoints
+
+CHATML = checkpoints.TEMPLATE
+# Written after the ways of Llama 2 and Mistral: roles that take turns, content that is stripped.
+TURNS = """
+{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}
+    {%- set messages = messages[1:] %}{% endif -%}
+{{ bos_token }}
+{%- for m in messages %}
+    {%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('Roles must alternate user/assistant/user/assistant/...') }}
+    {%- endif %}
+    {%- if m['role'] == 'user' %}
+        {{- '[INST] ' + (system + '\\n\\n' if system is defined and loop.first else '') }}
+        {{- m['content'].strip() + ' [/INST]' }}
+    {%- else %}
+        {{- ' ' + m['content'] | trim + ' ' + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+# After Qwen and Llama 3.1: tools, tool calls, reasoning, options, namespaces, loop controls.
+TOOLS = """
+{%- if date is not defined %}{%- set date = 'today' %}{%- endif %}
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- if tools %}<tools>{% for t in tools %}{{ t | tojson }};{{ t | tojson(indent=2) }}{% endfor %}
+</tools>{% endif %}
+{{- date }} {{ strftime_now('%Y') }}
+{%- for m in messages %}
+{%- if m.role == 'nobody' %}{%- continue %}{%- endif %}
+<|{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}|>
+{%- if m.reasoning_content and loop.index0 > ns.last %}<think>{{ m.reasoning_content }}</think>
+{%- endif %}{% generation %}{{ m.content }}{% endgeneration %}
+{%- for call in m.tool_calls or [] %}<call {{ call.id }}>{{ call.function.name }}
+{{- call.function.arguments | tojson }}{% for k, v in call.function.arguments.items() %}
+{{- k }}={{ v }}{% endfor %}{% endfor %}
+{%- if m.tool_call_id %}(for {{ m.tool_call_id }}){% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% if enable_thinking is defined %}
+{{- '<think></think>' if not enable_thinking }}{% endif %}{% endif %}
+"""
+BLOCKS = """
+{% for m in messages %}
+    {% if m.role == 'user' %}
+  {{ m.content }}
+    {% endif %}
+{% endfor %}
+"""
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+USER = {"role": "user", "content": " Hello <b> & 'quotes' 你好 "}
+ANSWER = {"role": "assistant", "content": "Hi  there "}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"é": "<&>"}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": "é<", "y": 2}}}
+TOOL_CHAT = [
+    USER,
+    {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "Hm."},
+    {"role": "tool", "content": "42", "tool_call_id": "c1", "name": "f"},
+]
+
+
+def render(template: str, messages: Any, **options: Any) -> str:
+    given: dict[str, Any] = {
+        "add_generation_prompt": not options.get("continue_final_message", False),
+        "continue_final_message": False, "tools": None, "special_tokens": SPECIAL,
+        "template_kwargs": {},
+    }  # fmt: skip
+    return chat.render(template, messages, **(given | options))
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (CHATML, [USER]),
+        (BLOCKS, [USER, ANSWER]),
+        (CHATML, [SYSTEM, USER, ANSWER, USER]),
+        (TURNS, [SYSTEM, USER, ANSWER, USER]),
+        (TURNS, [USER, ANSWER]),
+        (TOOLS, [SYSTEM, USER, ANSWER]),
+        (TOOLS, TOOL_CHAT),
+        (TOOLS, [{"role": "nobody", "content": "unseen"}, USER | {"name": "Ann"}]),
+    ],
+)
+def test_renders_as_transformers(template: str, messages: Any, prompt: bool) -> None:
+    for tools, more in ((None, {}), ([TOOL], {"enable_thinking": False, "date": "now"})):
+        if template != TOOLS and tools:
+            continue
+        expected, _ = render_jinja_template(
+            [messages], tools=tools, chat_template=template, add_generation_prompt=prompt,
+            **SPECIAL, **more,
+        )  # fmt: skip
+        ours = render(
+            template, messages, tools=tools, add_generation_prompt=prompt, template_kwargs=more
+        )
+        assert ours == expected[0]
+
+
+TRIMMED = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [CHATML, TURNS, TOOLS, TRIMMED])
+@pytest.mark.parametrize("content", ["The answer", "  The answer  ", "a\n", "twice twice"])
+def test_continues_the_final_message_as_transformers(template: str, content: str) -> None:
+    messages = [USER, {"role": "assistant", "content": content}]
+    [expected], _ = render_jinja_template(
+        [messages], chat_template=template, continue_final_message=True, **SPECIAL
+    )
+    ours = render(template, messages, continue_final_message=True)
+    assert ours == expected
+    assert ours.rstrip().endswith(content.strip())
+
+
+def test_messages_are_not_changed() -> None:
+    parts = [{"type": "text", "text": "a"}]
+    messages = [USER, {"role": "assistant", "content": parts, "tool_calls": [CALL]}]
+    before = repr(messages)
+    render(CHATML, messages, continue_final_message=True)
+    assert repr(messages) == before
+
+
+def test_content_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert render("{{ messages[0].content }}", [{"role": "user", "content": parts}]) == "one\ntwo"
+
+
+def test_arguments_of_tool_calls_become_objects() -> None:
+    for arguments, expected in (('{"x": [1]}', "x=[1]"), ("", ""), (None, ""), ({"x": 1}, "x=1")):
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        template = (
+            "{% for k, v in messages[0].tool_calls[0].function.arguments.items() %}"
+            "{{ k }}={{ v }}{% endfor %}"
+        )
+        assert render(template, [message]) == expected
+
+
+def test_fields_that_are_none_are_left_out() -> None:
+    message = USER | {"refusal": None, "tool_calls": None, "name": None}
+    assert render("{{ messages[0] | length }}", [message]) == "2"
+
+
+ROLE = {"role": "user"}
+WRONG_MESSAGES: list[tuple[Any, str]] = [
+    ([], "messages must be a list of at least one message"),
+    ("Hello", "messages must be a list"),
+    (None, "messages must be a list"),
+    (["Hello"], r"messages\[0\] must be an object"),
+    ([USER, {"content": "x"}], r"messages\[1\] must have a role"),
+    ([{"role": 3, "content": "x"}], r"messages\[0\].role must be a string"),
+    ([ROLE], r"messages\[0\] must have content"),
+    ([ROLE | {"content": None}], r"messages\[0\] must have content"),
+    ([ROLE | {"content": 3}], r"messages\[0\].content must be a string or a list of parts"),
+    ([USER | {"weight": 1}], r"messages\[0\] has 'weight'; allowed are role, content"),
+    ([USER | {"name": 1}], r"messages\[0\].name must be a string"),
+    (
+        [ROLE | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        r"content\[0\] must be of type 'text' \(only text\), got 'image_url'",
+    ),
+    ([ROLE | {"content": ["x"]}], r"content\[0\] must be of type 'text'"),
+    ([ROLE | {"content": [{"type": "text"}]}], r"content\[0\] must have a string 'text'"),
+    (
+        [ROLE | {"content": [{"type": "text", "text": "x", "cache_control": {}}]}],
+        r"content\[0\] must have a string 'text' and no more",
+    ),
+    ([USER | {"tool_calls": "f"}], r"tool_calls must be a list"),
+    ([USER | {"tool_calls": [{"id": "x"}]}], r"tool_calls\[0\] must have a function with a name"),
+    (
+        [USER | {"tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}],
+        r"tool_calls\[0\].function.arguments must be JSON",
+    ),
+]
+
+
+@pytest.mark.parametrize(("messages", "error"), WRONG_MESSAGES)
+def test_wrong_messages_are_refused(messages: Any, error: str) -> None:
+    with pytest.raises(RequestError, match=error):
+        render(CHATML, messages)
+
+
+def test_what_the_template_refuses() -> None:
+    with pytest.raises(RequestError, match="refuses these messages: Roles must alternate"):
+        render(TURNS, [USER, USER])
+    with pytest.raises(RequestError, match="refuses these messages"):
+        render("{{ messages[0].content + 1 }}", [USER])
+    with pytest.raises(RequestError, match="refuses these messages"):
+        render("{{ missing.attribute }}", [USER])
+    with pytest.raises(RequestError, match="unsafe"):
+        render("{{ messages.__class__.__mro__ }}", [USER])
+
+
+def test_options_that_contradict_or_do_nothing() -> None:
+    with pytest.raises(RequestError, match="continue_final_message needs add_generation_prompt"):
+        render(CHATML, [USER], add_generation_prompt=True, continue_final_message=True)
+    with pytest.raises(RequestError, match="needs a final message with some content"):
+        render(CHATML, [{"role": "user", "content": " "}], continue_final_message=True)
+    with pytest.raises(RequestError, match="leaves out the final message"):
+        render("{{ messages[0].content }}", [USER, ANSWER], continue_final_message=True)
+    with pytest.raises(RequestError, match="tools: the chat template takes none"):
+        render(CHATML, [USER], tools=[TOOL])
+    for name in ("enable_thinking", "messages", "tools"):
+        with pytest.raises(RequestError, match=f"the chat template takes no '{name}'"):
+            render(TURNS, [USER], template_kwargs={name: True})
+
+
+def test_template_option(tmp_path: Path) -> None:
+    (tmp_path / "it.jinja").write_text(CHATML)
+    assert chat.load_template(str(tmp_path / "it.jinja")) == CHATML
+    assert chat.load_template(CHATML) == CHATML
+    with pytest.raises(ConfigError, match="chat_template must be a file that can be read"):
+        chat.load_template(str(tmp_path / "other.jinja"))
+    with pytest.raises(ConfigError, match="chat_template, line 2: .*endif"):
+        chat.load_template("{% for m in messages %}\n{% endif %}")
+
+
+def test_tokens_have_one_begin() -> None:
+    tokenizer = Tokenizer.load(checkpoints.byte_level())
+    ids = tokenizer.apply_chat_template([USER])
+    assert ids.count(0) == 1 and ids[0] == 0  # the template's own; encode() would add another
+    assert ids == tokenizer.encode(tokenizer.render_chat([USER]), add_special_tokens=False)
+    assert tokenizer.apply_chat_template([USER], "{{ messages[0].content }}x") == tokenizer.encode(
+        USER["content"] + "x", add_special_tokens=False
+    )
+
+
+def test_which_template() -> None:
+    tokenizer = Tokenizer.load(checkpoints.t5())
+    with pytest.raises(RequestError, match="has no chat template: give one with chat_template"):
+        tokenizer.render_chat([USER])
+    with pytest.raises(RequestError, match="must be a template, got 'file.jinja'"):
+        tokenizer.render_chat([USER], "file.jinja")
+    tokenizer.chat_templates |= {"tool_use": "{{ tools[0].function.name }}", "rag": "r"}
+    with pytest.raises(RequestError, match=r"or the name of one of its own: \['rag', 'tool_use'\]"):
+        tokenizer.render_chat([USER])
+    assert tokenizer.render_chat([USER], tools=[TOOL]) == "f"
+    assert tokenizer.render_chat([USER], "rag") == "r"
+    tokenizer.chat_templates["default"] = "d"
+    assert tokenizer.render_chat([USER]) == "d"

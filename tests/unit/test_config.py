@@ -1,0 +1,207 @@
+"""Engine options: each wrong value is refused by name, with what is allowed."""
+
+import ast
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from engine.config import EMBEDDED_MODEL, EngineConfig, allowed, declared_options, option_type
+from engine.errors import ConfigError, MantaError
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = [f for _, f in declared_options()]
+BY_NAME = {f.name: f for f in OPTIONS}
+# The name and the default of each option that users of vLLM know, where manta means the same.
+VLLM = {
+    "model", "tokenizer", "revision", "dtype", "load_format", "max_model_len", "chat_template",
+    "max_logprobs", "generation_config", "seed", "block_size", "gpu_memory_utilization",
+    "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "enable_prefix_caching",
+    "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "scheduling_policy",
+    "enforce_eager", "tensor_parallel_size", "pipeline_parallel_size", "use_tqdm_on_load",
+}  # fmt: skip
+
+
+def wrong_values(f):
+    kind, optional = option_type(f)
+    meta = f.metadata
+    values = {
+        bool: [0, 1, "true", 0.5, []],
+        int: [1.0, True, "1", math.nan, [1]],
+        float: [True, "0.5", math.nan, math.inf, -math.inf, 1j],
+        str: [1, True, b"auto", ["auto"]],
+    }[kind]
+    if not optional:
+        values.append(None)
+    if meta["choices"]:
+        values += ["", "Auto", "nonsense"]
+    if meta["least"] is not None:
+        values += [meta["least"] - 1, -(10**30)]
+    if meta["most"] is not None:
+        values += [meta["most"] + 0.01, 10**30]
+    return values
+
+
+def right_values(f):
+    kind, optional = option_type(f)
+    meta = f.metadata
+    values = list(meta["choices"]) or {bool: [True, False], str: ["x"], int: [7], float: [0.5]}[kind]
+    if meta["least"] is not None:
+        values = [kind(meta["least"]), *values]
+    if meta["most"] is not None:
+        values = [kind(meta["most"]), *values]
+    return [*values, None] if optional else values
+
+
+def build(name, value):
+    """The config with one option set, and what has to go along with it."""
+    others = {"max_num_seqs": 1} if name == "max_num_batched_tokens" else {}
+    return EngineConfig.from_options(**others, **{name: value})
+
+
+def value_of(config, name):
+    group = next(group for group, f in declared_options() if f.name == name)
+    return getattr(getattr(config, group), name)
+
+
+@pytest.mark.parametrize("f", OPTIONS, ids=lambda f: f.name)
+def test_wrong_values_are_refused_with_what_is_allowed(f):
+    for value in wrong_values(f):
+        with pytest.raises(ConfigError) as error:
+            build(f.name, value)
+        assert str(error.value) == f"{f.name} must be {allowed(f)}, got {value!r}"
+        for choice in f.metadata["choices"]:
+            assert choice in str(error.value)
+        for bound in (f.metadata["least"], f.metadata["most"]):
+            assert bound is None or f"{bound:g}" in str(error.value)
+
+
+@pytest.mark.parametrize("f", OPTIONS, ids=lambda f: f.name)
+def test_right_values_are_taken_as_they_are(f):
+    if f.name.endswith("parallel_size"):
+        assert value_of(build(f.name, 1), f.name) == 1
+        return
+    for value in right_values(f):
+        got = value_of(build(f.name, value), f.name)
+        assert got == value and isinstance(got, (option_type(f)[0], type(None)))
+
+
+@pytest.mark.parametrize("f", OPTIONS, ids=lambda f: f.name)
+def test_the_default_is_allowed_and_the_help_says_something(f):
+    assert value_of(EngineConfig.from_options(), f.name) == f.default
+    assert value_of(build(f.name, f.default), f.name) == f.default
+    assert len(f.metadata["help"]) > 10
+
+
+def test_every_option_is_honoured():
+    """Each is read somewhere; one that nobody reads must be refused instead."""
+    read = set()
+    for folder in ("engine", "workers", "cluster", "deploy"):
+        for file in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(file.read_text())
+            read |= {
+                node.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+            }
+    refused = {"tensor_parallel_size", "pipeline_parallel_size"}
+    never_needed = {"enforce_eager"}  # its help says that nothing is captured or compiled
+    assert BY_NAME.keys() - read == refused | never_needed
+    for name in refused:
+        with pytest.raises(ConfigError, match=f"{name} must be 1"):
+            EngineConfig.from_options(**{name: 2})
+
+
+def test_names_are_known_and_unique():
+    assert len(BY_NAME) == len(OPTIONS)
+    assert BY_NAME.keys() >= VLLM
+    assert BY_NAME.keys() - VLLM == {  # vLLM has none such, or under another meaning
+        "device", "attention_backend", "preemption_mode", "max_queued_requests",
+        "max_queued_tokens",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("max_model_length", "max_model_len"),
+        ("block_sizes", "block_size"),
+        ("gpu_memory_utilisation", "gpu_memory_utilization"),
+        ("max-num-seqs", "max_num_seqs"),
+        ("Dtype", "dtype"),
+    ],
+)
+def test_unknown_options_are_refused_with_the_nearest(given, meant):
+    with pytest.raises(ConfigError, match=f"unknown option {given}; did you mean {meant}\\?"):
+        EngineConfig.from_options(**{given: 1})
+
+
+def test_an_unknown_option_like_no_other_gets_no_suggestion():
+    with pytest.raises(ConfigError) as error:
+        EngineConfig.from_options(xyz=1)
+    assert str(error.value) == "unknown option xyz"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"max_num_batched_tokens": 8, "max_num_seqs": 9},
+            r"max_num_batched_tokens \(8\) must be at least max_num_seqs \(9\)",
+        ),
+        ({"max_num_batched_tokens": 255}, r"\(255\) must be at least max_num_seqs \(256\)"),
+        (
+            {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 1},
+            "gpu_memory_utilization or kv_cache_memory_bytes, not both",
+        ),
+        ({"model": ""}, "model must be a string"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size must be 1"),
+        ({"pipeline_parallel_size": 3}, "pipeline_parallel_size must be 1"),
+    ],
+)
+def test_contradictions_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.from_options(**options)
+
+
+def test_an_integer_is_a_number_and_a_path_is_a_string():
+    config = EngineConfig.from_options(
+        swap_space=1, model=Path("a/b"), chat_template=Path("c.jinja")
+    )
+    assert config.cache.swap_space == 1.0 and isinstance(config.cache.swap_space, float)
+    assert config.model.model == "a/b" and config.model.chat_template == "c.jinja"
+
+
+def test_errors_are_value_errors_and_mantas():
+    with pytest.raises(ValueError) as error:
+        EngineConfig.from_options(block_size=0)
+    assert isinstance(error.value, MantaError)
+
+
+def test_a_config_is_frozen():
+    config = EngineConfig.from_options()
+    assert config.model.model == EMBEDDED_MODEL
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model.model = "x"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model = None
+
+
+def resolve(limit, **options):
+    return EngineConfig.from_options(**options).resolve_model_len(limit)
+
+
+def test_model_len():
+    assert resolve(100) == 100
+    assert resolve(100, max_model_len=100) == 100
+    assert resolve(100, max_model_len=7) == 7
+    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": 300}
+    assert resolve(300, **whole) == 300
+    message = "max_model_len must be at most 100, the model's own limit, got 101"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        resolve(100, max_model_len=101)
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens \(300\) must be at least"
+                       r" max_model_len \(301\) when enable_chunked_prefill is off"):  # fmt: skip
+        resolve(301, **whole)
