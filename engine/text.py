@@ -120,6 +120,8 @@ class StopStrings:
 
         check: False, and a stop string that ends here does not count.
         """
+        if not self._tail and self._first.isdisjoint(text):
+            return text, None
         old = len(self._tail)
         text = self._tail + text
         end = len(text) + 1

@@ -1,5 +1,7 @@
 """Fixtures shared by the tests."""
 
+import workers  # noqa: F401, I001  # before torch: it bounds how long OpenMP's threads spin
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

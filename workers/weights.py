@@ -31,7 +31,9 @@ class Parameter:
     """The part of one checkpoint tensor that this rank holds, and where it goes.
 
     ``shape`` is the whole tensor's in the checkpoint, ``cut`` this rank's part of it, ``target``
-    the tensor (often a view of a merged one) that the part fills. ``filled`` is called once after.
+    the tensor (often a view of a merged one) that the part fills. ``filled`` is called once after,
+    with what was filled: with ``adopt`` this may be the part as it was read, which is a piece of a
+    mapped file and so must be copied or packed there and then.
     """
 
     def __init__(
@@ -40,13 +42,15 @@ class Parameter:
         shape: tuple[int, ...],
         target: Tensor,
         cut: Cut = (),
-        filled: Callable[[], None] = lambda: None,
+        filled: Callable[[Tensor], None] = lambda tensor: None,
+        adopt: bool = False,
     ) -> None:
         self.name = name
         self.shape = shape
         self.cut = cut or (slice(None),) * len(shape)
         self._target: Tensor | None = target
         self._filled = filled
+        self._adopt = adopt
 
     @property
     def full(self) -> bool:
@@ -56,9 +60,12 @@ class Parameter:
         """Copy ``part``, converted to the target's type and device, and let the target go."""
         if self._target is None:
             raise CheckpointError(f"the checkpoint holds tensor {self.name} more than once")
-        self._target.copy_(part)
-        self._target = None  # a merged weight is freed as soon as its layer has packed it
-        self._filled()
+        target, self._target = self._target, None  # a packed weight is then freed at once
+        if self._adopt and part.dtype == target.dtype:
+            target = part
+        else:
+            target.copy_(part)
+        self._filled(target)
 
 
 class Loadable(Protocol):

@@ -97,14 +97,31 @@ def test_no_bit_of_a_row_depends_on_the_others(inputs: int, dtype: torch.dtype) 
 
 def test_plain_weight_is_freed_once_packed() -> None:
     assert onednn_packs(torch.float32)
-    layer = RowLinear(WHOLE, "fc", 24, 40, bias=False)
-    (parameter,) = layer.parameters()
-    assert parameter._target is not None
-    kept = parameter._target
-    parameter.fill(torch.randn(40, 24))
-    assert layer._product.weight is None and parameter._target is None
-    # Nothing but this test holds the storage.
-    assert torch._C._storage_Use_Count(kept.untyped_storage()._cdata) <= 2
+    parts = [Part("q", 40, slice(0, 40)), Part("k", 8, slice(0, 8))]
+    merged, row = ColumnLinear(WHOLE, parts, 24, bias=False), RowLinear(WHOLE, "o", 24, 40, False)
+    checkpoint = {
+        f"{n}.weight": torch.randn(rows, 24) for n, rows in (("q", 40), ("k", 8), ("o", 40))
+    }
+    fill([*merged.parameters(), *row.parameters()], checkpoint)
+    assert merged._product.weight is None and row._product.weight is None
+    assert all(p._target is None for p in (*merged.parameters(), *row.parameters()))
+
+
+def test_a_part_of_a_mapped_file_is_packed_without_a_copy() -> None:
+    row, conversion = RowLinear(WHOLE, "o", 24, 40, False), torch.randn(40, 24).bfloat16()
+    (parameter,) = row.parameters()
+    target, part = parameter._target, torch.randn(40, 24)
+    assert target is not None
+    target.fill_(7.0)
+    parameter.fill(part)
+    assert (target == 7.0).all()
+    x, nothing = torch.randn(3, 24), torch.zeros(3, 40)
+    expected = row(x, nothing)
+    part.fill_(7.0)  # the file may go away once it is packed
+    assert torch.equal(row(x, nothing), expected)
+    other = RowLinear(WHOLE, "o", 24, 40, False)
+    fill(other.parameters(), {"o.weight": conversion})
+    torch.testing.assert_close(other(x, nothing), F.linear(x, conversion.float()))
 
 
 @pytest.mark.usefixtures("either_way")

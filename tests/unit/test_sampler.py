@@ -127,6 +127,7 @@ def p_value(counts: NDArray[np.int64], p: NDArray[np.float64]) -> float:
         {"min_p": 0.2},
         {"min_p": 1.0},
         {"min_p": 0.05, "top_p": 0.7},
+        {"top_k": 7, "min_p": 1.0},
         {"top_k": 6, "top_p": 0.8},
         {"top_k": 7, "top_p": 0.8, "min_p": 0.3, "temperature": 1.2},
         {"top_k": 400, "top_p": 0.95, "min_p": 0.01},
@@ -136,9 +137,10 @@ def p_value(counts: NDArray[np.int64], p: NDArray[np.float64]) -> float:
 def test_distribution_is_exact(params: dict[str, Any], shape: str, device: str) -> None:
     vocab = 503  # no multiple of anything
     generator = torch.Generator().manual_seed(5)
-    logits = torch.randn(vocab, generator=generator) * (0.5 if shape == "flat" else 3.0)
+    logits = torch.randn(vocab, generator=generator) * (0.5 if shape == "flat" else 3.0) - 20
     if shape == "ties":
         logits = logits.round()
+        logits[[3, 300]] = logits.max()
     wanted = SamplingParams(**params)
     counts = draws(logits, wanted, 5000, device)
     assert p_value(counts, probabilities(logits, wanted)) > NEVER
@@ -464,8 +466,11 @@ def test_bad_words_are_never_completed() -> None:
 
 def test_min_tokens_masks_the_end_until_then() -> None:
     favourite = torch.arange(10.0)
-    bench = Bench(10, request(0, [1, 2], temperature=0, min_tokens=3, stop_ids=[9, 8]))
-    assert [bench.next(favourite, p) for p in range(2, 7)] == [7, 7, 7, 9, 9]
+    ends: dict[str, Any] = {"temperature": 0, "min_tokens": 3, "stop_ids": [9, 8]}
+    bias = {0: 0.5}  # which stays
+    bench = Bench(10, request(0, [1, 2], **ends), request(1, [1, 2], logit_bias=bias, **ends))
+    for slot in (0, 1):
+        assert [bench.next(favourite, p, slot) for p in range(2, 7)] == [7, 7, 7, 9, 9]
 
 
 def test_a_slot_forgets_what_it_held() -> None:
@@ -487,6 +492,17 @@ def test_a_slot_forgets_what_it_held() -> None:
     assert not bench.table.any_prompt_logprobs
     for part in (bench.table.edits, bench.table.allowed, bench.table.bad_words):
         assert part._data.numel() == 0
+
+
+def test_a_shorter_list_replaces_a_longer_one() -> None:
+    favourite = torch.arange(10.0).expand(2, -1)
+    lists = ([7, 8, 9], [2, 3, 4])
+    bench = Bench(10, *(request(i, allowed_token_ids=ids) for i, ids in enumerate(lists)))
+    bench.admit(request(0, allowed_token_ids=[1], temperature=0))
+    bench.admit(request(1, allowed_token_ids=[5, 6], temperature=0))
+    assert bench.sample(favourite, [0, 1], [1, 1]).tokens.tolist() == [1, 6]
+    bench.admit(request(1, allowed_token_ids=[0, 1, 2], temperature=0))
+    assert bench.sample(favourite, [0, 1], [1, 1]).tokens.tolist() == [1, 2]
 
 
 # ---- failures ----

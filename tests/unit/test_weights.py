@@ -22,6 +22,7 @@ from workers.checkpoint import (
     resolve_dtype,
 )
 from workers.models import Model, attention_shape, build_model, read_traits
+from workers.models.decoder import DecoderTraits
 from workers.parallel import Group, Place, Stage
 from workers.weights import Loaded, Progress, find_files, load
 
@@ -46,6 +47,8 @@ def fill(
     """What each parameter was filled with, from ``path``."""
     model = build(path, **where)
     parameters = model.parameters()
+    for parameter in parameters:
+        parameter._adopt = False  # so that what is read goes where the test can see it
     targets = {p.name: p._target for p in parameters if p._target is not None}
     loaded = load(model, path, load_format, progress)
     assert all(p.full for p in parameters)
@@ -425,6 +428,19 @@ def test_neutral_values_of_foreign_fields_are_harmless(copy: Callable[[str], Pat
         anything_else=3,
     )
     assert read_traits(load_config(path)) == before
+
+
+@pytest.mark.parametrize("name", ["qwen2-sliding", "qwen3-sliding"])
+def test_windows_follow_max_window_layers(name: str, copy: Callable[[str], Path]) -> None:
+    path = copy(name)
+    explicit = read_traits(load_config(path))
+    configure(path, layer_types=None)
+    implied = read_traits(load_config(path))
+    assert isinstance(implied, DecoderTraits) and implied == explicit
+    assert implied.windows == ((None, 6, 6) if name == "qwen2-sliding" else (None, None, 6))
+    configure(path, use_sliding_window=False)
+    full = read_traits(load_config(path))
+    assert isinstance(full, DecoderTraits) and full.windows == (None, None, None)
 
 
 def test_config_json_must_be_there_and_an_object(tmp_path: Path) -> None:

@@ -25,8 +25,11 @@ TEMPLATE = (
 )
 
 
+_ALL = tempfile.TemporaryDirectory(prefix="manta-test-")  # removed at the end of the process
+
+
 def folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="manta-test-"))
+    return Path(tempfile.mkdtemp(dir=_ALL.name))
 
 
 def save(backend: tokenizers.Tokenizer, config: dict, model_type: str | None = "llama") -> Path:

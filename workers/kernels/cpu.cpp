@@ -253,7 +253,7 @@ inline void set(typename E::T* p, int64_t i, int64_t n, vf x) {
 // (Flash-Decoding, Dao et al. 2023); partial results are merged in order whether they were split
 // or not.
 
-constexpr int TILE = 128;  // keys of one online-softmax step
+constexpr int TILE = 256;  // keys of one online-softmax step
 constexpr int CHUNK = 512;  // keys of one partial result
 constexpr int MAX_ROWS = 48;  // (query, head) pairs that share a pass over one kv head's keys
 constexpr int MAX_DIM = 256;

@@ -12,7 +12,7 @@ from workers.weights import Parameter
 
 
 class VocabEmbedding:
-    """Token embeddings; each rank looks up its rows and the group sums. ``filled`` comes after."""
+    """Token embeddings; each rank looks up its rows and the group sums."""
 
     def __init__(self, place: Place, name: str, vocab_size: int, size: int) -> None:
         self._group = place.group
@@ -31,9 +31,9 @@ class VocabEmbedding:
             )
         ]
 
-    def _filled(self) -> None:
+    def _filled(self, weight: Tensor) -> None:
         for product in self._on_filled:
-            product.ready(keep=True)
+            product.ready(weight, keep=True)
 
     def tied_product(self) -> Packed:
         """The product of an output layer that shares this weight."""
@@ -78,6 +78,7 @@ class OutputLayer:
                 weight,
                 (rows, slice(None)),
                 self._product.ready,
+                self._product.packs,
             )
         ]
 

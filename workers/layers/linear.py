@@ -43,7 +43,7 @@ class Part:
 class Packed:
     """y = act(x Wᵀ + b), or x Wᵀ + b + residual: the product itself, whatever splits it.
 
-    ``ready`` is to be called once weight [N, K] and bias [N] are filled; on a CPU the weight is
+    ``ready`` is to be called once the weight [N, K] is filled; where it ``packs``, the weight is
     then packed and, unless ``keep``, the plain one is let go.
     """
 
@@ -56,13 +56,16 @@ class Packed:
         self._packed: Tensor | None = None
         self._never_alone = False
 
-    def ready(self, keep: bool = False) -> None:
-        assert self.weight is not None
-        if self.weight.device.type == "cpu" and onednn_packs(self.weight.dtype):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
-            self._never_alone = self.weight.shape[1] > LONELY_INPUTS
-            if not keep:
-                self.weight = None
+        self.packs = weight.device.type == "cpu" and onednn_packs(weight.dtype)
+
+    def ready(self, weight: Tensor, keep: bool = False) -> None:
+        """Take ``weight``, which is the constructor's or, where it packs, one like it."""
+        if not self.packs:
+            return
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self._never_alone = weight.shape[1] > LONELY_INPUTS
+        if not keep:
+            self.weight = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self._packed is None:
@@ -139,27 +142,35 @@ class ColumnLinear:
         outputs = sum(part.share for part in parts)
         weight = torch.empty(outputs, inputs, dtype=place.dtype, device=place.device)
         biases = torch.empty(outputs, dtype=place.dtype, device=place.device) if bias else None
-        self._product = Packed(weight, biases, activation)
+        self._product = product = Packed(weight, biases, activation)
+        self._unfilled = len(parts)
         self._parameters: list[Parameter] = []
+        alone = len(parts) == 1
         at = 0
         for part in parts:
             rows = slice(at, at + part.share)
             at += part.share
             cut = (part.cut, slice(None))
-            self._add(f"{part.name}.weight", (part.size, inputs), weight[rows], cut)
+            self._parameters.append(
+                Parameter(
+                    f"{part.name}.weight",
+                    (part.size, inputs),
+                    weight[rows],
+                    cut,
+                    product.ready if alone else self._filled,
+                    adopt=alone and product.packs,
+                )
+            )
             if biases is not None:
-                self._add(f"{part.name}.bias", (part.size,), biases[rows], cut[:1])
-        self._unfilled = len(self._parameters)
+                self._parameters.append(
+                    Parameter(f"{part.name}.bias", (part.size,), biases[rows], cut[:1])
+                )
 
-    def _add(
-        self, name: str, shape: tuple[int, ...], target: Tensor, cut: tuple[slice, ...]
-    ) -> None:
-        self._parameters.append(Parameter(name, shape, target, cut, self._filled))
-
-    def _filled(self) -> None:
+    def _filled(self, _: Tensor) -> None:
         self._unfilled -= 1
         if not self._unfilled:
-            self._product.ready()
+            assert self._product.weight is not None
+            self._product.ready(self._product.weight)
 
     def parameters(self) -> Iterable[Parameter]:
         return self._parameters
@@ -181,10 +192,11 @@ class RowLinear:
         weight = torch.empty(outputs, cut.stop - cut.start, dtype=place.dtype, device=place.device)
         held = outputs if group.rank == 0 else 0
         biases = torch.empty(held, dtype=place.dtype, device=place.device)
-        self._product = Packed(weight, biases if bias and held else None)
+        self._product = product = Packed(weight, biases if bias and held else None)
         shape = (outputs, inputs)
+        both = (slice(None), cut)
         self._parameters = [
-            Parameter(f"{name}.weight", shape, weight, (slice(None), cut), self._product.ready)
+            Parameter(f"{name}.weight", shape, weight, both, product.ready, product.packs)
         ]
         if bias:
             self._parameters.append(Parameter(f"{name}.bias", shape[:1], biases, (slice(0, held),)))
