@@ -25,7 +25,10 @@ class LoadBar:
     def __enter__(self) -> "LoadBar":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._bar.total = self._bar.n  # what files hold besides tensors is not read
+            self._bar.refresh()
         self._bar.close()
 
 

@@ -10,7 +10,7 @@ into a uniform in (0, 1) of float64, so that neither tail is cut short.
 **Draws** are exponential races (Gumbel-max): with independent E_i ~ Exp(1), argmax p_i / E_i has
 distribution p. One uniform and the inverse of the cumulative sum would need less noise, but there
 a change in any logit shifts every boundary after it: with N likely tokens, a relative change of d
-flips about d * sqrt(N) of the draws, in a race only about d. Logits do change in their last bits
+flips up to d * sqrt(N) of the draws, in a race only about d. Logits do change in their last bits
 with the batch's shape and the device, so races it is.
 
 - With ``top_k`` the race is among the k candidates; a token's noise has its id as index.

@@ -205,7 +205,7 @@ class Worker:
         tokens = self.config.scheduler.max_num_batched_tokens
         seqs = self.config.scheduler.max_num_seqs
         widest = 12 * self.traits.hidden_size * self.backend.shape.dtype.itemsize
-        return 2 * tokens * widest + 5 * seqs * self.traits.vocab_size * 4
+        return 2 * tokens * widest + 7 * seqs * self.traits.vocab_size * 4
 
     def _warm_up(self, num_blocks: int) -> float:
         """Run a prefill and a decode twice, so that kernels are there; seconds per token."""

@@ -21,7 +21,10 @@ VOCAB = 128
 EOS = 2
 PROMPT = [3, 4, 5]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-TEMPLATE = "{% for m in messages %}{{ m['role'] == 'user' and 'w7' or 'w8' }} {{ m['content'] }} {% endfor %}w9"  # noqa: E501
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w7' if m['role'] == 'user' else 'w8' }} {{ m['content'] }}"
+    " {% endfor %}w9"
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +113,9 @@ def test_sampling_params_are_one_for_all_or_one_for_each(llm):
     prompts = [PROMPT, [9, 8]]
     short, long = (SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 5))
     a, b = generate(llm, prompts, [short, long])
-    assert tokens(generate(llm, prompts, long)) == [[a2 := generate(llm, PROMPT, long)[0].outputs[0].token_ids], [b.outputs[0].token_ids]]  # noqa: E501
-    assert a.outputs[0].token_ids == a2[:2]
+    longer = tokens(generate(llm, prompts, long))
+    assert [[ids[0][:2]] for ids in longer[:1]] == tokens([a])
+    assert longer[1:] == tokens([b]) and len(b.outputs[0].token_ids) == 5
     (default,) = generate(llm, PROMPT)
     assert len(default.outputs[0].token_ids) <= 16
     assert llm.get_default_sampling_params() == SamplingParams()
@@ -325,7 +329,7 @@ def check_logprobs(reference, output, asked):
 
 def check_position(expected, chosen, entry, asked):
     top = expected.topk(asked).indices.tolist()
-    assert set(entry) == {chosen, *top} or min_margin(expected, asked) < 1e-4
+    assert set(entry) == {chosen, *top} or margin(expected, asked) < 1e-4
     for token, logprob in entry.items():
         assert abs(logprob.logprob - expected[token].item()) < 1e-3
         above = int((expected > expected[token]).sum())
@@ -334,9 +338,10 @@ def check_position(expected, chosen, entry, asked):
         assert logprob.decoded_token.strip() == f"w{token}"
 
 
-def min_margin(expected, asked):
-    values = expected.topk(asked + 1).values
-    return (values[:-1] - values[1:]).min().item() if asked else 1.0
+def margin(expected, asked):
+    """Between the last of the likeliest and the next."""
+    values = expected.sort(descending=True).values
+    return (values[asked - 1] - values[asked]).item() if 0 < asked < VOCAB else 1.0
 
 
 @pytest.mark.parametrize("asked", [0, 1, 5])
@@ -381,7 +386,7 @@ def test_all_logprobs(llm, reference):
     params = SamplingParams(temperature=0, max_tokens=2, logprobs=-1, prompt_logprobs=-1)
     (output,) = generate(llm, PROMPT, params)
     assert {len(entry) for entry in output.outputs[0].logprobs} == {VOCAB}
-    check_logprobs(reference, output, VOCAB - 1)
+    check_logprobs(reference, output, VOCAB)
 
 
 def test_no_logprobs_unless_asked_for(llm):

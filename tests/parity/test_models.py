@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from tests.parity.paged import Paged, build
+from tests.parity.paged import BIT_STABLE, Paged, build
 from tests.parity.tiny_models import TINY_MODELS
 from workers.attention.gather import GatherAttention
 from workers.checkpoint import load_config
@@ -94,7 +94,7 @@ def test_dynamic_rope_beyond_the_original_length_is_as_generated(checkpoint: Che
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BIT_STABLE)
 @pytest.mark.parametrize("name", ["llama", "qwen3-sliding", "opt", "opt-post-norm"])
 def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
     model = build(checkpoint(name), dtype=dtype)

@@ -203,7 +203,7 @@ class KVMachine(RuleBasedStateMachine):
             if seq in self.running and draw.random() < 0.9:
                 self.run(draw, seq)
         preempted = False
-        while draw.random() < 0.1 and self.idle():
+        while draw.random() < 0.25 and self.idle():
             self.preempt(draw, draw.choice(self.idle()))
             preempted = True
         for seq in draw.sample(self.waiting, len(self.waiting)):
@@ -385,3 +385,27 @@ def test_block_pool_agrees_with_a_plain_model():
 
 def test_kv_blocks_hold_what_they_should():
     run_state_machine_as_test(KVMachine, settings=settings(COMMON, max_examples=150))
+
+
+def test_a_prefix_is_held_whole_before_a_part_of_it_is_promoted():
+    """Promoting its first block evicts another's from the device, which must not be given the
+    CPU block that holds this one's second."""
+    kv = KVBlocks(3, 2, 1, prefix_caching=True)
+
+    def run(tokens):
+        seq = Sequence("", tokens, SamplingParams(), max_total=9)
+        prefix = kv.match(seq)
+        kv.claim(seq, prefix)
+        assert kv.grow(seq, len(tokens))
+        seq.computed = len(tokens)
+        kv.publish(seq)
+        _, copies = kv.drain()
+        kv.release(seq)
+        return prefix, copies
+
+    run([1, 2, 3])
+    run([4, 5, 6])  # now the device has these, and the CPU blocks 1 and 2
+    prefix, copies = run([1, 2, 3])
+    assert [on_device for on_device, _ in prefix.blocks] == [False, False]
+    assert copies.in_[:, 0].tolist() == [block for _, block in prefix.blocks]
+    assert not set(copies.out[:, 1].tolist()) & set(copies.in_[:, 0].tolist())

@@ -210,7 +210,7 @@ def test_tokens_of_a_seed_never_change(device: str) -> None:
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 3000}], ids=str)
 def test_slightly_different_logits_give_the_same_tokens(params: dict[str, Any]) -> None:
     """Where 4096 tokens are about equally likely, noise of 0.001 in each logit moves less than
-    0.2 % of the mass; a draw by cumulative sums would flip several per cent of the tokens."""
+    0.2 % of the mass; a draw by cumulative sums would flip about 2 % of the tokens."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4096, generator=generator) * 0.1
     other = logits + torch.randn(4096, generator=generator) * 1e-3

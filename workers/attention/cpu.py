@@ -1,4 +1,4 @@
-"""Attention on the CPU by the compiled kernel: one pass over the paged cache for any mix of rows."""
+"""Attention on the CPU by the compiled kernel: one pass over the cache for any mix of rows."""
 
 import ctypes
 import mmap
