@@ -21,6 +21,8 @@ def throughput(args: argparse.Namespace, engine_options: dict[str, Any]) -> None
         if getattr(args, name) < 1:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} must be at least 1, got {getattr(args, name)}")
+    if args.output_json and not Path(args.output_json).absolute().parent.is_dir():
+        raise ConfigError(f"--output-json must be a file in a folder, got {args.output_json!r}")
     from cluster.llm import LLM
 
     started = time.perf_counter()

@@ -5,9 +5,11 @@ the server cannot differ.
 """
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.config import EMBEDDED_MODEL, allowed, declared_options, option_type
 from engine.errors import ConfigError, MantaError
@@ -30,8 +32,8 @@ SAMPLING_OPTIONS: dict[str, tuple[type, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. 2 for what the user did wrong, 130 for an interrupt."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parse(argv)
         args.run(args)
     except MantaError as error:
         print(f"manta: error: {error}", file=sys.stderr)
@@ -41,8 +43,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Options in full only, and an error of one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments with options anywhere between them, which argparse alone does not allow."""
+    args, rest = _parser().parse_known_args(argv)
+    at = rest.index("--") if "--" in rest else len(rest)
+    for word in rest[:at]:
+        if word.startswith("-"):
+            name = word.split("=")[0]
+            known = re.findall(r"--[a-z][\w-]+", args.parser.format_help())
+            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown option {name}{hint}")
+    words = rest[:at] + rest[at + 1 :]
+    if words and "words" not in args:
+        raise ConfigError(f"unexpected argument {words[0]!r}")
+    if words:
+        args.words += words
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="manta", description="Serve large language models.")
+    parser = _Parser(prog="manta", description="Serve large language models.")
     parser.add_argument("--version", action="version", version=f"manta {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -62,12 +93,15 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--stop", action="append", help="a string that ends the output")
     sampling.add_argument("--ignore-eos", action="store_true", help="the model's end does not end")
     _add_engine_options(generate)
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_generate, parser=generate)
 
     bench = commands.add_parser("bench", help="measure speed")
     benches = bench.add_subparsers(required=True, metavar="WHAT")
     throughput = benches.add_parser(
-        "throughput", help="offline throughput", description="Measure offline throughput."
+        "throughput",
+        help="offline throughput",
+        usage="manta bench throughput [OPTION ...] [MODEL]",
+        description="Measure offline throughput on random prompts.",
     )
     throughput.add_argument("model", nargs="?", default=EMBEDDED_MODEL)
     throughput.add_argument("--num-prompts", type=int, default=32)
@@ -78,10 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     throughput.add_argument("--temperature", type=float, default=0.0)
     throughput.add_argument("--output-json", metavar="FILE", help="write the figures here")
     _add_engine_options(throughput)
-    throughput.set_defaults(run=_bench_throughput)
+    throughput.set_defaults(run=_bench_throughput, parser=throughput)
 
     environment = commands.add_parser("collect-env", help="print what a bug report needs")
-    environment.set_defaults(run=_collect_env)
+    environment.set_defaults(run=_collect_env, parser=environment)
     return parser
 
 
@@ -97,7 +131,8 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         if group_name not in groups:
             groups[group_name] = parser.add_argument_group(f"engine: {group_name}")
         kind, _ = option_type(f)
-        flag, text = _flag(f.name), f"{f.metadata['help']} (default: {f.default})"
+        flag, choices = _flag(f.name), f.metadata["choices"]
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         default = argparse.SUPPRESS
         if kind is bool:
             groups[group_name].add_argument(
@@ -108,8 +143,8 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
                 flag,
                 type=_converter(f, kind),
                 default=default,
-                metavar=kind.__name__.upper(),
-                help=text.replace("%", "%%"),
+                metavar=f"{{{','.join(choices)}}}" if choices else kind.__name__.upper(),
+                help=text,
             )
 
 

@@ -35,6 +35,8 @@ def option(
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """What is served."""
+
     model: str = option(
         EMBEDDED_MODEL,
         "a checkpoint folder, a Hugging Face hub id, or manta-demo, the model inside the package",
@@ -72,6 +74,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
+    """The KV blocks."""
+
     block_size: int | None = option(
         None, "tokens in a KV block; the attention backend's favourite by default", least=1
     )
@@ -99,6 +103,8 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
+    """Who runs, and how much in one step."""
+
     max_num_seqs: int = option(256, "most sequences that run at once", least=1)
     max_num_batched_tokens: int = option(2048, "most tokens that one step computes", least=1)
     enable_chunked_prefill: bool = option(True, "split long prompts over steps, mixed with decodes")
@@ -122,6 +128,8 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class DeviceConfig:
+    """Where and how the model is computed."""
+
     device: str = option(
         "auto",
         "where the model runs; auto is cuda if there is one",
@@ -141,6 +149,8 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
+    """What is shown."""
+
     use_tqdm_on_load: bool = option(True, "a progress bar while weights load")
 
 

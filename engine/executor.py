@@ -34,6 +34,8 @@ class Capacity:
 
 
 class PendingResult(Protocol):
+    """A step that was started."""
+
     def result(self) -> StepResult:
         """Wait for the step; raises EngineError if it failed."""
         ...

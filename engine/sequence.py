@@ -12,12 +12,16 @@ from engine.sampling_params import SamplingParams
 
 
 class State(enum.Enum):
+    """Where the scheduler has a sequence."""
+
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
 
 
 class FinishReason(enum.StrEnum):
+    """Why a completion ended, as users are told."""
+
     STOP = "stop"  # a stop token or stop string, or the model's end token
     LENGTH = "length"  # max_tokens or the model's length
     ABORT = "abort"  # cancelled

@@ -541,9 +541,19 @@ class Press:
         return pending
 
 
+@pytest.fixture
+def python_handles_ctrl_c():
+    """As in a terminal; a job in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("step", [1, 2, 9])
 @pytest.mark.parametrize("after", [False, True])
-def test_an_interrupt_leaves_nothing_behind(llm, monkeypatch, step, after):
+def test_an_interrupt_leaves_nothing_behind(
+    llm, monkeypatch, python_handles_ctrl_c, step, after
+):
     prompts = [draw_prompt(random.Random(i), 20 + i) for i in range(20)]
     expected = tokens(generate(llm, prompts, GREEDY))
     with monkeypatch.context() as patch:

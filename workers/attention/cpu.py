@@ -1,8 +1,6 @@
 """Attention on the CPU by the compiled kernel: one pass over the cache for any mix of rows."""
 
 import ctypes
-import mmap
-from math import prod
 
 import torch
 from torch import Tensor
@@ -11,6 +9,7 @@ from engine.errors import ConfigError
 from workers.attention.base import AttentionShape
 from workers.batch import Batch
 from workers.kernels.build import DTYPES, library
+from workers.kernels.memory import huge_tensor
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 48  # query heads of one kv head
@@ -78,10 +77,7 @@ class CpuAttention:
         """One layer's cache, on huge pages where the system has them: decode jumps between blocks,
         and with small pages spends its time in page-table walks."""
         size = (num_blocks, self.shape.num_kv_heads, 2, self.shape.block_size, self.shape.head_dim)
-        memory = mmap.mmap(-1, max(1, prod(size)) * self.shape.dtype.itemsize)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=self.shape.dtype)[: prod(size)].view(size)
+        return huge_tensor(size, self.shape.dtype)
 
     def begin(self, batch: Batch) -> None:
         step = self.step

@@ -17,6 +17,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADER = Path(__file__).with_name("gemm.h")
 NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
 
@@ -47,6 +48,13 @@ class Library:
                 function = library[f"manta_{name}_{suffix}"]
                 function.argtypes, function.restype = arguments, None
                 self.functions[name, dtype] = function
+        self.has_gemm = bool(library.manta_has_gemm())
+        self.gemm_pack, self.gemm = library.manta_gemm_pack, library.manta_gemm
+        self.gemm_pack.argtypes = (POINTER, I64, I64, POINTER, INT)
+        self.gemm.argtypes = (
+            POINTER, I64, I64, POINTER, I64, I64, POINTER, POINTER, I64, INT, POINTER, INT,
+        )  # fmt: skip
+        self.gemm_pack.restype = self.gemm.restype = None
         library.manta_init.argtypes = (POINTER,)
         library.manta_init(_openmp())
 
@@ -80,7 +88,7 @@ def build(folder: Path, target: str = NATIVE) -> Path:
     """
     compiler = _compiler()
     version = _run(compiler, "--version")
-    key = "\0".join([SOURCE.read_text(), version, *FLAGS, target, _cpu()])
+    key = "\0".join([SOURCE.read_text(), HEADER.read_text(), version, *FLAGS, target, _cpu()])
     path = folder / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     if path.exists():
         return path

@@ -1,4 +1,4 @@
-// manta's CPU kernels outside the GEMMs: paged attention, rotary embedding, norms, SiLU, argmax.
+// manta's CPU kernels: matrix products (gemm.h), paged attention, rotary embedding, norms, SiLU, argmax.
 //
 // Plain C ABI, no headers but the standard library's. Vectors are GCC/Clang vector extensions, so
 // the same source is right on any CPU; a few primitives have faster forms under #if. The loop over
@@ -6,6 +6,7 @@
 // threads would spin against torch's.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -48,6 +49,10 @@ void parallel_for(int threads, int64_t n, int64_t grain, F&& body) {
             body(i, std::min(i + grain, n));
     });
 }
+
+// ---------------------------------------------------------------- matrix products
+
+#include "gemm.h"
 
 // ---------------------------------------------------------------- vectors
 
@@ -807,7 +812,7 @@ class Attention {
                 for (int v = 0; v < vectors; v++) {
                     vi lane = lanes() + v * VL;
                     vf x = load<vf>(scores + v * VL);
-                    store(scores + v * VL, (lane < high) & (lane >= low) ? x : splat(NEG));
+                    store(scores + v * VL, ((lane < high) & (lane >= low)) ? x : splat(NEG));
                 }
             vf best = splat(NEG);
             for (int v = 0; v < vectors; v++) best = vmax(best, load<vf>(scores + v * VL));
@@ -1046,3 +1051,16 @@ FOR_TYPE(bf16, BF16)
 FOR_TYPE(fp32, F32)
 
 extern "C" void manta_init(void* gomp) { gomp_parallel = reinterpret_cast<ParallelFn>(gomp); }
+
+extern "C" int manta_has_gemm() { return HAS_GEMM; }
+
+extern "C" void manta_gemm_pack(const void* w, int64_t N, int64_t K, void* out, int threads) {
+    gemm_pack((const uint16_t*)w, N, K, (uint16_t*)out, threads);
+}
+
+extern "C" void manta_gemm(const void* x, int64_t x_stride, int64_t M, const void* w, int64_t N,
+                           int64_t K, const void* bias, const void* residual, int64_t r_stride,
+                           int relu, void* y, int threads) {
+    gemm((const uint16_t*)x, x_stride, M, (const uint16_t*)w, N, K, (const uint16_t*)bias,
+         (const uint16_t*)residual, r_stride, relu, (uint16_t*)y, threads);
+}

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.kernels.gemm import PackedGemm, has_gemm
 from workers.parallel import Place
 from workers.weights import Parameter
 
@@ -54,21 +55,28 @@ class Packed:
         self.weight: Tensor | None = weight
         self.bias = bias
         self.activation = activation
+        self._gemm: PackedGemm | None = None
         self._packed: Tensor | None = None
         self._never_alone = False
-
-        self.packs = weight.device.type == "cpu" and onednn_packs(weight.dtype)
+        on_cpu = weight.device.type == "cpu"
+        self._has_gemm = on_cpu and activation != "gelu" and has_gemm(weight.dtype, weight.shape[1])
+        self.packs = self._has_gemm or (on_cpu and onednn_packs(weight.dtype))
 
     def ready(self, weight: Tensor, keep: bool = False) -> None:
         """Take ``weight``, which is the constructor's or, where it packs, one like it."""
         if not self.packs:
             return
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        if self._has_gemm:
+            self._gemm = PackedGemm(weight.contiguous())
+        else:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         self._never_alone = weight.shape[1] > LONELY_INPUTS
         if not keep:
             self.weight = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self._gemm is not None:
+            return self._gemm(x, self.bias, residual, self.activation == "relu")
         if self._packed is None:
             return self._plain(x, residual)
         if self._never_alone and len(x) == 1:

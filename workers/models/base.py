@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.attention.base import AttentionBackend, AttentionShape
+from workers.attention.base import AttentionShape
 from workers.batch import Batch
 from workers.checkpoint import Config
 from workers.layers.attention import Heads
@@ -147,16 +147,3 @@ class Model(ABC):
 def whole_place(place: Place) -> Place:
     """Where ``Model.whole`` lives."""
     return Place(torch.device("meta"), place.dtype)
-
-
-class Build(Protocol):
-    """The constructor of every model."""
-
-    def __call__(
-        self,
-        traits: Traits,
-        place: Place,
-        stage: Stage,
-        backend: AttentionBackend,
-        max_length: int,
-    ) -> Model: ...
