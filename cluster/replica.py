@@ -8,7 +8,7 @@ from cluster.progress import LoadBar
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError, RequestError
-from engine.executor import Capacity, ModelFacts
+from engine.executor import Capacity
 from engine.log import get_logger
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
@@ -67,7 +67,8 @@ def start_replica(
         executor = LocalExecutor(config, checkpoint.path, bar.read)
         facts = executor.load()
     log.info(
-        "Loaded %s (%s, %s parameters, %s on %s): %.2f GiB of weights read in %.2f s, %.2f s in all",
+        "Loaded %s (%s, %s parameters, %s on %s): %.2f GiB of weights read in %.2f s,"
+        " %.2f s in all",
         config.model.model,
         facts.architecture,
         _count(facts.num_parameters),

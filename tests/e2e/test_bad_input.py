@@ -262,9 +262,7 @@ def poisoned(request, folder, tokenizer):
     tensors["model.embed_tokens.weight"][100] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
     # So few blocks that those of failed requests are soon given to others.
-    return start_llm(
-        folder, tokenizer, num_gpu_blocks_override=16, attention_backend=request.param
-    )
+    return start_llm(folder, tokenizer, num_gpu_blocks_override=16, attention_backend=request.param)
 
 
 def test_a_request_whose_logits_are_not_finite_fails_alone(poisoned, llm):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.cli import SAMPLING_OPTIONS, main
+from deploy.cli import SAMPLING_OPTIONS, _model_and_prompts, main
 from engine.config import declared_options
 from manta import SamplingParams, __version__
 from tests.support.tiny_llm import start_llm
@@ -20,8 +20,8 @@ from tests.support.tiny_tokenizer import save_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}w9"
 SMALL = [
-    "--dtype", "float32", "--max-num-seqs", "8", "--max-num-batched-tokens", "64",
-    "--kv-cache-memory-bytes", "4000000", "--swap-space", "0.001",
+    "--device", "cpu", "--dtype", "float32", "--max-num-seqs", "8", "--max-num-batched-tokens",
+    "64", "--kv-cache-memory-bytes", "4000000", "--swap-space", "0.001",
 ]  # fmt: skip
 
 
@@ -100,11 +100,21 @@ def test_sampling_options_reach_the_model(folder, llm, capsys):
     assert capsys.readouterr().out == lines(seeded, ["w3 w4"], params)
 
 
-def test_generate_reads_prompts_from_standard_input(monkeypatch, capsys):
-    """Without an argument; the model is then the embedded one, here a folder that is not there."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w3\n\nw4\n"))
-    from deploy.cli import _model_and_prompts
+def test_ignore_eos(folder, llm, tmp_path, capsys):
+    params = SamplingParams(temperature=0, max_tokens=6)
+    ids = llm.generate("w3 w4", params, use_tqdm=False)[0].outputs[0].token_ids
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[2]}))
+    for flag, shown in (([], ids[:2]), (["--ignore-eos"], ids)):
+        argv = ["--temperature", "0", "--max-tokens", "6", *flag, *SMALL]
+        assert run("generate", model, "w3 w4", *argv) == 0
+        text = "".join(f" w{i}" for i in shown)
+        assert capsys.readouterr().out == f"Prompt: 'w3 w4', Generated text: {text!r}\n"
 
+
+def test_generate_reads_prompts_from_standard_input(monkeypatch):
+    """Without an argument; the model is then the embedded one."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w3\n\nw4\n"))
     assert _model_and_prompts([]) == ("manta-demo", ["w3", "w4"])
     assert _model_and_prompts(["w5"]) == ("manta-demo", ["w5"])
     assert _model_and_prompts(["model", "a", "b"]) == ("model", ["a", "b"])

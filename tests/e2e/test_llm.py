@@ -551,9 +551,7 @@ def python_handles_ctrl_c():
 
 @pytest.mark.parametrize("step", [1, 2, 9])
 @pytest.mark.parametrize("after", [False, True])
-def test_an_interrupt_leaves_nothing_behind(
-    llm, monkeypatch, python_handles_ctrl_c, step, after
-):
+def test_an_interrupt_leaves_nothing_behind(llm, monkeypatch, python_handles_ctrl_c, step, after):
     prompts = [draw_prompt(random.Random(i), 20 + i) for i in range(20)]
     expected = tokens(generate(llm, prompts, GREEDY))
     with monkeypatch.context() as patch:

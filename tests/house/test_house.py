@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Package to what it may import of ours, and what it never imports, however indirectly.
 MAY_IMPORT = {
     "engine": set(),
@@ -123,24 +124,22 @@ def test_what_is_public_has_a_docstring(file: Path) -> None:
 
 
 def test_the_distribution_has_every_package() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    listed = settings["tool"]["setuptools"]["packages"]
+    listed = SETTINGS["tool"]["setuptools"]["packages"]
     there = {module_of(file) for file in SOURCES if file.name == "__init__.py"}
     assert sorted(listed) == sorted(there)
     folders = {".".join(file.relative_to(ROOT).parts[:-1]) for file in SOURCES}
     assert folders == there, "a folder without __init__.py"
-    checked = settings["tool"]["mypy"]["packages"]
+    checked = SETTINGS["tool"]["mypy"]["packages"]
     assert sorted(checked) == sorted(PACKAGES)
-    for script in settings["project"]["scripts"].values():
+    for script in SETTINGS["project"]["scripts"].values():
         module, function = script.split(":")
         assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_the_distribution_has_every_file_that_is_no_python() -> None:
-    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     listed = {
         file
-        for package, patterns in data.items()
+        for package, patterns in SETTINGS["tool"]["setuptools"]["package-data"].items()
         for pattern in patterns
         for file in (ROOT / package.replace(".", "/")).glob(pattern)
     }
@@ -156,8 +155,7 @@ def test_the_distribution_has_every_file_that_is_no_python() -> None:
 def test_versions_agree() -> None:
     import manta
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert manta.__version__ == project["version"]
+    assert manta.__version__ == SETTINGS["project"]["version"]
 
 
 def test_every_public_name_can_be_imported() -> None:
@@ -176,7 +174,8 @@ def test_every_public_name_can_be_imported() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'LLMS'"):
         _ = manta.LLMS
     # What a type checker sees is what there is.
-    block = re.search(r"if TYPE_CHECKING:\n((?:    .*\n)+)", (ROOT / "manta/__init__.py").read_text())
+    source = (ROOT / "manta/__init__.py").read_text()
+    block = re.search(r"if TYPE_CHECKING:\n((?:    .*\n)+)", source)
     assert block is not None
     seen = set(re.findall(r"import (\w+) as \1", block[1]))
     assert seen | {"__version__"} == set(manta.__all__)

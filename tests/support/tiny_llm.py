@@ -7,8 +7,9 @@ from manta import LLM
 
 
 def start_llm(path: Path, tokenizer: Path | None = None, **options: Any) -> LLM:
-    """An LLM in float32 with little memory; ``options`` come on top."""
+    """An LLM in float32 on the CPU with little memory; ``options`` come on top."""
     defaults: dict[str, Any] = {
+        "device": "cpu",
         "dtype": "float32",
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,

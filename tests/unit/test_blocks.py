@@ -409,3 +409,28 @@ def test_a_prefix_is_held_whole_before_a_part_of_it_is_promoted():
     assert [on_device for on_device, _ in prefix.blocks] == [False, False]
     assert copies.in_[:, 0].tolist() == [block for _, block in prefix.blocks]
     assert not set(copies.out[:, 1].tolist()) & set(copies.in_[:, 0].tolist())
+
+
+@pytest.mark.parametrize("num_cpu, fits", [(3, False), (4, True)])
+def test_a_swap_out_needs_room_beside_the_copies_that_are_there(num_cpu, fits):
+    """The CPU copies left by the last swap are used again, so they are no room for what is new."""
+    kv = KVBlocks(6, num_cpu, 1, prefix_caching=True)
+    seq = Sequence("", [1, 2, 3], SamplingParams(), max_total=9)
+    seq.computed = 3
+    assert kv.grow(seq, 3)
+    kv.publish(seq)
+    assert kv.swap_out(seq)
+    kv.drain()
+    kv.device.forget_all()
+    kv.swap_in(seq)
+    assert len(kv.drain()[1].in_) == 3
+    seq.tokens.append(4)
+    seq.computed = 4
+    assert kv.grow(seq, 4)
+    blocks = list(seq.blocks)
+    assert kv.swap_out(seq) == fits
+    out = kv.drain()[1].out
+    if fits:
+        assert len(seq.swapped) == 4 and out[:, 0].tolist() == blocks[3:]
+    else:
+        assert seq.blocks == blocks and not len(out) and kv.cpu.num_held == 0

@@ -47,7 +47,8 @@ def wrong_values(f):
 def right_values(f):
     kind, optional = option_type(f)
     meta = f.metadata
-    values = list(meta["choices"]) or {bool: [True, False], str: ["x"], int: [7], float: [0.5]}[kind]
+    of_kind = {bool: [True, False], str: ["x"], int: [7], float: [0.5]}
+    values = list(meta["choices"]) or of_kind[kind]
     if meta["least"] is not None:
         values = [kind(meta["least"]), *values]
     if meta["most"] is not None:

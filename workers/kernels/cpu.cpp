@@ -853,7 +853,7 @@ void attend(const Step& s, void* cache, const void* q, int64_t q_stride, const v
 
 // ---------------------------------------------------------------- rows of elements
 
-constexpr int64_t SERIAL = 32768;  // elements below which waking threads costs more than it gains
+constexpr int64_t SERIAL = 8192;  // elements below which waking threads costs more than it gains
 
 inline int64_t grain_of(int64_t rows, int64_t width, int threads) {
     if (rows * width <= SERIAL) return rows;
@@ -879,13 +879,23 @@ void rope(typename E::T* x, int64_t stride, int heads, int dim, const int64_t* p
     }
 }
 
+// The sum of f(x) over n elements; the last vector is padded with `fill`, for which f is 0.
+template <class E, class F>
+inline float sum_of(const typename E::T* p, int64_t n, float fill, F&& f) {
+    vf sums[4] = {};  // one would wait for its own last addition
+    int64_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        for (int j = 0; j < 4; j++) sums[j] += f(E::get(p + i + j * VL));
+    each<E>(p + i, n - i, fill, [&](int64_t, vf x) { sums[0] += f(x); });
+    return hsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 // y = x / rms(x), rounded, times w: the order of rounding is transformers'.
 template <class E>
 void rms_row(const typename E::T* x, const typename E::T* w, typename E::T* y, int64_t n,
              float eps) {
-    vf sum = {};
-    each<E>(x, n, 0.0f, [&](int64_t, vf v) { sum += v * v; });
-    const float scale = 1.0f / std::sqrt(hsum(sum) / float(n) + eps);
+    const float square = sum_of<E>(x, n, 0.0f, [](vf v) { return v * v; });
+    const float scale = 1.0f / std::sqrt(square / float(n) + eps);
     each<E>(x, n, 0.0f,
             [&](int64_t i, vf v) { set<E>(y, i, n, E::round(v * scale) * at<E>(w, i, n)); });
 }
@@ -893,12 +903,9 @@ void rms_row(const typename E::T* x, const typename E::T* w, typename E::T* y, i
 template <class E>
 void layer_row(const typename E::T* x, const typename E::T* w, const typename E::T* b,
                typename E::T* y, int64_t n, float eps) {
-    vf sum = {};
-    each<E>(x, n, 0.0f, [&](int64_t, vf v) { sum += v; });
-    const float mean = hsum(sum) / float(n);
-    vf square = {};
-    each<E>(x, n, mean, [&](int64_t, vf v) { square += (v - mean) * (v - mean); });
-    const float scale = 1.0f / std::sqrt(hsum(square) / float(n) + eps);
+    const float mean = sum_of<E>(x, n, 0.0f, [](vf v) { return v; }) / float(n);
+    const float square = sum_of<E>(x, n, mean, [&](vf v) { return (v - mean) * (v - mean); });
+    const float scale = 1.0f / std::sqrt(square / float(n) + eps);
     each<E>(x, n, 0.0f, [&](int64_t i, vf v) {
         set<E>(y, i, n, (v - mean) * scale * at<E>(w, i, n) + at<E>(b, i, n));
     });
