@@ -39,6 +39,7 @@ HERE = Path(__file__).parent
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
 VOCAB = 4096
 LENGTHS = (512, 512, 512, 512, 2048)  # tokens of a row, in turn; conversations reach past 1000
+USER_NOISE = 0.06  # share of the tokens of what users say that are replaced by random ones
 USER_LOSS = 0.1  # weight of what users and systems say; answers and plain text count 1
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -177,6 +178,15 @@ def build(seed: int) -> Any:
     return Qwen3ForCausalLM(config)
 
 
+def with_noise(rows: Tensor, weights: Tensor, vocab: int, generator: torch.Generator) -> Tensor:
+    """``rows`` with some of the users' tokens replaced, so that the model learns to answer what is
+    worded in another way than it has ever seen. Special tokens stay."""
+    chance = torch.rand(rows.shape, generator=generator, device=rows.device)
+    noise = torch.randint(len(SPECIAL), vocab, rows.shape, generator=generator, device=rows.device)
+    noisy = (weights == USER_LOSS) & (rows >= len(SPECIAL)) & (chance < USER_NOISE)
+    return torch.where(noisy, noise, rows)
+
+
 def row_loss(model: Any, rows: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean cross entropy of the next token. rows, weights: [rows, length + 1]."""
     # No mask at all lets attention run as plainly causal, also when traced by torch.compile.
@@ -203,7 +213,7 @@ def train(model: Any, ids: Tensor, weights: Tensor, args: argparse.Namespace,
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
         lr=args.lr,
         betas=(0.9, 0.95),
         fused=device.type == "cuda",
@@ -229,7 +239,8 @@ def train(model: Any, ids: Tensor, weights: Tensor, args: argparse.Namespace,
         index = starts[pick, None] + torch.arange(length + 1, device=device)
         try:
             with autocast:
-                loss = loss_of(model, ids[index], weights[index])
+                rows = with_noise(ids[index], weights[index], VOCAB, generator)
+                loss = loss_of(model, rows, weights[index])
             loss.backward()
         except Exception as error:
             if loss_of is row_loss:
