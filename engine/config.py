@@ -178,14 +178,14 @@ class EngineConfig:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ConfigError(f"unknown option {name}{hint}")
         groups = {
-            group.name: group.type(
+            name: group(
                 **{
                     f.name: _checked(f, options[f.name])
-                    for f in dataclasses.fields(group.type)
+                    for f in dataclasses.fields(group)
                     if f.name in options
                 }
             )
-            for group in _groups()
+            for name, group in _groups()
         }
         config = cls(**groups)
         config._check_together()
@@ -223,15 +223,16 @@ class EngineConfig:
         return length
 
 
-def _groups() -> Iterator[dataclasses.Field[Any]]:
-    return iter(dataclasses.fields(EngineConfig))
+def _groups() -> Iterator[tuple[str, type[Any]]]:
+    for f in dataclasses.fields(EngineConfig):
+        yield f.name, typing.cast(type, f.type)
 
 
 def declared_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """(group name, field) of every option, in the order of declaration."""
-    for group in _groups():
-        for f in dataclasses.fields(typing.cast(type, group.type)):
-            yield group.name, f
+    for name, group in _groups():
+        for f in dataclasses.fields(group):
+            yield name, f
 
 
 def option_type(f: dataclasses.Field[Any]) -> tuple[type, bool]:

@@ -152,7 +152,7 @@ class Worker:
         self, plan: StepPlan, hidden: Tensor, query_starts: Tensor
     ) -> tuple[Sampled | None, dict[int, list[TokenLogprobs]]]:
         prompt_logprobs = self._prompt_logprobs(plan, hidden)
-        rows = np.flatnonzero(plan.wants)
+        rows = ints(np.flatnonzero(plan.wants))
         if not len(rows):
             return None, prompt_logprobs
         ends = query_starts[1:].long() - 1
@@ -217,7 +217,7 @@ class Worker:
         cells = np.stack([np.zeros_like(blocks), np.arange(len(blocks)), blocks], 1)
         greedy = SamplingParams(temperature=0, max_tokens=1)
         admit = Admit(0, np.zeros(num, np.int32), num, greedy, seed=0)
-        seconds = []
+        seconds: list[float] = []
         for _ in range(2):
             prefill = StepPlan(
                 -1, ints([0]), ints([0]), ints([num]), ints([1]), ints(cells), (admit,)

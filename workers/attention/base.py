@@ -34,6 +34,8 @@ class AttentionBackend(Protocol):
     copied without knowing more.
     """
 
+    shape: AttentionShape
+
     def __init__(self, shape: AttentionShape) -> None: ...
 
     def allocate(self, num_blocks: int) -> Tensor:

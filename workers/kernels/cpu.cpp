@@ -1,4 +1,5 @@
-// manta's CPU kernels: matrix products (gemm.h), paged attention, rotary embedding, norms, SiLU, argmax.
+// manta's CPU kernels: matrix products (gemm.h), paged attention, rotary embedding, norms, SiLU,
+// argmax.
 //
 // Plain C ABI, no headers but the standard library's. Vectors are GCC/Clang vector extensions, so
 // the same source is right on any CPU; a few primitives have faster forms under #if. The loop over
