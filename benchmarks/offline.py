@@ -136,7 +136,7 @@ class Side:
 def compare(model: str, pythons: dict[str, str], rounds: int, shapes: list[Any]) -> None:
     sides = [Side(name, python, model) for name, python in pythons.items()]
     try:
-        for shape in shapes:
+        for number, shape in enumerate(shapes):
             count, input_len, output_len = shape
             if output_len == 1:
                 tokens, unit = count * input_len, "input tok/s"
@@ -147,7 +147,7 @@ def compare(model: str, pythons: dict[str, str], rounds: int, shapes: list[Any])
                 for side in sides:
                     if side.name == "transformers" and shape not in TRANSFORMERS_SHAPES:
                         continue
-                    taken = side.run(1000 * turn + count, shape)
+                    taken = side.run(1000 * turn + number, shape)  # no prompt comes twice
                     if turn:  # the first one warms up
                         seconds.setdefault(side.name, []).append(taken)
             mine = seconds["manta"]
