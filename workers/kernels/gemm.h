@@ -4,31 +4,33 @@
 // hold a pair of inputs of 32 outputs and one vdpbf16ps takes both. A tile is up to 14 rows by one
 // panel, held in registers over the whole of K: no row's sum depends, not in one bit, on the other
 // rows or on the number of threads. Threads take panels; each panel is read from memory once, from
-// then on from L2. While the last rows of a panel are computed, the next panel is fetched: with few
-// rows a product costs what reading W costs.
+// then on from L2. While a panel is computed the next one is fetched, as much with every tile of
+// rows: with few rows a product costs what reading W costs, with many what its arithmetic costs.
 
 #if defined(__AVX512BF16__)
 
 constexpr int PANEL = 32;
 constexpr int MAX_TILE = 14;  // 28 accumulators, 2 weights and 1 input of 32 registers
-constexpr int64_t FETCH_AHEAD = 4096;  // elements, where a panel is read only once
+constexpr int64_t PAIR_BYTES = 2 * PANEL * 2;  // of a panel, for a pair of inputs
+constexpr int64_t FETCH_AHEAD = 64 * PAIR_BYTES;  // where a panel is read only once
 
 inline __m512 widen(const uint16_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// sums [R][PANEL] of R rows of x with the panel w; fetches w + ahead on the way.
+// sums [R][PANEL] of R rows of x with the panel w; fetches from `fetch` on, `step` bytes a pair.
 template <int R>
-void gemm_tile(const uint16_t* x, int64_t stride, const uint16_t* w, int64_t K, int64_t ahead,
-               float* sums) {
+void gemm_tile(const uint16_t* x, int64_t stride, const uint16_t* w, int64_t K, const char* fetch,
+               int64_t step, float* sums) {
     __m512 low[R], high[R];
     for (int r = 0; r < R; r++) low[r] = high[r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < K; k += 2, w += 2 * PANEL) {
         const __m512bh w_low = (__m512bh)_mm512_loadu_si512(w);
         const __m512bh w_high = (__m512bh)_mm512_loadu_si512(w + PANEL);
-        _mm_prefetch(reinterpret_cast<const char*>(w + ahead), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(w + ahead + PANEL), _MM_HINT_T1);
+        _mm_prefetch(fetch, _MM_HINT_T1);
+        _mm_prefetch(fetch + 64, _MM_HINT_T1);
+        fetch += step;
 #pragma GCC unroll 14
         for (int r = 0; r < R; r++) {
             int32_t pair;
@@ -44,7 +46,8 @@ void gemm_tile(const uint16_t* x, int64_t stride, const uint16_t* w, int64_t K, 
     }
 }
 
-using GemmTile = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, float*);
+using GemmTile = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, const char*, int64_t,
+                          float*);
 
 template <int... R>
 constexpr std::array<GemmTile, sizeof...(R)> gemm_tiles(std::integer_sequence<int, R...>) {
@@ -92,8 +95,10 @@ inline void gemm(const uint16_t* x, int64_t x_stride, int64_t M, const uint16_t*
             }
             for (int64_t tile = 0, m = 0; tile < tiles; tile++) {
                 const int rows = static_cast<int>(M / tiles + (tile < M % tiles));
-                const int64_t ahead = tiles == 1 ? FETCH_AHEAD : tile == tiles - 1 ? PANEL * K : 0;
-                GEMM_TILES[rows - 1](x + m * x_stride, x_stride, w + n * K, K, ahead, sums);
+                const int64_t step = PAIR_BYTES / tiles;
+                const int64_t ahead = tiles == 1 ? FETCH_AHEAD : (PANEL * 2 + tile * step / 2) * K;
+                const char* fetch = reinterpret_cast<const char*>(w + n * K) + ahead;
+                GEMM_TILES[rows - 1](x + m * x_stride, x_stride, w + n * K, K, fetch, step, sums);
                 for (int r = 0; r < rows; r++, m++) {
                     __m512 v[2];
                     const uint16_t* add =
