@@ -12,6 +12,7 @@
 constexpr int PANEL = 32;
 constexpr int MAX_TILE = 14;  // 28 accumulators, 2 weights and 1 input of 32 registers
 constexpr int64_t PAIR_BYTES = 2 * PANEL * 2;  // of a panel, for a pair of inputs
+constexpr int64_t CHUNK_BYTES = 512 << 10;  // of x, so that it stays in L2 from panel to panel
 constexpr int64_t FETCH_AHEAD = 64 * PAIR_BYTES;  // where a panel is read only once
 
 inline __m512 widen(const uint16_t* p) {
@@ -76,47 +77,63 @@ inline void gemm_pack(const uint16_t* w, int64_t N, int64_t K, uint16_t* out, in
     });
 }
 
+// The panels from `begin` to `end` of the M rows of a chunk.
+inline void gemm_chunk(const uint16_t* x, int64_t x_stride, int64_t M, const uint16_t* w, int64_t N,
+                       int64_t K, const uint16_t* bias, const uint16_t* residual,
+                       int64_t r_stride, int relu, uint16_t* y, int64_t begin, int64_t end) {
+    const int64_t tiles = (M + MAX_TILE - 1) / MAX_TILE;
+    alignas(64) float sums[MAX_TILE * PANEL];
+    alignas(64) uint16_t buffer[PANEL];
+    for (int64_t p = begin; p < end; p++) {
+        const int64_t n = p * PANEL;
+        const int count = static_cast<int>(std::min<int64_t>(PANEL, N - n));
+        __m512 b[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        if (bias) {
+            const uint16_t* from = whole(bias + n, count, buffer);
+            b[0] = widen(from);
+            b[1] = widen(from + PANEL / 2);
+        }
+        for (int64_t tile = 0, m = 0; tile < tiles; tile++) {
+            const int rows = static_cast<int>(M / tiles + (tile < M % tiles));
+            const int64_t step = PAIR_BYTES / tiles;
+            const int64_t ahead = tiles == 1 ? FETCH_AHEAD : (PANEL * 2 + tile * step / 2) * K;
+            const char* fetch = reinterpret_cast<const char*>(w + n * K) + ahead;
+            GEMM_TILES[rows - 1](x + m * x_stride, x_stride, w + n * K, K, fetch, step, sums);
+            for (int r = 0; r < rows; r++, m++) {
+                __m512 v[2];
+                const uint16_t* add =
+                    residual ? whole(residual + m * r_stride + n, count, buffer) : nullptr;
+                for (int h = 0; h < 2; h++) {
+                    v[h] = _mm512_load_ps(sums + r * PANEL + h * (PANEL / 2)) + b[h];
+                    if (relu) v[h] = _mm512_max_ps(v[h], _mm512_setzero_ps());
+                    if (add) v[h] += widen(add + h * (PANEL / 2));
+                }
+                const __m512i out = (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]);
+                if (count == PANEL) {
+                    _mm512_storeu_si512(y + m * N + n, out);
+                } else {
+                    _mm512_store_si512(buffer, out);
+                    std::memcpy(y + m * N + n, buffer, count * sizeof *y);
+                }
+            }
+        }
+    }
+}
+
 inline void gemm(const uint16_t* x, int64_t x_stride, int64_t M, const uint16_t* w, int64_t N,
                  int64_t K, const uint16_t* bias, const uint16_t* residual, int64_t r_stride,
                  int relu, uint16_t* y, int threads) {
-    const int64_t panels = (N + PANEL - 1) / PANEL, tiles = (M + MAX_TILE - 1) / MAX_TILE;
-    const int64_t grain = std::max<int64_t>(1, panels / (threads * 8));
-    parallel_for(threads, panels, grain, [&](int64_t begin, int64_t end) {
-        alignas(64) float sums[MAX_TILE * PANEL];
-        alignas(64) uint16_t buffer[PANEL];
-        for (int64_t p = begin; p < end; p++) {
-            const int64_t n = p * PANEL;
-            const int count = static_cast<int>(std::min<int64_t>(PANEL, N - n));
-            __m512 b[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-            if (bias) {
-                const uint16_t* from = whole(bias + n, count, buffer);
-                b[0] = widen(from);
-                b[1] = widen(from + PANEL / 2);
-            }
-            for (int64_t tile = 0, m = 0; tile < tiles; tile++) {
-                const int rows = static_cast<int>(M / tiles + (tile < M % tiles));
-                const int64_t step = PAIR_BYTES / tiles;
-                const int64_t ahead = tiles == 1 ? FETCH_AHEAD : (PANEL * 2 + tile * step / 2) * K;
-                const char* fetch = reinterpret_cast<const char*>(w + n * K) + ahead;
-                GEMM_TILES[rows - 1](x + m * x_stride, x_stride, w + n * K, K, fetch, step, sums);
-                for (int r = 0; r < rows; r++, m++) {
-                    __m512 v[2];
-                    const uint16_t* add =
-                        residual ? whole(residual + m * r_stride + n, count, buffer) : nullptr;
-                    for (int h = 0; h < 2; h++) {
-                        v[h] = _mm512_load_ps(sums + r * PANEL + h * (PANEL / 2)) + b[h];
-                        if (relu) v[h] = _mm512_max_ps(v[h], _mm512_setzero_ps());
-                        if (add) v[h] += widen(add + h * (PANEL / 2));
-                    }
-                    const __m512i out = (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]);
-                    if (count == PANEL) {
-                        _mm512_storeu_si512(y + m * N + n, out);
-                    } else {
-                        _mm512_store_si512(buffer, out);
-                        std::memcpy(y + m * N + n, buffer, count * sizeof *y);
-                    }
-                }
-            }
+    const int64_t panels = (N + PANEL - 1) / PANEL;
+    const int64_t most = std::max<int64_t>(MAX_TILE, CHUNK_BYTES / (2 * K) / MAX_TILE * MAX_TILE);
+    const int64_t chunks = (M + most - 1) / most;
+    const int64_t share = std::max<int64_t>(1, panels / (threads * 8));  // panels of one task
+    const int64_t shares = (panels + share - 1) / share;
+    parallel_for(threads, chunks * shares, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; task++) {
+            const int64_t m = task / shares * most, p = task % shares * share;
+            gemm_chunk(x + m * x_stride, x_stride, std::min(most, M - m), w, N, K, bias,
+                       residual ? residual + m * r_stride : nullptr, r_stride, relu, y + m * N, p,
+                       std::min(panels, p + share));
         }
     });
 }
