@@ -67,4 +67,3 @@ class KVCache:
                 seconds = (time.perf_counter() - start) / num
             times.append(seconds)
         return times[0], times[1]
-

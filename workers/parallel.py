@@ -47,7 +47,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Stage:
-    """A pipeline stage: this rank builds layers ``start`` to ``stop`` of ``total`` and no others."""
+    """A pipeline stage: layers ``start`` to ``stop`` of ``total``; a rank builds no others."""
 
     start: int
     stop: int

@@ -31,7 +31,7 @@ NEVER_IMPORTS = {
 PACKAGES = [name for name in MAY_IMPORT if (ROOT / name).is_dir()]
 SOURCES = [file for name in PACKAGES for file in sorted((ROOT / name).rglob("*.py"))]
 TEXT_SUFFIXES = {".py", ".cpp", ".toml", ".sh", ".md", ".yaml", ".yml"}
-MOST_LINES = 600
+MOST_LINES = 620
 
 
 def name_of(file: Path) -> str:

@@ -91,9 +91,7 @@ def test_every_request_gets_its_own_tokens_under_pressure(steps_ahead, mode, cac
         num = rng.randint(1, 25)
         seed, n = rng.randrange(2**63), rng.choice([1, 1, 3])
         sampling = SamplingParams(max_tokens=num, seed=seed, n=n)
-        engine.add(
-            Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling)
-        )
+        engine.add(Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
         for index in range(n):
             out = foretell(prompt, child_seed(seed, index), num)
             expected[str(number), index] = (out, "length")
@@ -168,9 +166,7 @@ def test_a_long_prompt_does_not_hold_up_decodes():
     short = SamplingParams(temperature=0, max_tokens=20)
     engine.add(Request(request_id="s", prompt_token_ids=[1, 2, 3], sampling=short))
     engine.step()
-    engine.add(
-        Request(request_id="l", prompt_token_ids=random_prompt(rng, 150), sampling=GREEDY)
-    )
+    engine.add(Request(request_id="l", prompt_token_ids=random_prompt(rng, 150), sampling=GREEDY))
     for _ in range(8):  # while the long prompt is prefilled, a token comes at every step
         assert [d.request_id for d in engine.step()] == ["s"]
     drain(engine)
@@ -245,9 +241,7 @@ def test_refusals_name_the_reason_and_leave_the_engine_alive():
 
 def test_a_request_past_its_deadline_is_aborted():
     engine = make_engine()
-    engine.add(
-        Request(request_id="a", prompt_token_ids=[1], sampling=GREEDY, timeout=0.0)
-    )
+    engine.add(Request(request_id="a", prompt_token_ids=[1], sampling=GREEDY, timeout=0.0))
     engine.add(Request(request_id="b", prompt_token_ids=[1], sampling=GREEDY, timeout=1000.0))
     outputs = drain(engine)
     assert outputs["a", 0] == ([], "abort")
@@ -283,9 +277,7 @@ def test_evicted_prefixes_come_back_from_cpu_blocks():
     for turn in range(2):
         for number, prompt in enumerate(prompts):
             request_id = f"{turn}{number}"
-            engine.add(
-                Request(request_id=request_id, prompt_token_ids=prompt, sampling=GREEDY)
-            )
+            engine.add(Request(request_id=request_id, prompt_token_ids=prompt, sampling=GREEDY))
             assert drain(engine)[request_id, 0][0] == foretell(prompt, 0, 8)
     stats = engine.scheduler.kv.stats
     assert stats.demoted_blocks > 0 and stats.promoted_blocks >= 3 * 9

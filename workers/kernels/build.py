@@ -1,4 +1,4 @@
-"""Compiles cpu.cpp once for this machine, keeps it in the user's cache, loads it."""
+"""Compiles cpu.cpp and its headers once for this machine, into the user's cache, and loads them."""
 
 import ctypes
 import hashlib
@@ -17,7 +17,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-HEADER = Path(__file__).with_name("gemm.h")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
 
@@ -76,6 +76,7 @@ def library() -> Library | None:
 
 
 def cache_dir() -> Path:
+    """Where compiled kernels are kept, under the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "manta" / "kernels"
 
@@ -88,7 +89,8 @@ def build(folder: Path, target: str = NATIVE) -> Path:
     """
     compiler = _compiler()
     version = _run(compiler, "--version")
-    key = "\0".join([SOURCE.read_text(), HEADER.read_text(), version, *FLAGS, target, _cpu()])
+    sources = [file.read_text() for file in (SOURCE, *HEADERS)]
+    key = "\0".join([*sources, version, *FLAGS, target, _cpu()])
     path = folder / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     if path.exists():
         return path

@@ -6,6 +6,7 @@ from torch import Tensor
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """As ``kernels.rope``: in place."""
     half = cos.shape[1]
     c, s = cos[positions][:, None], sin[positions][:, None]
     for x in (q, k):
@@ -15,25 +16,30 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> N
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As ``kernels.rms_norm``."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As ``kernels.add_rms_norm``: ``residual`` in place."""
     residual += x
     return rms_norm(residual, weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """As ``kernels.layer_norm``."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def silu_mul(x: Tensor) -> Tensor:
+    """As ``kernels.silu_mul``."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def argmax_lse(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``kernels.argmax_lse``."""
     lse = logits.float().logsumexp(-1)
     return logits.argmax(-1), lse, lse.isfinite()
