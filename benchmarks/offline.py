@@ -147,6 +147,7 @@ def compare(model: str, pythons: dict[str, str], rounds: int, shapes: list[Any])
                 for side in sides:
                     if side.name == "transformers" and shape not in TRANSFORMERS_SHAPES:
                         continue
+                    time.sleep(1)  # until the threads of the one before have stopped spinning
                     taken = side.run(1000 * turn + number, shape)  # no prompt comes twice
                     if turn:  # the first one warms up
                         seconds.setdefault(side.name, []).append(taken)
