@@ -90,10 +90,6 @@ class Scheduler:
         return self._num_waiting
 
     @property
-    def num_in_flight(self) -> int:
-        return len(self._in_flight)
-
-    @property
     def has_work(self) -> bool:
         return bool(self.running or self._num_waiting or self._in_flight)
 
