@@ -67,7 +67,12 @@ def child_seed(seed: int, index: int) -> int:
 
 
 class Engine:
-    """Queues, plans, and runs steps on an executor that ``load`` and ``reserve`` made ready."""
+    """Queues, plans, and runs steps on an executor that ``load`` and ``reserve`` made ready.
+
+    ``steps_ahead`` steps are planned and started before the result of the oldest is there. With
+    ``pipelined`` the steps in flight have no sequence in common, as the stages of a pipeline need;
+    without it the executor feeds a sequence its last sampled token itself.
+    """
 
     def __init__(
         self,
@@ -78,6 +83,7 @@ class Engine:
         max_model_len: int,
         eos_token_ids: tuple[int, ...] = (),
         steps_ahead: int = 0,
+        pipelined: bool = False,
     ) -> None:
         self.config = config
         self.executor = executor
@@ -92,7 +98,8 @@ class Engine:
             capacity.block_size,
             config.cache.enable_prefix_caching,
         )
-        self.scheduler = Scheduler(config.scheduler, kv, Costs(capacity.costs))
+        batches = steps_ahead + 1 if pipelined else 1
+        self.scheduler = Scheduler(config.scheduler, kv, Costs(capacity.costs), batches)
         self._active: dict[str, _Active] = {}
         self._deadlines = 0  # how many active requests have one
         self._pending: deque[PendingResult] = deque()
@@ -201,7 +208,7 @@ class Engine:
             )
         most = limits.max_queued_tokens
         if most is not None:
-            queued = sum(len(seq.tokens) for seq in scheduler.waiting())
+            queued = scheduler.waiting_tokens
             if queued + len(request.prompt_token_ids) * request.sampling.n > most:
                 raise QueueFull(f"{queued} tokens wait; max_queued_tokens is {most}")
 

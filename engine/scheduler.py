@@ -3,6 +3,10 @@
 ``plan`` makes the next step, ``apply`` takes in what came of it. Plans may run ahead of results:
 a plan needs no token value of the step before. Steps run in the order of their plans, so blocks
 and slots that are freed while a step is in flight may be given away in the next plan at once.
+
+In a pipeline the first stage cannot feed a token that the last one has not sampled yet. There the
+running sequences are spread over several ``batches`` that are in flight at once and have none in
+common; only the chunks of a prompt, whose tokens are all known, follow each other without waiting.
 """
 
 import heapq
@@ -22,6 +26,7 @@ from engine.preempt import Costs
 from engine.sequence import FinishReason, Sequence, State
 
 AGEING_SECONDS = 30.0  # waiting this long counts as much as one step of priority
+LEAST_CHUNK = 128  # tokens of prefill below which a pipeline gains nothing from smaller chunks
 
 
 @dataclass
@@ -55,10 +60,12 @@ class _Row:
 
 @dataclass(slots=True)
 class _Draft:
-    """A plan in the making."""
+    """A plan in the making, then in flight."""
 
     step: int
-    budget: int
+    budget: int  # tokens that may still be added
+    tokens: int = 0
+    prefill_tokens: int = 0
     rows: list[_Row] = field(default_factory=list)
     admits: list[Admit] = field(default_factory=list)
     promised: int = 0  # blocks that running prefills will still need
@@ -66,34 +73,39 @@ class _Draft:
 
 
 class Scheduler:
-    """One for each model replica. Sequences are added once and end in ``apply`` or ``finish``."""
+    """One for each model replica. Sequences are added once and end in ``apply`` or ``finish``.
 
-    def __init__(self, config: SchedulerConfig, kv: KVBlocks, costs: Costs) -> None:
+    ``batches`` is how many disjoint batches are in flight at once; with 1 a sequence may have any
+    number of steps in flight.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, kv: KVBlocks, costs: Costs, batches: int = 1
+    ) -> None:
         self.config = config
         self.kv = kv
         self.costs = costs
+        self.batches = batches
         self.stats = SchedulerStats()
         self.running: list[Sequence] = []  # in queue order
         self._waiting: list[tuple[float, int, Sequence]] = []  # a heap
-        self._num_waiting = 0
+        self.num_waiting = 0
+        self.waiting_tokens = 0  # tokens that the waiting sequences have still to compute
         self._arrivals = itertools.count()
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._released: list[int] = []  # slots; free at once, as a plan releases before it admits
-        self._in_flight: deque[tuple[int, list[_Row]]] = deque()
+        self._in_flight: deque[_Draft] = deque()
         self._step = 0
         kv.promote = costs.promotion_pays(kv.block_size)
 
     # ---- the queue ----
 
     @property
-    def num_waiting(self) -> int:
-        return self._num_waiting
-
-    @property
     def has_work(self) -> bool:
-        return bool(self.running or self._num_waiting or self._in_flight)
+        return bool(self.running or self.num_waiting or self._in_flight)
 
     def waiting(self) -> Iterable[Sequence]:
+        """The sequences in the queue, in no order."""
         return (seq for _, _, seq in self._waiting if seq.state is State.WAITING)
 
     def add(self, seq: Sequence) -> None:
@@ -114,7 +126,12 @@ class Scheduler:
     def _enqueue(self, seq: Sequence) -> None:
         seq.state = State.WAITING
         heapq.heappush(self._waiting, (seq.order, next(self._arrivals), seq))
-        self._num_waiting += 1
+        self.num_waiting += 1
+        self.waiting_tokens += seq.known - seq.computed
+
+    def _dequeue(self, seq: Sequence) -> None:
+        self.num_waiting -= 1
+        self.waiting_tokens -= seq.known - seq.computed
 
     def _head(self) -> Sequence | None:
         while self._waiting and self._waiting[0][2].state is not State.WAITING:
@@ -145,27 +162,48 @@ class Scheduler:
             copies=copies,
         )
         self._released = []
-        self._in_flight.append((draft.step, rows))
+        self._in_flight.append(draft)
         self._step += 1
         self.stats.steps += 1
-        self.stats.planned_tokens += self.config.max_num_batched_tokens - draft.budget
+        self.stats.planned_tokens += draft.tokens
         return plan
 
     def _plan_running(self, draft: _Draft) -> None:
-        prefills = []
-        for seq in list(self.running):
+        decodes, prefills = [], []
+        for seq in self.running:
             need = seq.known - seq.computed
-            if need == 1:
-                if seq.known < seq.max_total:  # else all of its tokens are planned
-                    self._run(draft, seq, 1)
-            elif need > 1:
+            if need > 1:
                 prefills.append(seq)
+            elif need and seq.known < seq.max_total:  # else all of its tokens are planned
+                decodes.append(seq)
+        for seq in self._batch(decodes):
+            self._run(draft, seq, 1)
+        if self.batches > 1 and self.config.enable_chunked_prefill:
+            draft.budget = min(draft.budget, self._prefill_share(prefills))
         for seq in prefills:  # after the decodes: a long prompt never holds them up
             if draft.budget and seq.state is State.RUNNING:
                 self._run(draft, seq, min(seq.known - seq.computed, draft.budget))
         draft.promised = sum(
             blocks_for(seq.known, self.kv.block_size) - len(seq.blocks) for seq in prefills
         )
+
+    def _batch(self, decodes: list[Sequence]) -> list[Sequence]:
+        """Of the decoding sequences those that this plan takes.
+
+        In a pipeline: those that have no token on its way, and no more than an even share, which
+        leaves the next batch its own.
+        """
+        if self.batches == 1:
+            return decodes
+        share = -(-len(decodes) // self.batches)
+        ready = (seq for seq in decodes if not seq.pending)
+        return list(itertools.islice(ready, share))
+
+    def _prefill_share(self, prefills: list[Sequence]) -> int:
+        """Tokens of prefill for this plan of a pipeline, so that every stage has some to do."""
+        tokens = sum(seq.known - seq.computed for seq in prefills)
+        tokens += self.waiting_tokens + sum(draft.prefill_tokens for draft in self._in_flight)
+        return max(LEAST_CHUNK, -(-tokens // self.batches))
 
     def _run(self, draft: _Draft, seq: Sequence, count: int) -> None:
         """Add a row for a running sequence, preempting others, or itself, if blocks run out."""
@@ -187,9 +225,11 @@ class Scheduler:
         seq.planned_in = draft.step
         draft.rows.append(_Row(seq, start, count, wants))
         draft.budget -= count
+        draft.tokens += count
         if wants:
             seq.pending += 1
         if count > 1:
+            draft.prefill_tokens += count
             self.kv.publish(seq)  # what this step writes, later rows of it may already share
 
     def _plan_waiting(self, draft: _Draft) -> None:
@@ -217,7 +257,7 @@ class Scheduler:
 
     def _admit(self, draft: _Draft, seq: Sequence, prefix: Prefix) -> None:
         heapq.heappop(self._waiting)
-        self._num_waiting -= 1
+        self._dequeue(seq)
         seq.state = State.RUNNING
         seq.slot = self._free_slots.pop()
         if seq.swapped:
@@ -287,7 +327,7 @@ class Scheduler:
         if seq.state is State.RUNNING:
             self._leave(seq)
         else:
-            self._num_waiting -= 1
+            self._dequeue(seq)
         self.kv.release(seq)
         seq.state = State.FINISHED
         seq.finish_reason = reason
@@ -299,14 +339,14 @@ class Scheduler:
 
         Tokens of sequences that ended meanwhile are discarded.
         """
-        step, rows = self._in_flight.popleft()
-        assert step == result.step, f"result of step {result.step} came for step {step}"
-        self._observe(rows, result.seconds)
+        draft = self._in_flight.popleft()
+        assert draft.step == result.step, f"step {result.step} came back for step {draft.step}"
+        self._observe(draft, result.seconds)
         progress = []
         tokens, failed = result.tokens.tolist(), result.failed
         any_failed = bool(np.any(failed))
         i = 0
-        for number, row in enumerate(rows):
+        for number, row in enumerate(draft.rows):
             seq = row.seq
             token = logprobs = prompt = None
             bad = False
@@ -318,13 +358,12 @@ class Scheduler:
                 continue
             if number in result.prompt_logprobs:
                 prompt = (row.start + 1, result.prompt_logprobs[number])
-            if row.wants:
-                seq.pending -= 1
             if bad:
                 self._finish(seq, FinishReason.ERROR)
                 progress.append(Progress(seq))
                 continue
             if token is not None:
+                seq.pending -= 1
                 seq.tokens.append(token)
                 if seq.state is State.RUNNING:
                     self.kv.publish(seq)
@@ -341,8 +380,7 @@ class Scheduler:
         elif len(seq.tokens) >= seq.max_total:
             self._finish(seq, FinishReason.LENGTH)
 
-    def _observe(self, rows: list[_Row], seconds: float) -> None:
-        num_tokens = sum(row.count for row in rows)
-        if num_tokens >= 64 and num_tokens > 8 * len(rows):  # nearly all of it is prefill
-            self.costs.observe_prefill(num_tokens, seconds)
+    def _observe(self, draft: _Draft, seconds: float) -> None:
+        if draft.tokens >= 64 and draft.tokens > 8 * len(draft.rows):  # nearly all is prefill
+            self.costs.observe_prefill(draft.tokens, seconds)
             self.kv.promote = self.costs.promotion_pays(self.kv.block_size)

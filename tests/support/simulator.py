@@ -53,13 +53,20 @@ class _Slot:
 @dataclass
 class _Done:
     value: StepResult
+    sampled: list[tuple[_Slot, int]]  # tokens that the first stage learns with the result
 
     def result(self) -> StepResult:
+        for slot, token in self.sampled:
+            slot.tokens.append(token)
         return self.value
 
 
 class SimulatedExecutor:
-    """Runs plans without a model. ``blocks`` [device blocks, block size] are prefix hashes."""
+    """Runs plans without a model. ``device`` [device blocks, block size] are prefix hashes.
+
+    Where it is ``pipelined`` a sampled token can be fed only after the result was taken, as by
+    the first stage of a pipeline; else at once.
+    """
 
     def __init__(
         self,
@@ -69,7 +76,9 @@ class SimulatedExecutor:
         num_slots: int,
         max_model_len: int,
         costs: MeasuredCosts | None = None,
+        pipelined: bool = False,
     ) -> None:
+        self.pipelined = pipelined
         self.costs = costs or MeasuredCosts(1e-5, 1e-5, 1e-4)
         self.block_size = block_size
         self.max_model_len = max_model_len
@@ -102,6 +111,12 @@ class SimulatedExecutor:
         self._copy(plan)
         tokens = [self._row(plan, i) for i in range(len(plan.slots))]
         wanted = ints([t for t, w in zip(tokens, plan.wants, strict=True) if w])
+        slots = [self.slots[slot] for slot in plan.slots[plan.wants == 1].tolist()]
+        sampled = list(zip(slots, wanted.tolist(), strict=True))
+        if not self.pipelined:
+            for slot, token in sampled:
+                slot.tokens.append(token)
+            sampled = []
         return _Done(
             StepResult(
                 step=plan.step,
@@ -111,7 +126,8 @@ class SimulatedExecutor:
                 logprobs={},
                 prompt_logprobs={},
                 seconds=1e-3,
-            )
+            ),
+            sampled,
         )
 
     def stop(self) -> None:
@@ -143,7 +159,5 @@ class SimulatedExecutor:
             self.device[table[position // size], position % size] = state.chains[position]
         if plan.wants[i]:
             assert start + count == len(state.tokens)
-            token = next_token(state.chains[-1], state.seed) % VOCAB
-            state.tokens.append(token)
-            return token
+            return next_token(state.chains[-1], state.seed) % VOCAB
         return -1

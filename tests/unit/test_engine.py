@@ -22,17 +22,20 @@ def make_engine(
     block_size=4,
     max_model_len=128,
     steps_ahead=0,
+    pipelined=False,
     costs=None,
     **options,
 ):
     options = {"max_num_seqs": 8, "max_num_batched_tokens": 32} | options
     config = EngineConfig.from_options(**options)
     executor = SimulatedExecutor(
-        num_blocks, num_cpu_blocks, block_size, config.scheduler.max_num_seqs, max_model_len, costs
-    )
+        num_blocks, num_cpu_blocks, block_size, config.scheduler.max_num_seqs, max_model_len,
+        costs, pipelined,
+    )  # fmt: skip
     return Engine(
-        config, executor, executor.load(), executor.reserve(), max_model_len, (), steps_ahead
-    )
+        config, executor, executor.load(), executor.reserve(), max_model_len, (), steps_ahead,
+        pipelined,
+    )  # fmt: skip
 
 
 def drain(engine, outputs=None):
@@ -67,16 +70,23 @@ def random_prompt(rng, length):
     return [rng.randrange(VOCAB) for _ in range(length)]
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 1, 3])
+# Steps ahead of a result, and whether they are those of a pipeline.
+AHEAD = [(0, False), (1, False), (3, False), (1, True), (3, True)]
+
+
+@pytest.mark.parametrize("steps_ahead, pipelined", AHEAD)
 @pytest.mark.parametrize("mode", ["recompute", "swap", "auto"])
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("chunked", [True, False])
-def test_every_request_gets_its_own_tokens_under_pressure(steps_ahead, mode, caching, chunked):
+def test_every_request_gets_its_own_tokens_under_pressure(
+    steps_ahead, pipelined, mode, caching, chunked
+):
     rng = random.Random(f"{steps_ahead}{mode}{caching}{chunked}")
     engine = make_engine(
         num_blocks=24,
         num_cpu_blocks=20,
         steps_ahead=steps_ahead,
+        pipelined=pipelined,
         preemption_mode=mode,
         enable_prefix_caching=caching,
         enable_chunked_prefill=chunked,
@@ -105,10 +115,12 @@ def test_every_request_gets_its_own_tokens_under_pressure(steps_ahead, mode, cac
         assert stats.preemptions_swap > 0
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 2])
-def test_cancelling_at_any_moment_frees_everything(steps_ahead):
+@pytest.mark.parametrize("steps_ahead, pipelined", AHEAD)
+def test_cancelling_at_any_moment_frees_everything(steps_ahead, pipelined):
     rng = random.Random(steps_ahead)
-    engine = make_engine(num_blocks=30, num_cpu_blocks=30, steps_ahead=steps_ahead)
+    engine = make_engine(
+        num_blocks=30, num_cpu_blocks=30, steps_ahead=steps_ahead, pipelined=pipelined
+    )
     expected, outputs, alive, number = {}, {}, [], 0
     for _ in range(600):
         if rng.random() < 0.3 and len(alive) < 30:
@@ -256,9 +268,9 @@ def test_max_model_len_ends_a_request():
     assert drain(engine)["a", 0] == (foretell([1] * 10, 0, 6), "length")
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 2])
-def test_a_stop_token_ends_a_request_and_overrun_tokens_are_discarded(steps_ahead):
-    engine = make_engine(steps_ahead=steps_ahead)
+@pytest.mark.parametrize("steps_ahead, pipelined", AHEAD)
+def test_a_stop_token_ends_a_request_and_overrun_tokens_are_discarded(steps_ahead, pipelined):
+    engine = make_engine(steps_ahead=steps_ahead, pipelined=pipelined)
     out = foretell([7, 7], 3, 8)
     sampling = SamplingParams(max_tokens=8, seed=3, stop_token_ids=[out[4]])
     engine.add(Request(request_id="a", prompt_token_ids=[7, 7], sampling=sampling))
@@ -283,3 +295,50 @@ def test_evicted_prefixes_come_back_from_cpu_blocks():
     assert stats.demoted_blocks > 0 and stats.promoted_blocks >= 3 * 9
     assert stats.prefix_hits >= 4 * 36
     assert_empty(engine)
+
+
+# ---- pipelines ----
+
+
+def plans_in_flight(engine):
+    """The plans that are made when the pipeline is as full as it gets, oldest first."""
+    plans, run = [], engine.executor.run
+    engine.executor.run = lambda plan: plans.append(plan) or run(plan)
+    return plans
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_a_pipeline_has_disjoint_batches_of_even_size(stages):
+    engine = make_engine(
+        num_blocks=400, steps_ahead=stages - 1, pipelined=True, max_num_seqs=32,
+        max_num_batched_tokens=256,
+    )  # fmt: skip
+    plans, rng, expected = plans_in_flight(engine), random.Random(stages), {}
+    for number in range(30):
+        prompt, num = random_prompt(rng, rng.randint(1, 20)), rng.randint(20, 60)
+        sampling = SamplingParams(max_tokens=num, seed=number)
+        engine.add(Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
+        expected[str(number), 0] = (foretell(prompt, number, num), "length")
+    outputs, sizes = {}, []
+    while engine.has_work:
+        collect(engine.step(), outputs)
+        if engine.num_unfinished == 30 and len(plans) > 2 * stages:
+            batches = [set(plan.slots.tolist()) for plan in plans[-stages:]]
+            assert set().union(*batches) == set(range(30))
+            sizes += map(len, batches)
+    assert outputs == expected
+    assert max(sizes) - min(sizes) <= 1 and min(sizes) == 30 // stages
+
+
+def test_the_chunks_of_one_prompt_fill_a_pipeline():
+    engine = make_engine(
+        num_blocks=400, steps_ahead=3, pipelined=True, max_num_batched_tokens=2048,
+        max_model_len=1200,
+    )  # fmt: skip
+    plans = plans_in_flight(engine)
+    prompt = random_prompt(random.Random(0), 1000)
+    engine.add(Request(request_id="a", prompt_token_ids=prompt, sampling=GREEDY))
+    engine.step()
+    assert [p.counts.tolist() for p in plans] == [[250]] * 4  # none waits for another's result
+    assert [p.wants.tolist() for p in plans] == [[0], [0], [0], [1]]
+    assert drain(engine)["a", 0][0] == foretell(prompt, 0, 8)
