@@ -322,7 +322,7 @@ def test_a_pipeline_has_disjoint_batches_of_even_size(stages):
     outputs, sizes = {}, []
     while engine.has_work:
         collect(engine.step(), outputs)
-        if engine.num_unfinished == 30 and len(plans) > 2 * stages:
+        if 2 * stages < len(plans) < 20:  # all decode, none is near its end
             batches = [set(plan.slots.tolist()) for plan in plans[-stages:]]
             assert set().union(*batches) == set(range(30)) and sum(map(len, batches)) == 30
             sizes += map(len, batches)
