@@ -18,7 +18,17 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.client import EngineInfo, EngineLoad
-from cluster.messages import Batch, Cancel, Command, Entry, Refused, StopAtText, Submit, Times
+from cluster.messages import (
+    Batch,
+    Cancel,
+    Command,
+    Drain,
+    Entry,
+    Refused,
+    StopAtText,
+    Submit,
+    Times,
+)
 from cluster.streams import Stream, StreamTable
 from engine.engine import Delta, Engine
 from engine.errors import EngineError, RequestError
@@ -159,6 +169,9 @@ class EngineLoop:
             return
         if isinstance(command, Submit):
             self._submit(client, command)
+            return
+        if isinstance(command, Drain):
+            self._start_drain()
             return
         request = client.requests.get(command.number)
         if request is None:

@@ -33,7 +33,11 @@ class Cancel(msgspec.Struct, array_like=True, tag=3):
     number: int
 
 
-Command = Submit | StopAtText | Cancel
+class Drain(msgspec.Struct, array_like=True, tag=4):
+    """Admit nothing any longer; what is queued or runs goes on to its end."""
+
+
+Command = Submit | StopAtText | Cancel | Drain
 
 
 class Entry(msgspec.Struct, array_like=True):

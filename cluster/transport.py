@@ -20,7 +20,7 @@ import msgspec
 
 from cluster.client import EngineInfo, EngineLoad
 from cluster.loop import EngineLoop
-from cluster.messages import Batch, Command, Hello, Message
+from cluster.messages import Batch, Command, Drain, Hello, Message
 from cluster.streams import Stream, StreamTable
 from engine import wire
 from engine.errors import EngineError
@@ -221,10 +221,18 @@ class RemoteClient(asyncio.Protocol):
 
     @property
     def healthy(self) -> bool:
-        return self._table.failure is None and self._silence < self._patience
+        return self.connected and self._silence < self._patience
+
+    @property
+    def connected(self) -> bool:
+        return self._table.failure is None
 
     async def submit(self, request: Request) -> Stream:
         return await self._table.submit(request)
+
+    def drain(self) -> None:
+        """Have the engine admit nothing any longer; ``load`` says when it is done."""
+        self._send(Drain())
 
     async def close(self) -> None:
         """Close the connection; the engine ends the requests that are still in flight."""
