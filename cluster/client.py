@@ -19,7 +19,7 @@ class EngineInfo:
     """What an engine serves; it never changes while the engine lives.
 
     ``tokenizer`` is what ``Tokenizer.load`` takes; ``default_sampling`` is what the checkpoint
-    recommends.
+    recommends. ``step_timeout``: a step that takes more seconds hangs.
     """
 
     engine_id: str
@@ -35,6 +35,7 @@ class EngineInfo:
     num_cpu_blocks: int
     scheduling_policy: str
     default_sampling: SamplingParams
+    step_timeout: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

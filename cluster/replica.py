@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.client import EngineInfo
 from cluster.progress import LoadBar
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -92,6 +93,37 @@ def start_replica(
         eos_token_ids=tuple(sorted(i for i in eos if i is not None)),
         steps_ahead=executor.steps_ahead,
     )
+
+
+def start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineInfo]:
+    """A replica for clients: its engine, and what they are told of it.
+
+    Raises CheckpointError or ConfigError.
+    """
+    options = config.model
+    checkpoint = open_checkpoint(config)
+    tokenizer_path = options.tokenizer or str(checkpoint.path)
+    tokenizer = Tokenizer.load(tokenizer_path, options.revision)
+    defaults = (
+        default_sampling(checkpoint) if options.generation_config == "auto" else SamplingParams()
+    )
+    engine = start_replica(config, checkpoint, tokenizer)
+    info = EngineInfo(
+        engine_id=engine_id,
+        model=options.model,
+        tokenizer=tokenizer_path,
+        revision=options.revision,
+        chat_template=options.chat_template,
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.facts.vocab_size,
+        max_logprobs=options.max_logprobs,
+        block_size=engine.capacity.block_size,
+        num_device_blocks=engine.capacity.num_device_blocks,
+        num_cpu_blocks=engine.capacity.num_cpu_blocks,
+        scheduling_policy=config.scheduler.scheduling_policy,
+        default_sampling=defaults,
+    )
+    return engine, info
 
 
 def fit_model_len(config: EngineConfig, wanted: int, capacity: Capacity) -> int:

@@ -1,0 +1,46 @@
+"""Where engines and ingress replicas of an application are found, across the cluster.
+
+The entries are keys in Ray's own store (the GCS), which lives as long as the cluster: no process
+of ours holds them, so none must be restarted. An entry says where something listens, not that it
+lives: that is for its connection to show. What dies without taking its entry along leaves it to
+the next one who finds nobody there (``remove``).
+"""
+
+from typing import Literal
+
+from ray.experimental import internal_kv
+
+Kind = Literal["engine", "ingress"]
+_NAMESPACE = "manta"
+
+
+class Directory:
+    """The entries of one application or named engine. Calls block for about a millisecond.
+
+    Ray must be initialised.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._prefix = f"{name}/"
+
+    def add(self, kind: Kind, id: str, address: str) -> None:
+        """Say where ``id`` listens."""
+        internal_kv._internal_kv_put(self._key(kind, id, address), b"", namespace=_NAMESPACE)
+
+    def remove(self, kind: Kind, id: str, address: str) -> None:
+        """Forget an entry; harmless if it is gone."""
+        internal_kv._internal_kv_del(self._key(kind, id, address), namespace=_NAMESPACE)
+
+    def find(self, kind: Kind) -> dict[str, str]:
+        """The addresses by id."""
+        prefix = f"{self._prefix}{kind}/"
+        keys = internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)
+        entries = (key.decode()[len(prefix) :].split("/", 1) for key in keys)
+        return {id: address for id, address in entries}
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        internal_kv._internal_kv_del(self._prefix, del_by_prefix=True, namespace=_NAMESPACE)
+
+    def _key(self, kind: Kind, id: str, address: str) -> str:
+        return f"{self._prefix}{kind}/{id}/{address}"

@@ -1,0 +1,426 @@
+"""``EngineLoop``: a thread that owns an engine, and ``LocalClient``, a client in its process.
+
+Between two steps the thread takes in whatever clients sent, and after each it hands every client
+all that the step brought for it in one ``Batch``. Nothing waits for a timer: it sleeps only when
+there is nothing to do, and wakes at once.
+"""
+
+import asyncio
+import contextlib
+import selectors
+import socket
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cluster.client import EngineInfo, EngineLoad
+from cluster.messages import (
+    Batch,
+    Cancel,
+    Command,
+    Drain,
+    Entry,
+    Refused,
+    StopAtText,
+    Submit,
+    Times,
+)
+from cluster.streams import Stream, StreamTable
+from engine.engine import Delta, Engine
+from engine.errors import EngineError, RequestError
+from engine.log import get_logger
+from engine.outputs import RequestMetrics
+from engine.request import Request
+
+log = get_logger("engine")
+
+LOAD_EVERY = 0.02  # seconds between two figures of the load, at most, while there is work
+LOAD_AT_LEAST = 0.5  # and at least, always
+
+
+class Peer(Protocol):
+    """A client as the loop sees it."""
+
+    def deliver(self, batch: Batch) -> None:
+        """Take a batch; called in the loop's thread, and must not wait."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Client:
+    peer: Peer
+    requests: dict[int, "_Request"] = field(default_factory=dict)
+    batch: Batch | None = None  # what the next delivery brings
+
+
+@dataclass(slots=True)
+class _Request:
+    client: _Client
+    number: int
+    request_id: str
+    metrics: RequestMetrics
+    unfinished: set[int]
+    has_token: bool = False
+
+
+class EngineLoop:
+    """Runs an engine in a thread of its own from ``start`` to ``stop``.
+
+    The engine, and every method that is not said to be thread-safe, belongs to that thread.
+    ``on_failure`` is called once, in the thread, when the engine cannot go on.
+    """
+
+    def __init__(
+        self, engine: Engine, on_failure: Callable[[str], None] = lambda cause: None
+    ) -> None:
+        self.engine = engine
+        self.failure: str | None = None
+        self._on_failure = on_failure
+        self._clients: dict[Peer, _Client] = {}
+        self._requests: dict[str, _Request] = {}
+        self._changed: list[_Client] = []  # those with a batch
+        self._load = EngineLoad(0, 0, 0, 0)
+        self._load_time = 0.0
+        self._step_since: float | None = None  # when the step that runs now began
+        self._draining = False
+        self._stopping = False
+        self._idle = threading.Event()
+        self._idle.set()
+        self._posted: deque[Callable[[], None]] = deque()
+        self._selector = selectors.DefaultSelector()
+        self._awake, self._waker = socket.socketpair()
+        self._awake.setblocking(False)
+        self._waker.setblocking(False)
+        self._sleeping = False
+        self.watch(self._awake, selectors.EVENT_READ, self._drain_waker)
+        self._thread = threading.Thread(target=self._run, name="manta-engine", daemon=True)
+
+    # ---- thread-safe ----
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have ``call`` run in the thread, before the next step."""
+        self._posted.append(call)
+        if self._sleeping:
+            with contextlib.suppress(BlockingIOError, OSError):  # full: it will wake anyhow
+                self._waker.send(b"\0")
+
+    def drain(self) -> None:
+        """Admit nothing any longer; what is queued or runs goes on to its end."""
+        self.post(self._start_drain)
+
+    def wait_idle(self, timeout: float | None = None) -> bool:
+        """Wait until no request is left; whether that came within ``timeout`` seconds."""
+        return self._idle.wait(timeout)
+
+    def stop(self) -> None:
+        """End every request with an error, and the thread, after the step that runs now."""
+        if self._thread.is_alive():
+            self.post(self._stop)
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self.failure is None
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the step that runs now has been running; 0 if none does."""
+        since = self._step_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    # ---- for peers, in the thread ----
+
+    def watch(self, file: Any, events: int, ready: Callable[[], None]) -> None:
+        """Call ``ready`` between steps whenever ``file`` is readable or writable."""
+        try:
+            self._selector.modify(file, events, ready)
+        except KeyError:
+            self._selector.register(file, events, ready)
+
+    def unwatch(self, file: Any) -> None:
+        self._selector.unregister(file)
+
+    def join(self, peer: Peer) -> None:
+        """A client comes; it gets a figure of the load at once."""
+        client = self._clients[peer] = _Client(peer)
+        self._batch(client).load = self._measure()
+        if self.failure is not None:
+            self._batch(client).failure = self.failure
+
+    def leave(self, peer: Peer) -> None:
+        """A client is gone: so are its requests."""
+        client = self._clients.pop(peer, None)
+        if client is not None:
+            client.batch = None
+            for request in list(client.requests.values()):
+                self._end(request)
+
+    def take(self, peer: Peer, command: Command) -> None:
+        """Carry out a client's command."""
+        client = self._clients.get(peer)
+        if client is None:
+            return
+        if isinstance(command, Submit):
+            self._submit(client, command)
+            return
+        if isinstance(command, Drain):
+            self._start_drain()
+            return
+        request = client.requests.get(command.number)
+        if request is None:
+            return  # it has ended meanwhile
+        if isinstance(command, Cancel):
+            self._end(request)
+        elif isinstance(command, StopAtText) and command.index in request.unfinished:
+            self.engine.stop_at_text(request.request_id, command.index)
+            self._finished(request, command.index)
+
+    # ---- inside ----
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                busy = self.engine.has_work and self.failure is None
+                self._poll(0.0 if busy else self._patience())
+                self._flush()  # who was queued or refused hears of it before a long step
+                if self.engine.has_work and self.failure is None and not self._stopping:
+                    self._step()
+                self._push_load()
+                self._flush()
+        except Exception as error:  # a mistake of ours; nothing may hang for it
+            log.exception("The engine's loop failed")
+            self._fail(f"{type(error).__name__}: {error}")
+        finally:
+            if self.failure is None:
+                self._fail("the engine was stopped", told=False)
+            self._flush()
+            for key in list(self._selector.get_map().values()):
+                if key.fileobj is not self._awake:
+                    key.fileobj.close()  # type: ignore[union-attr]
+            self._selector.close()
+            self._awake.close()
+            self._waker.close()
+            self.engine.stop()
+
+    def _poll(self, timeout: float) -> None:
+        """Take in what clients sent, waiting for it up to ``timeout`` seconds."""
+        if timeout:
+            self._sleeping = True
+            if self._posted:  # came before the flag was seen
+                timeout = 0.0
+        events = self._selector.select(timeout)
+        self._sleeping = False
+        for key, _ in events:
+            key.data()
+        while self._posted:
+            self._posted.popleft()()
+
+    def _patience(self) -> float:
+        if self._changed:
+            return 0.0
+        return max(0.001, self._load_time + LOAD_AT_LEAST - time.monotonic())
+
+    def _drain_waker(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._awake.recv(4096):
+                pass
+
+    def _step(self) -> None:
+        self._step_since = time.monotonic()
+        try:
+            deltas = self.engine.step()
+        except Exception as error:
+            self._fail(str(error) if isinstance(error, EngineError) else repr(error))
+            return
+        finally:
+            self._step_since = None
+        for delta in deltas:
+            self._deliver(delta)
+
+    def _deliver(self, delta: Delta) -> None:
+        request = self._requests.get(delta.request_id)
+        if request is None:
+            return
+        batch = self._batch(request.client)
+        if not request.has_token and delta.token is not None:
+            request.has_token = True
+            batch.times.append(_times(request))
+        if (
+            delta.index == 0
+            and delta.finish_reason is None
+            and delta.logprobs is None
+            and delta.prompt_logprobs is None
+            and delta.token is not None
+        ):
+            batch.numbers.append(request.number)
+            batch.tokens.append(delta.token)
+            return
+        batch.entries.append(
+            Entry(
+                request.number,
+                delta.index,
+                delta.token,
+                delta.logprobs,
+                delta.prompt_logprobs,
+                delta.finish_reason,
+                delta.stop_reason,
+            )
+        )
+        if delta.finish_reason is not None:
+            self._finished(request, delta.index)
+
+    def _submit(self, client: _Client, command: Submit) -> None:
+        number, request = command.number, command.request
+        batch = self._batch(client)
+        try:
+            if self.failure is not None:
+                raise EngineError(self.failure)
+            if self._draining:
+                raise EngineError("the engine is draining: it takes no further requests")
+            if number in client.requests:
+                raise RequestError(f"request number {number} is in use")
+            metrics = self.engine.add(request)
+        except (RequestError, EngineError) as error:
+            batch.refused.append(Refused(number, type(error).__name__, str(error)))
+            return
+        record = _Request(
+            client, number, request.request_id, metrics, set(range(request.sampling.n))
+        )
+        client.requests[number] = self._requests[request.request_id] = record
+        self._idle.clear()
+        batch.accepted.append(number)
+
+    def _end(self, request: _Request) -> None:
+        self.engine.abort(request.request_id)
+        self._forget(request)
+
+    def _finished(self, request: _Request, index: int) -> None:
+        request.unfinished.discard(index)
+        if not request.unfinished:
+            self._batch(request.client).times.append(_times(request))
+            self._forget(request)
+
+    def _forget(self, request: _Request) -> None:
+        self._requests.pop(request.request_id, None)
+        request.client.requests.pop(request.number, None)
+        if not self._requests:
+            self._idle.set()
+
+    def _start_drain(self) -> None:
+        self._draining = True
+        self._load_time = 0.0  # clients hear of it at once
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _fail(self, cause: str, told: bool = True) -> None:
+        self.failure = cause
+        for client in self._clients.values():
+            self._batch(client).failure = cause
+            client.requests.clear()
+        self._requests.clear()
+        self._idle.set()
+        if told:
+            log.error("The engine cannot go on: %s", cause)
+            self._on_failure(cause)
+
+    # ---- what goes out ----
+
+    def _batch(self, client: _Client) -> Batch:
+        if client.batch is None:
+            client.batch = Batch()
+            self._changed.append(client)
+        return client.batch
+
+    def _push_load(self) -> None:
+        """Give every client the load where it has changed, and now and then as a sign of life."""
+        now = time.monotonic()
+        if now - self._load_time < LOAD_EVERY:
+            return
+        load = self._measure()
+        if load != self._load or now - self._load_time >= LOAD_AT_LEAST:
+            self._load, self._load_time = load, now
+            for client in self._clients.values():
+                self._batch(client).load = load
+
+    def _measure(self) -> EngineLoad:
+        scheduler = self.engine.scheduler
+        return EngineLoad(
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            waiting_tokens=sum(len(seq.tokens) for seq in scheduler.waiting()),
+            free_blocks=scheduler.kv.device.num_free,
+            draining=self._draining,
+        )
+
+    def _flush(self) -> None:
+        changed, self._changed = self._changed, []
+        for client in changed:
+            batch, client.batch = client.batch, None
+            if batch is not None:
+                client.peer.deliver(batch)
+
+
+def _times(request: _Request) -> Times:
+    metrics = request.metrics
+    start = metrics.arrival_time
+    queued, first, end = (
+        None if moment is None else moment - start
+        for moment in (
+            metrics.first_scheduled_time,
+            metrics.first_token_time,
+            metrics.finished_time,
+        )
+    )
+    return Times(
+        request.number, queued, first, end, metrics.num_cached_tokens, metrics.num_preemptions
+    )
+
+
+class LocalClient:
+    """An ``EngineClient`` of a loop in this process. Make it in the asyncio loop that uses it."""
+
+    def __init__(self, loop: EngineLoop, info: EngineInfo) -> None:
+        self.info = info
+        self._loop = loop
+        self._asyncio = asyncio.get_running_loop()
+        self._table = StreamTable(lambda command: loop.post(lambda: loop.take(self, command)))
+        loop.post(lambda: loop.join(self))
+
+    @classmethod
+    async def start(cls, model: str, **options: Any) -> "LocalClient":
+        """An engine of its own, from the options of ``LLM``; ``close`` ends it."""
+        from cluster.replica import start_engine  # imports torch
+        from engine.config import EngineConfig
+
+        config = EngineConfig.from_options(model=model, **options)
+        engine, info = await asyncio.to_thread(start_engine, config, uuid.uuid4().hex[:8])
+        loop = EngineLoop(engine)
+        loop.start()
+        return cls(loop, info)
+
+    @property
+    def load(self) -> EngineLoad:
+        return self._table.load
+
+    @property
+    def healthy(self) -> bool:
+        return self._loop.alive
+
+    async def submit(self, request: Request) -> Stream:
+        return await self._table.submit(request)
+
+    async def close(self) -> None:
+        """Stop the loop and its engine."""
+        await asyncio.to_thread(self._loop.stop)
+
+    def deliver(self, batch: Batch) -> None:
+        with contextlib.suppress(RuntimeError):  # the asyncio loop was closed
+            self._asyncio.call_soon_threadsafe(self._table.receive, batch)

@@ -1,0 +1,304 @@
+"""Tokens beside Ray: one TCP connection for each client process and engine, all requests in it.
+
+A message is its length (4 bytes, little endian) and MessagePack (``engine.wire``). The engine's
+own loop reads and writes the sockets between steps, so a token passes no queue and no further
+thread on its way out. A process that dies closes its connections, which the other side sees at
+once; a host that vanishes is noticed by TCP's keep-alive within ``HOST_TIMEOUT`` seconds. An
+engine that hangs is silent: it says its load twice a second, when no step keeps it.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+from cluster.client import EngineInfo, EngineLoad
+from cluster.loop import EngineLoop
+from cluster.messages import Batch, Command, Drain, Hello, Message
+from cluster.streams import Stream, StreamTable
+from engine import wire
+from engine.errors import EngineError
+from engine.log import get_logger
+from engine.request import Request
+
+log = get_logger("transport")
+
+HOST_TIMEOUT = 3  # seconds until a host that says nothing is taken for dead
+MOST_BYTES = 1 << 28  # of one message
+MOST_UNREAD = 1 << 26  # bytes that a client may leave unread
+_LENGTH = struct.Struct("<I")
+
+
+def _frame(value: object) -> bytes:
+    data = wire.encode(value)
+    return _LENGTH.pack(len(data)) + data
+
+
+class _Reader:
+    """Cuts a stream of bytes into messages."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def take(self, data: bytes) -> Iterator[memoryview]:
+        """The messages that ``data`` completes. Raises ValueError for a senseless length."""
+        if self._rest:
+            data = self._rest + data
+        view, at = memoryview(data), 0
+        while len(data) - at >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(data, at)
+            if length > MOST_BYTES:
+                raise ValueError(f"a message of {length} bytes")
+            end = at + _LENGTH.size + length
+            if end > len(data):
+                break
+            yield view[at + _LENGTH.size : end]
+            at = end
+        self._rest = data[at:]
+
+
+def _prepare(sock: socket.socket) -> None:
+    """No delay for small messages; a peer whose host vanished is noticed."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", 1),
+        ("TCP_KEEPINTVL", 1),
+        ("TCP_KEEPCNT", HOST_TIMEOUT - 1),
+        ("TCP_USER_TIMEOUT", HOST_TIMEOUT * 1000),
+    ):
+        if hasattr(socket, name):  # not every system has each
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class Server:
+    """Lets clients in other processes use a loop's engine; closes with the loop.
+
+    ``address`` is what clients need: host, port and a key that keeps others out.
+    """
+
+    def __init__(self, loop: EngineLoop, info: EngineInfo, key: str, host: str = "127.0.0.1"):
+        self._loop = loop
+        self._hello = _frame(Hello(info))
+        self._key = key.encode()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family)
+        self._listener.setblocking(False)
+        self.address = f"{host} {self._listener.getsockname()[1]} {key}"
+        loop.post(lambda: loop.watch(self._listener, selectors.EVENT_READ, self._accept))
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it went away again
+            sock, _ = self._listener.accept()
+            _prepare(sock)
+            sock.setblocking(False)
+            _Connection(sock, self._loop, self._hello, self._key)
+
+
+class _Connection:
+    """The server's side of one client; a ``Peer`` of the loop once it has shown the key."""
+
+    def __init__(self, sock: socket.socket, loop: EngineLoop, hello: bytes, key: bytes) -> None:
+        self._socket = sock
+        self._loop = loop
+        self._hello = hello
+        self._key = key
+        self._known = False
+        self._reader = _Reader()
+        self._decoder: wire.Decoder[Command] = wire.Decoder(Command)
+        self._unsent = bytearray()
+        self._open = True
+        loop.watch(sock, selectors.EVENT_READ, self._ready)
+
+    def deliver(self, batch: Batch) -> None:
+        self._send(_frame(batch))
+
+    def _ready(self) -> None:
+        if self._unsent:
+            self._send(b"")
+        try:
+            while self._open:
+                data = self._socket.recv(1 << 18)
+                if not data:
+                    self._close()
+                    return
+                for message in self._reader.take(data):
+                    self._take(message)
+                if len(data) < 1 << 18:
+                    return
+        except BlockingIOError:
+            pass
+        except (msgspec.MsgspecError, ValueError) as error:
+            log.warning("A client sent what cannot be read, and is let go: %s", error)
+            self._close()
+        except OSError:
+            self._close()
+
+    def _take(self, message: memoryview) -> None:
+        if self._known:
+            self._loop.take(self, self._decoder.decode(message))
+        elif hmac.compare_digest(message, self._key):
+            self._known = True
+            self._send(self._hello)
+            self._loop.join(self)
+        else:
+            raise ValueError("its first message is not the key")
+
+    def _send(self, data: bytes) -> None:
+        if not self._open:
+            return
+        if self._unsent:
+            self._unsent += data
+            data = bytes(self._unsent)
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._close()
+            return
+        waited = bool(self._unsent)
+        self._unsent = bytearray(data[sent:])
+        if len(self._unsent) > MOST_UNREAD:
+            log.warning("A client leaves %d bytes unread, and is let go", len(self._unsent))
+            self._close()
+        elif waited != bool(self._unsent):
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
+            self._loop.watch(self._socket, events, self._ready)
+
+    def _close(self) -> None:
+        if self._open:
+            self._open = False
+            self._loop.unwatch(self._socket)
+            self._socket.close()
+            if self._known:
+                self._loop.leave(self)
+
+
+class RemoteClient(asyncio.Protocol):
+    """An ``EngineClient`` of an engine in another process; make it with ``connect``."""
+
+    info: EngineInfo
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._table = StreamTable(self._send)
+        self._reader = _Reader()
+        self._decoder: wire.Decoder[Message] = wire.Decoder(Message)
+        self._transport: asyncio.Transport | None = None
+        self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._heard = time.monotonic()
+        self._watch: asyncio.TimerHandle | None = None
+
+    @classmethod
+    async def connect(cls, address: str, timeout: float = 10.0) -> "RemoteClient":
+        """Connect to a ``Server.address``. Raises EngineError if nothing answers there."""
+        host, port, key = address.split()
+        loop = asyncio.get_running_loop()
+        client: RemoteClient | None = None
+        try:
+            async with asyncio.timeout(timeout):
+                _, client = await loop.create_connection(lambda: cls(address), host, int(port))
+                client._write(_LENGTH.pack(len(key)) + key.encode())
+                await client._greeted
+        except (OSError, TimeoutError) as error:
+            if client is not None:
+                await client.close()
+            why = f"nothing within {timeout:g} s" if isinstance(error, TimeoutError) else error
+            raise EngineError(f"no engine answers at {host}:{port}: {why}") from error
+        client._watch = loop.call_later(client._patience / 4, client._check_silence)
+        return client
+
+    @property
+    def load(self) -> EngineLoad:
+        return self._table.load
+
+    @property
+    def healthy(self) -> bool:
+        return self.connected and self._silence < self._patience
+
+    @property
+    def connected(self) -> bool:
+        return self._table.failure is None
+
+    async def submit(self, request: Request) -> Stream:
+        return await self._table.submit(request)
+
+    def drain(self) -> None:
+        """Have the engine admit nothing any longer; ``load`` says when it is done."""
+        self._send(Drain())
+
+    async def close(self) -> None:
+        """Close the connection; the engine ends the requests that are still in flight."""
+        self._end("the connection was closed")
+
+    # ---- inside ----
+
+    @property
+    def _patience(self) -> float:
+        return self.info.step_timeout
+
+    @property
+    def _silence(self) -> float:
+        return time.monotonic() - self._heard
+
+    def _send(self, command: Command) -> None:
+        self._write(_frame(command))
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def _check_silence(self) -> None:
+        if self._silence >= self._patience:
+            self._end(f"{self._name} hangs: it has finished no step for {self._silence:.1f} s")
+        elif self._table.failure is None:
+            loop = asyncio.get_running_loop()
+            self._watch = loop.call_later(self._patience / 4, self._check_silence)
+
+    @property
+    def _name(self) -> str:
+        host, port, _ = self._address.split()
+        return f"the engine {self.info.engine_id} at {host}:{port}"
+
+    def _end(self, cause: str) -> None:
+        self._table.fail(cause)
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+            self._transport = None
+
+    # ---- asyncio calls these ----
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        _prepare(transport.get_extra_info("socket"))
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = time.monotonic()
+        try:
+            for piece in self._reader.take(data):
+                message = self._decoder.decode(piece)
+                if isinstance(message, Batch):
+                    self._table.receive(message)
+                else:
+                    self.info = message.info
+                    if not self._greeted.done():
+                        self._greeted.set_result(None)
+        except (msgspec.MsgspecError, ValueError) as error:
+            self._end(f"{self._name} sent what cannot be read: {error}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._greeted.done():
+            self._greeted.set_exception(ConnectionError("it closed the connection"))
+            return
+        why = f": {error}" if error is not None else ""
+        self._end(f"{self._name} is gone: its connection broke{why}")

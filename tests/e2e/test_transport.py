@@ -1,0 +1,237 @@
+"""Engines and clients in processes of their own, joined by the transport."""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cluster.transport import RemoteClient
+from engine.errors import EngineError, PromptTooLong, RequestError
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from tests.support.simulated_engine import EngineProcess
+from tests.support.simulator import VOCAB, foretell
+
+CLIENT = """
+import asyncio, sys
+from cluster.transport import RemoteClient
+from tests.e2e.test_transport import request
+
+async def main():
+    client = await RemoteClient.connect(sys.argv[1])
+    streams = [await client.submit(request(f"theirs-{i}", [i] * 9, 4000)) for i in range(8)]
+    print("ready", flush=True)
+    await asyncio.gather(*(read(stream) for stream in streams))
+
+async def read(stream):
+    async for _ in stream:
+        pass
+
+asyncio.run(main())
+"""
+
+
+def request(name, prompt=(1, 2, 3), max_tokens=8, **options):
+    sampling = SamplingParams(**{"temperature": 0, "seed": 0, "max_tokens": max_tokens, **options})
+    return Request(request_id=name, prompt_token_ids=list(prompt), sampling=sampling)
+
+
+async def tokens_of(stream):
+    tokens, reason = [], None
+    async for deltas in stream:
+        for delta in deltas:
+            if delta.token is not None:
+                tokens.append(delta.token)
+            reason = delta.finish_reason or reason
+    return tokens, reason
+
+
+def state_becomes(engine, wanted, timeout=20.0):
+    """Seconds until the engine's state is as wanted."""
+    start = time.monotonic()
+    while not wanted(state := engine.ask()):
+        assert time.monotonic() - start < timeout, state
+    return time.monotonic() - start
+
+
+def empty(state):
+    return not (state["unfinished"] or state["device"] or state["cpu"])
+
+
+def test_streams_of_two_clients_carry_everything():
+    rng = random.Random(0)
+
+    async def one(client, name, i):
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 300))]
+        stream = await client.submit(request(name, prompt, 100, seed=i))
+        tokens, reason = await tokens_of(stream)
+        assert tokens == foretell(prompt, i, 100) and reason == "length"
+        metrics = stream.metrics
+        assert metrics.arrival_time <= metrics.first_scheduled_time
+        assert metrics.first_scheduled_time <= metrics.first_token_time <= metrics.finished_time
+
+    async def main(address):
+        clients = [await RemoteClient.connect(address) for _ in range(2)]
+        await asyncio.gather(
+            *(one(client, f"{c}-{i}", i) for c, client in enumerate(clients) for i in range(40))
+        )
+        assert clients[0].healthy and clients[0].info.engine_id == "simulated"
+        with pytest.raises(PromptTooLong, match="max_model_len 4096"):
+            await clients[0].submit(request("long", [1] * 5000))
+        stream = await clients[0].submit(request("same", max_tokens=4000))
+        with pytest.raises(RequestError, match="running already"):
+            await clients[1].submit(request("same"))
+        stream.cancel()
+        _, reason = await tokens_of(stream)
+        assert reason == "abort"
+        stream = await clients[0].submit(request("n", n=3, temperature=1.0, max_tokens=500))
+        seen = {0: 0, 1: 0, 2: 0}
+        async for deltas in stream:
+            for delta in deltas:
+                seen[delta.index] += delta.token is not None
+                if delta.index == 2 and seen[2] == 5:
+                    stream.stop_at_text(2)
+        assert seen[0] == seen[1] == 500 and 5 <= seen[2] < 100
+        for client in clients:
+            await client.close()
+
+    with EngineProcess() as engine:
+        asyncio.run(main(engine.address))
+        state_becomes(engine, empty)
+
+
+@pytest.mark.parametrize("kind", ["cancel", "close", "kill"])
+def test_a_client_that_goes_leaves_nothing_in_any_state(kind):
+    """Eight long requests of which some run, some are swapped out and some wait."""
+    with EngineProcess(num_blocks=1100, num_cpu_blocks=3200, max_num_seqs=6) as engine:
+
+        def busy(state):
+            return state["cpu"] and state["waiting"] and state["running"]
+
+        if kind == "kill":
+            with subprocess.Popen(
+                [sys.executable, "-c", CLIENT, engine.address], stdout=subprocess.PIPE
+            ) as other:
+                other.stdout.readline()
+                state_becomes(engine, busy)
+                other.kill()
+                seconds = state_becomes(engine, empty)
+        else:
+
+            async def main():
+                client = await RemoteClient.connect(engine.address)
+                streams = [await client.submit(request(f"{i}", [i], 4000)) for i in range(8)]
+                readers = [asyncio.create_task(tokens_of(stream)) for stream in streams]
+                await asyncio.to_thread(state_becomes, engine, busy)
+                if kind == "cancel":
+                    for stream in streams:
+                        stream.cancel()
+                else:
+                    await client.close()
+                seconds = await asyncio.to_thread(state_becomes, engine, empty)
+                for reader in readers:
+                    if kind == "cancel":
+                        assert (await reader)[1] == "abort"
+                    else:
+                        with pytest.raises(EngineError, match="connection was closed"):
+                            await reader
+                await client.close()
+                return seconds
+
+            seconds = asyncio.run(main())
+    print(f"freed {seconds * 1e3:.0f} ms after the client's {kind}")
+
+
+async def fails(client, act, cause):
+    """Every stream that is in flight, and the next, raises EngineError with the cause."""
+    streams = [await client.submit(request(f"r{i}", max_tokens=4000)) for i in range(4)]
+    readers = [asyncio.create_task(tokens_of(stream)) for stream in streams]
+    await asyncio.sleep(0.05)
+    act()
+    start = time.monotonic()
+    for reader in readers:
+        with pytest.raises(EngineError, match=cause):
+            await asyncio.wait_for(reader, 20)
+    assert not client.healthy
+    with pytest.raises(EngineError, match=cause):
+        await client.submit(request("late"))
+    await client.close()
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("kind", ["kill", "stop", "hang", "fail"])
+def test_an_engine_that_dies_or_hangs_is_named_in_every_stream(kind):
+    with EngineProcess(step_timeout=1.0) as engine:
+        act, cause = {
+            "kill": (engine.process.kill, "simulated at 127.0.0.1:.* is gone"),
+            "stop": (lambda: os.kill(engine.process.pid, signal.SIGSTOP), "hangs: .* no step"),
+            "hang": (lambda: engine.ask("hang"), "hangs: .* no step"),
+            "fail": (lambda: engine.ask("fail no more ink"), "OSError: no more ink"),
+        }[kind]
+
+        async def main():
+            return await fails(await RemoteClient.connect(engine.address), act, cause)
+
+        seconds = asyncio.run(main())
+    print(f"seen {seconds * 1e3:.0f} ms after the engine's {kind}")
+
+
+def test_strangers_do_no_harm():
+    with EngineProcess() as engine:
+        host, port, _ = engine.address.split()
+
+        async def main():
+            client = await RemoteClient.connect(engine.address)
+            stream = await client.submit(request("r", max_tokens=300))
+            for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\x06\0\0\0sesame", b"\xff" * 8):
+                with socket.create_connection((host, int(port))) as stranger:
+                    stranger.sendall(garbage)
+                    stranger.shutdown(socket.SHUT_WR)
+                    assert await asyncio.to_thread(stranger.recv, 100) == b""
+            with socket.create_connection((host, int(port))) as stranger:  # knows the key
+                stranger.sendall(b"\x06\0\0\0secret\x02\0\0\0\x93\x07")
+                while await asyncio.to_thread(stranger.recv, 1 << 16):
+                    pass
+            tokens, _ = await tokens_of(stream)
+            assert len(tokens) == 300
+            await client.close()
+            with pytest.raises(EngineError, match="no engine answers .* it closed the connection"):
+                await RemoteClient.connect(f"{host} {port} wrong")
+
+        asyncio.run(main())
+        state_becomes(engine, empty)
+
+    async def nobody():
+        with pytest.raises(EngineError, match=f"no engine answers at {host}:{port}: .*failed"):
+            await RemoteClient.connect(engine.address)
+
+    asyncio.run(nobody())
+
+
+def test_a_client_that_reads_nothing_holds_nobody_up():
+    with EngineProcess() as engine:
+        host, port, key = engine.address.split()
+
+        async def main():
+            client = await RemoteClient.connect(engine.address)
+            slow = await RemoteClient.connect(engine.address)
+            slow._transport.pause_reading()
+            sampling = {"n": 60, "temperature": 1.0}
+            for i in range(2):
+                # Accepted, but the answer is not read.
+                asyncio.create_task(slow.submit(request(f"slow{i}", max_tokens=4000, **sampling)))
+            await asyncio.sleep(0.1)
+            stream = await client.submit(request("r", max_tokens=300))
+            tokens, _ = await tokens_of(stream)
+            assert len(tokens) == 300
+            await client.close()
+            await slow.close()
+
+        asyncio.run(main())
+        state_becomes(engine, empty)

@@ -1,0 +1,123 @@
+"""A process with an engine loop and its server on the simulated executor.
+
+It prints its address, then answers lines on standard input: ``state`` with a JSON object of what
+the engine holds, ``fail TEXT`` by failing the next step, ``hang`` by never ending it.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+from cluster.client import EngineInfo
+from cluster.loop import EngineLoop
+from cluster.transport import Server
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.sampling_params import SamplingParams
+from tests.support.simulator import VOCAB, SimulatedExecutor
+
+STEP_SECONDS = 0.002
+MAX_LEN = 4096
+
+
+class Executor(SimulatedExecutor):
+    """Steps that take a while, and fail or hang on demand."""
+
+    error: str | None = None
+    hang = False
+
+    def run(self, plan: Any) -> Any:
+        while self.hang:
+            time.sleep(0.01)
+        if self.error is not None:
+            raise OSError(self.error)
+        time.sleep(STEP_SECONDS)
+        return super().run(plan)
+
+
+def main(step_timeout: float, num_blocks: int, num_cpu_blocks: int, max_num_seqs: int) -> None:
+    """Serve until standard input closes."""
+    config = EngineConfig.from_options(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=64, preemption_mode="swap"
+    )
+    executor = Executor(num_blocks, num_cpu_blocks, 4, max_num_seqs, MAX_LEN, None)
+    engine = Engine(config, executor, executor.load(), executor.reserve(), MAX_LEN)
+    loop = EngineLoop(engine)
+    info = EngineInfo(
+        engine_id="simulated",
+        model="simulated",
+        tokenizer="none",
+        revision=None,
+        chat_template=None,
+        max_model_len=MAX_LEN,
+        vocab_size=VOCAB,
+        max_logprobs=20,
+        block_size=4,
+        num_device_blocks=num_blocks,
+        num_cpu_blocks=num_cpu_blocks,
+        scheduling_policy="fcfs",
+        default_sampling=SamplingParams(),
+        step_timeout=step_timeout,
+    )
+    server = Server(loop, info, "secret")
+    loop.start()
+    print(server.address, flush=True)
+    kv, scheduler = engine.scheduler.kv, engine.scheduler
+    for line in sys.stdin:
+        command, _, text = line.strip().partition(" ")
+        if command == "fail":
+            executor.error = text
+        elif command == "hang":
+            executor.hang = True
+        state = {
+            "unfinished": engine.num_unfinished,
+            "running": len(scheduler.running),
+            "waiting": scheduler.num_waiting,
+            "device": kv.device.num_held,
+            "cpu": kv.cpu.num_held,
+        }
+        print(json.dumps(state), flush=True)
+
+
+class EngineProcess:
+    """The process, from a test's side."""
+
+    def __init__(
+        self,
+        step_timeout: float = 60,
+        num_blocks: int = 4096,
+        num_cpu_blocks: int = 64,
+        max_num_seqs: int = 64,
+    ) -> None:
+        options = [step_timeout, num_blocks, num_cpu_blocks, max_num_seqs]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__, *map(str, options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+
+    def ask(self, command: str = "state") -> dict[str, int]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, int] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def __enter__(self) -> "EngineProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -1,0 +1,261 @@
+"""The engine's thread and its clients, on the simulated executor."""
+
+import asyncio
+import random
+import threading
+import time
+
+import pytest
+
+from cluster.client import EngineInfo
+from cluster.loop import EngineLoop, LocalClient
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from tests.support.simulator import VOCAB, SimulatedExecutor, foretell
+
+
+class Gated(SimulatedExecutor):
+    """Steps that wait for a gate, fail on demand, and count."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error = None
+        self.ran = 0
+        self.stopped = False
+
+    def run(self, plan):
+        self.gate.wait()
+        self.ran += 1
+        if self.error is not None:
+            raise self.error
+        time.sleep(0.001)
+        return super().run(plan)
+
+    def stop(self):
+        self.stopped = True
+
+
+def make_loop(num_blocks=64, num_cpu_blocks=32, **options):
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 32} | options
+    config = EngineConfig.from_options(**options)
+    executor = Gated(num_blocks, num_cpu_blocks, 4, config.scheduler.max_num_seqs, 128, None)
+    engine = Engine(config, executor, executor.load(), executor.reserve(), 128)
+    return EngineLoop(engine), executor
+
+
+INFO = EngineInfo(
+    engine_id="e",
+    model="m",
+    tokenizer="t",
+    revision=None,
+    chat_template=None,
+    max_model_len=128,
+    vocab_size=VOCAB,
+    max_logprobs=20,
+    block_size=4,
+    num_device_blocks=64,
+    num_cpu_blocks=32,
+    scheduling_policy="fcfs",
+    default_sampling=SamplingParams(),
+)
+
+
+def request(name, prompt=(1, 2, 3), max_tokens=8, **options):
+    sampling = SamplingParams(**{"temperature": 0, "seed": 0, "max_tokens": max_tokens, **options})
+    return Request(request_id=name, prompt_token_ids=list(prompt), sampling=sampling)
+
+
+async def tokens_of(stream):
+    tokens, reason = [], None
+    async for deltas in stream:
+        for delta in deltas:
+            if delta.token is not None:
+                tokens.append(delta.token)
+            reason = delta.finish_reason or reason
+    return tokens, reason
+
+
+def run(scenario, **options):
+    """Run an async scenario on a loop; at its end nothing must be left."""
+    loop, executor = make_loop(**options)
+
+    async def main():
+        loop.start()
+        client = LocalClient(loop, INFO)
+        try:
+            await asyncio.wait_for(scenario(client, loop, executor), 60)
+        finally:
+            executor.gate.set()
+            await client.close()
+
+    asyncio.run(main())
+    assert executor.stopped
+    return loop, executor
+
+
+def assert_free(loop):
+    kv = loop.engine.scheduler.kv
+    assert kv.device.num_held == 0 and kv.cpu.num_held == 0
+    kv.device.check()
+
+
+async def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        await asyncio.sleep(0.002)
+
+
+def test_many_streams_get_their_own_tokens_under_pressure():
+    rng = random.Random(0)
+
+    async def scenario(client, loop, executor):
+        async def one(i):
+            prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 40))]
+            await asyncio.sleep(rng.random() * 0.1)
+            stream = await client.submit(request(f"r{i}", prompt, 20, seed=i))
+            tokens, reason = await tokens_of(stream)
+            assert tokens == foretell(prompt, i, 20) and reason == "length"
+            metrics = stream.metrics
+            assert metrics.arrival_time <= metrics.first_scheduled_time
+            assert metrics.first_scheduled_time <= metrics.first_token_time
+            assert metrics.first_token_time <= metrics.finished_time
+
+        await asyncio.gather(*(one(i) for i in range(40)))
+        assert_free(loop)
+
+    loop, _ = run(scenario, num_blocks=32)
+    assert loop.engine.scheduler.stats.preemptions_swap > 0
+
+
+def test_an_admission_error_comes_to_its_submitter_only():
+    async def scenario(client, loop, executor):
+        good = await client.submit(request("good", max_tokens=20))
+        with pytest.raises(PromptTooLong, match="max_model_len"):
+            await client.submit(request("long", range(1, 200)))
+        with pytest.raises(RequestError, match="running already"):
+            await client.submit(request("good"))
+        tokens, _ = await tokens_of(good)
+        assert tokens == foretell([1, 2, 3], 0, 20)
+
+    run(scenario)
+
+
+def test_a_full_queue_is_said():
+    async def scenario(client, loop, executor):
+        executor.gate.clear()
+        sent = [asyncio.create_task(client.submit(request(f"r{i}"))) for i in range(3)]
+        await asyncio.sleep(0.05)
+        executor.gate.set()
+        done = await asyncio.gather(*sent, return_exceptions=True)
+        refused = [e for e in done if isinstance(e, QueueFull)]
+        assert refused and len(refused) < 3
+        for stream in done:
+            if not isinstance(stream, QueueFull):
+                await tokens_of(stream)
+
+    run(scenario, max_num_seqs=1, max_queued_requests=1)
+
+
+def test_cancel_frees_the_blocks_in_any_state():
+    async def scenario(client, loop, executor):
+        scheduler = loop.engine.scheduler
+        streams = [await client.submit(request(f"r{i}", [i] * 20, 100)) for i in range(6)]
+        await until(lambda: scheduler.stats.preemptions_swap and scheduler.num_waiting)
+        for stream in streams:
+            stream.cancel()
+        for stream in streams:
+            _, reason = await tokens_of(stream)
+            assert reason == "abort"
+        await until(lambda: not loop.engine.has_work)
+        assert_free(loop)
+
+    run(scenario, num_blocks=32, max_num_seqs=4, preemption_mode="swap")
+
+
+def test_a_submit_that_is_given_up_leaves_nothing():
+    async def scenario(client, loop, executor):
+        executor.gate.clear()
+        first = await client.submit(request("first", max_tokens=4))
+        await until(lambda: loop.step_seconds > 0)
+        task = asyncio.create_task(client.submit(request("second", max_tokens=100)))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        executor.gate.set()
+        await tokens_of(first)
+        await until(lambda: not loop.engine.has_work)
+        assert_free(loop)
+
+    run(scenario)
+
+
+def test_stop_at_text_ends_one_completion():
+    async def scenario(client, loop, executor):
+        stream = await client.submit(request("r", max_tokens=100, n=2, temperature=1.0))
+        seen = {0: 0, 1: 0}
+        async for deltas in stream:
+            for delta in deltas:
+                seen[delta.index] += 1
+                if delta.index == 1 and seen[1] == 3:
+                    stream.stop_at_text(1)
+        assert seen[0] == 100 and 3 <= seen[1] < 10
+
+    run(scenario)
+
+
+def test_a_failing_step_reaches_every_stream_with_its_cause():
+    async def scenario(client, loop, executor):
+        streams = [await client.submit(request(f"r{i}", max_tokens=100)) for i in range(4)]
+        readers = [asyncio.create_task(tokens_of(stream)) for stream in streams]
+        await until(lambda: executor.ran > 5)
+        executor.error = OSError("the disk is on fire")
+        for reader in readers:
+            with pytest.raises(EngineError, match="OSError: the disk is on fire"):
+                await reader
+        assert not client.healthy
+        with pytest.raises(EngineError, match="the disk is on fire"):
+            await client.submit(request("late"))
+
+    run(scenario)
+
+
+def test_stopping_the_loop_ends_the_streams():
+    async def scenario(client, loop, executor):
+        stream = await client.submit(request("r", max_tokens=100))
+        await asyncio.to_thread(loop.stop)
+        with pytest.raises(EngineError, match="the engine was stopped"):
+            await tokens_of(stream)
+
+    run(scenario)
+
+
+def test_a_draining_engine_finishes_what_runs_and_takes_nothing_new():
+    async def scenario(client, loop, executor):
+        stream = await client.submit(request("r", max_tokens=50))
+        loop.drain()
+        await until(lambda: client.load.draining)
+        with pytest.raises(EngineError, match="draining"):
+            await client.submit(request("late"))
+        tokens, _ = await tokens_of(stream)
+        assert len(tokens) == 50
+        assert await asyncio.to_thread(loop.wait_idle, 10)
+
+    run(scenario)
+
+
+def test_an_idle_loop_sleeps_and_wakes():
+    async def scenario(client, loop, executor):
+        await tokens_of(await client.submit(request("r", max_tokens=2)))
+        polls = []
+        poll = loop._selector.select
+        loop._selector.select = lambda timeout: (polls.append(timeout), poll(timeout))[1]
+        await asyncio.sleep(1.2)
+        assert 1 <= len(polls) <= 6 and all(timeout > 0 for timeout in polls)
+        await tokens_of(await client.submit(request("again", max_tokens=2)))
+
+    run(scenario)
