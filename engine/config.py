@@ -11,11 +11,13 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.errors import ConfigError
+
+Group = TypeVar("Group")
 
 EMBEDDED_MODEL = "manta-demo"  # the name of the chat model that ships inside the package
 
@@ -171,23 +173,8 @@ class EngineConfig:
         Raises ConfigError, naming the option and what is allowed, for an unknown option, a wrong
         value or a contradiction.
         """
-        known = {f.name for _, f in declared_options()}
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(f"unknown option {name}{hint}")
-        groups = {
-            name: group(
-                **{
-                    f.name: _checked(f, options[f.name])
-                    for f in dataclasses.fields(group)
-                    if f.name in options
-                }
-            )
-            for name, group in _groups()
-        }
-        config = cls(**groups)
+        refuse_unknown(options, [f.name for _, f in declared_options()])
+        config = cls(**{name: group_of(group, options) for name, group in _groups()})
         config._check_together()
         return config
 
@@ -235,12 +222,36 @@ def declared_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
             yield name, f
 
 
+def refuse_unknown(options: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ConfigError for the first option that is not known, with the nearest that is."""
+    known = list(known)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown option {name}{hint}")
+
+
+def group_of(group: type[Group], options: Mapping[str, Any]) -> Group:
+    """A group of declared options with those of ``options`` that are its own.
+
+    Raises ConfigError, naming the option and what is allowed, for a wrong value.
+    """
+    own = [f for f in dataclasses.fields(group) if f.name in options]
+    return group(**{f.name: _checked(f, options[f.name]) for f in own})
+
+
 def option_type(f: dataclasses.Field[Any]) -> tuple[type, bool]:
-    """The plain type of an option, and whether None is allowed."""
+    """The plain type of an option (tuple for a list of strings), and whether None is allowed."""
+    if typing.get_origin(f.type) is tuple:
+        return tuple, False
     if isinstance(f.type, types.UnionType):
         kinds = typing.get_args(f.type)
         return next(k for k in kinds if k is not types.NoneType), types.NoneType in kinds
     return typing.cast(type, f.type), False
+
+
+_KINDS = {int: "an integer", float: "a number", str: "a string", tuple: "a list of strings"}
 
 
 def allowed(f: dataclasses.Field[Any]) -> str:
@@ -252,7 +263,7 @@ def allowed(f: dataclasses.Field[Any]) -> str:
     elif kind is bool:
         text = "True or False"
     else:
-        text = {int: "an integer", float: "a number", str: "a string"}[kind]
+        text = _KINDS[kind]
         if meta["least"] is not None:
             text += f" of at least {meta['least']:g}"
         if meta["most"] is not None:
@@ -266,6 +277,11 @@ def _checked(f: dataclasses.Field[Any], value: Any) -> Any:
         return None
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if kind is tuple:
+        value = (value,) if isinstance(value, str) else value
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v for v in value):
+            raise ConfigError(f"{f.name} must be {allowed(f)}, got {value!r}")
+        return tuple(value)
     ok = isinstance(value, (int, float) if kind is float else kind)
     ok = ok and (kind is bool or not isinstance(value, bool))
     if ok and kind is float:

@@ -1,0 +1,96 @@
+"""Errors as HTTP answers, in the shape that OpenAI's clients know."""
+
+import re
+
+import msgspec
+from starlette.responses import Response
+
+from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
+from engine.log import get_logger
+
+log = get_logger("router")
+
+RETRY_AFTER = {"retry-after": "1"}
+
+
+class ErrorInfo(msgspec.Struct, kw_only=True):
+    """What went wrong. ``param`` is the field that is to blame, ``code`` one for programs."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(msgspec.Struct):
+    """The body of every answer that is an error, and of an error event in a stream."""
+
+    error: ErrorInfo
+
+
+class ApiError(Exception):
+    """An answer that is an error: its status, its body and further headers."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.info = ErrorInfo(message=message, type=type, param=param, code=code)
+        self.headers = headers or {}
+
+    def body(self) -> bytes:
+        """The body as JSON."""
+        return msgspec.json.encode(ErrorResponse(self.info))
+
+    def response(self) -> Response:
+        """The whole answer."""
+        return Response(self.body(), self.status, self.headers, "application/json")
+
+
+def wrong(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A request that cannot be served as it is: 400."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """Nothing is wrong with the request, but it cannot be served now: 503, to be sent again."""
+    return ApiError(503, message, type="server_error", code=code, headers=RETRY_AFTER)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """The answer to an exception; one that nobody foresaw is logged and not shown."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(
+            429,
+            f"too many requests wait already: {error}",
+            type="rate_limit_error",
+            code="rate_limit_exceeded",
+            headers=RETRY_AFTER,
+        )
+    if isinstance(error, PromptTooLong):
+        return wrong(str(error), "prompt", "context_length_exceeded")
+    if isinstance(error, RequestError):
+        return wrong(str(error), _field(str(error)))
+    if isinstance(error, EngineError):
+        return unavailable(str(error), "engine_unavailable")
+    log.error("a request failed unexpectedly", exc_info=error)
+    return ApiError(500, "the server failed on this request", type="server_error")
+
+
+def _field(message: str) -> str | None:
+    """The field that a RequestError names, which is the message's first word."""
+    match = re.match(r"[a-z_]+[a-z](?=[\[. ])", message)
+    return match[0] if match and "_" in match[0] or match and match[0] in _SHORT else None
+
+
+_SHORT = ("n", "stop", "seed", "temperature", "prompt", "messages", "priority", "logprobs", "tools")

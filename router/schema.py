@@ -1,0 +1,205 @@
+"""The bodies of requests: OpenAI's fields, vLLM's beyond them, and nothing that has no effect.
+
+Structs of msgspec: checked when read, and the OpenAPI description is made from them.
+"""
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+MOST_CHOICES = 128
+MOST_PROMPTS = 2048
+_INT32 = 2**31 - 1
+
+Count = Annotated[int, Meta(ge=0, le=_INT32)]
+Positive = Annotated[int, Meta(ge=1, le=_INT32)]
+TokenId = Annotated[int, Meta(ge=0, le=_INT32)]
+Logprobs = Annotated[int, Meta(ge=-1, le=_INT32)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Text = Annotated[str, Meta(min_length=1)]
+
+
+# How a chat becomes a prompt, for chats and for /tokenize.
+Messages = Annotated[list[dict[str, Any]], Meta(min_length=1)]
+AddGenerationPrompt = Annotated[
+    bool | None, Meta(description="begin the assistant's answer; not continue_final_message")
+]
+ContinueFinalMessage = Annotated[
+    bool | None, Meta(description="the answer goes on where the last message ends")
+]
+AddSpecialTokens = Annotated[
+    bool | None, Meta(description="add a begin token; true for a prompt, false for a chat")
+]
+ChatTemplate = Annotated[
+    str | None,
+    Meta(description="the name of one of the checkpoint's templates, or a template itself, which"
+         " the server must be told to trust"),
+]  # fmt: skip
+TemplateVariables = Annotated[
+    dict[str, Any] | None, Meta(description="further variables of the chat template")
+]
+Documents = Annotated[
+    list[dict[str, str]] | None, Meta(description="for chat templates that take documents")
+]
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What a stream tells beside its text."""
+
+    include_usage: Annotated[
+        bool | None, Meta(description="a last chunk without choices tells the usage")
+    ] = None
+    continuous_usage_stats: Annotated[
+        bool | None, Meta(description="every chunk tells the usage so far")
+    ] = None
+    include_obfuscation: Annotated[
+        bool | None, Meta(description="accepted; nothing is ever padded")
+    ] = None
+
+
+class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The fields that completions and chats have in common. null is the same as leaving out;
+    where no default is said it is the checkpoint's generation_config.json's, or none at all."""
+
+    model: Annotated[str | None, Meta(description="one of /v1/models; the first by default")] = None
+    n: Annotated[
+        Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None, Meta(description="choices; 1")
+    ] = None
+    temperature: Annotated[
+        Annotated[float, Meta(ge=0, le=100)] | None, Meta(description="0 is greedy")
+    ] = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[
+        Annotated[int, Meta(ge=-1, le=_INT32)] | None, Meta(description="0 or -1 is off")
+    ] = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None,
+        Meta(description="token ids to what is added to their logits"),
+    ] = None
+    seed: Annotated[
+        Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None,
+        Meta(description="makes the answer a function of the request alone"),
+    ] = None
+    stop: Annotated[
+        Text | Annotated[list[Text], Meta(max_length=128)] | None,
+        Meta(description="strings that end the output"),
+    ] = None
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Count | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    bad_words: list[Text] | None = None
+    skip_special_tokens: Annotated[bool | None, Meta(description="true by default")] = None
+    spaces_between_special_tokens: Annotated[
+        bool | None, Meta(description="true by default")
+    ] = None
+    prompt_logprobs: Annotated[
+        Logprobs | None, Meta(description="log-probabilities of the prompt's tokens; no stream")
+    ] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: Annotated[
+        bool | None, Meta(description="token_ids and prompt_token_ids in the answer")
+    ] = None
+    return_tokens_as_token_ids: Annotated[
+        bool | None, Meta(description="tokens of logprobs are written 'token_id:ID'")
+    ] = None
+    priority: Annotated[
+        Annotated[int, Meta(ge=-_INT32, le=_INT32)] | None,
+        Meta(description="lower first; needs the server's scheduling_policy 'priority'"),
+    ] = None
+    request_id: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=256)] | None,
+        Meta(description="the end of the answer's id, and x-request-id"),
+    ] = None
+    user: Annotated[str | None, Meta(description="accepted; has no effect")] = None
+
+    @property
+    def choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+
+class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[
+        list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=1 << 22)
+    ]
+    max_tokens: Annotated[Count | None, Meta(description="16; 0 only with echo")] = None
+    echo: Annotated[bool | None, Meta(description="the text begins with the prompt")] = None
+    logprobs: Annotated[
+        Logprobs | None, Meta(description="log-probabilities of this many likeliest tokens")
+    ] = None
+    add_special_tokens: AddSpecialTokens = None
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    """A part of a message. Only text is understood."""
+
+    text: str
+    type: Annotated[str, Meta(pattern="^text$")] = "text"
+
+
+class Message(msgspec.Struct, kw_only=True):
+    """A message of a chat. Which roles there are, and in which order, the chat template says."""
+
+    role: Text
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    add_generation_prompt: AddGenerationPrompt = None
+    continue_final_message: ContinueFinalMessage = None
+    add_special_tokens: AddSpecialTokens = None
+    chat_template: ChatTemplate = None
+    chat_template_kwargs: TemplateVariables = None
+    documents: Documents = None
+    max_completion_tokens: Annotated[
+        Positive | None, Meta(description="as many as the model's length allows")
+    ] = None
+    max_tokens: Annotated[
+        Positive | None, Meta(description="the older name of max_completion_tokens")
+    ] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[
+        Logprobs | None, Meta(description="how many likeliest tokens logprobs show; 0")
+    ] = None
+    echo: Annotated[
+        bool | None,
+        Meta(description="the answer begins with the final message that it continues"),
+    ] = None
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /tokenize: a prompt, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_generation_prompt: AddGenerationPrompt = None
+    continue_final_message: ContinueFinalMessage = None
+    add_special_tokens: AddSpecialTokens = None
+    chat_template: ChatTemplate = None
+    chat_template_kwargs: TemplateVariables = None
+    documents: Documents = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /detokenize."""
+
+    tokens: list[TokenId]
+    model: str | None = None
