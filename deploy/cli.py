@@ -1,4 +1,4 @@
-"""The command line: ``manta generate``, ``manta bench throughput``, ``manta collect-env``.
+"""The command line: ``manta generate``, ``chat``, ``complete``, ``bench``, ``collect-env``.
 
 Engine options are made from the fields of ``EngineConfig``, so that the command line, ``LLM`` and
 the server cannot differ.
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from deploy import bench_serve, chat
 from engine.config import EMBEDDED_MODEL, allowed, declared_options, option_type
 from engine.errors import ConfigError, MantaError
 from engine.sampling_params import SamplingParams
@@ -95,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_options(generate)
     generate.set_defaults(run=_generate, parser=generate)
 
+    chat.add_commands(commands)
+
     bench = commands.add_parser("bench", help="measure speed")
     benches = bench.add_subparsers(required=True, metavar="WHAT")
     throughput = benches.add_parser(
@@ -113,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     throughput.add_argument("--output-json", metavar="FILE", help="write the figures here")
     _add_engine_options(throughput)
     throughput.set_defaults(run=_bench_throughput, parser=throughput)
+
+    bench_serve.add_command(benches)
 
     environment = commands.add_parser("collect-env", help="print what a bug report needs")
     environment.set_defaults(run=_collect_env, parser=environment)
