@@ -237,7 +237,8 @@ def group_of(group: type[Group], options: Mapping[str, Any]) -> Group:
 
     Raises ConfigError, naming the option and what is allowed, for a wrong value.
     """
-    own = [f for f in dataclasses.fields(group) if f.name in options]
+    fields = dataclasses.fields(typing.cast(typing.Any, group))
+    own = [f for f in fields if f.name in options]
     return group(**{f.name: _checked(f, options[f.name]) for f in own})
 
 

@@ -96,9 +96,9 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
     bad_words: list[Text] | None = None
     skip_special_tokens: Annotated[bool | None, Meta(description="true by default")] = None
-    spaces_between_special_tokens: Annotated[
-        bool | None, Meta(description="true by default")
-    ] = None
+    spaces_between_special_tokens: Annotated[bool | None, Meta(description="true by default")] = (
+        None
+    )
     prompt_logprobs: Annotated[
         Logprobs | None, Meta(description="log-probabilities of the prompt's tokens; no stream")
     ] = None
@@ -128,9 +128,9 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[
-        list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=1 << 22)
-    ]
+    prompt: (
+        str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=1 << 22)]
+    )
     max_tokens: Annotated[Count | None, Meta(description="16; 0 only with echo")] = None
     echo: Annotated[bool | None, Meta(description="the text begins with the prompt")] = None
     logprobs: Annotated[
