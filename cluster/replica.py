@@ -2,11 +2,14 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cluster.client import EngineInfo
+from cluster.executor import ParallelExecutor
+from cluster.launch import Launcher, ProcessLauncher
 from cluster.progress import LoadBar
-from engine.config import EngineConfig
+from engine.config import EMBEDDED_MODEL, EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError, RequestError
 from engine.executor import Capacity
@@ -16,6 +19,7 @@ from engine.tokenizer import Tokenizer
 from workers.checkpoint import GenerationConfig, load_config, load_generation_config, resolve
 from workers.local import LocalExecutor
 from workers.weights import find_files
+from workers.worker import check_split
 
 log = get_logger("replica")
 
@@ -65,7 +69,7 @@ def start_replica(
     """
     started = time.perf_counter()
     with LoadBar(checkpoint.weight_bytes, config.log.use_tqdm_on_load) as bar:
-        executor = LocalExecutor(config, checkpoint.path, bar.read)
+        executor = _make_executor(config, checkpoint, bar)
         facts = executor.load()
     log.info(
         "Loaded %s (%s, %s parameters, %s on %s): %.2f GiB of weights read in %.2f s,"
@@ -124,6 +128,27 @@ def start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineIn
         default_sampling=defaults,
     )
     return engine, info
+
+
+def _make_executor(
+    config: EngineConfig, checkpoint: Checkpoint, bar: LoadBar
+) -> LocalExecutor | ParallelExecutor:
+    """In this process for one shard; else over workers, if the model can be split so."""
+    parallel = config.parallel
+    if parallel.world_size == 1:
+        return LocalExecutor(config, checkpoint.path, bar.read)
+    check_split(config, checkpoint.path)
+    launcher: Launcher
+    if parallel.distributed_executor_backend == "mp":
+        launcher = ProcessLauncher(config)
+    else:
+        from cluster.actors import RayLauncher  # Ray takes a second to import
+
+        launcher = RayLauncher(config)
+    is_folder = Path(config.model.model).expanduser().is_dir()
+    is_folder |= config.model.model == EMBEDDED_MODEL
+    progress = partial(bar.read, "")
+    return ParallelExecutor(config, checkpoint.path, is_folder, launcher, progress)
 
 
 def fit_model_len(config: EngineConfig, wanted: int, capacity: Capacity) -> int:

@@ -145,8 +145,57 @@ class DeviceConfig:
     enforce_eager: bool = option(
         False, "never capture CUDA graphs or compile (none is captured or compiled today)"
     )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a model is split over workers, and how these are started and watched."""
+
     tensor_parallel_size: int = option(1, "ranks that split each layer", least=1)
     pipeline_parallel_size: int = option(1, "stages that split the layers", least=1)
+    pipeline_partition: str | None = option(
+        None, "layers of each pipeline stage, as 12,10,10; as even as can be by default"
+    )
+    distributed_executor_backend: str = option(
+        "ray",
+        "what starts the workers, if there are several: ray on a cluster (RAY_ADDRESS, or one on"
+        " this machine), mp as plain processes of this machine",
+        choices=("ray", "mp"),
+    )
+    worker_cpus: float | None = option(
+        None,
+        "CPUs that a worker asks for, and so its threads; by default it asks for 1 (none if it has"
+        " a GPU) and takes an even share of its machine's",
+        least=0.01,
+    )
+    worker_gpus: float = option(
+        1.0, "GPUs of a worker on CUDA; with less than 1, workers share one", least=0.01, most=1.0
+    )
+    placement_timeout: float = option(
+        60.0, "seconds to wait until Ray has room for the workers", least=0
+    )
+    rendezvous_port: int = option(
+        0, "port at which workers find each other; 0 takes a free one", least=0, most=65535
+    )
+    step_timeout: float = option(
+        300.0, "seconds after which a step that gives no result is a failure", least=0.1
+    )
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def partition(self) -> tuple[int, ...]:
+        """``pipeline_partition`` as numbers; empty if none was given."""
+        words = self.pipeline_partition.split(",") if self.pipeline_partition is not None else []
+        try:
+            return tuple(int(word) for word in words)
+        except ValueError:
+            raise ConfigError(
+                "pipeline_partition must be numbers of layers between commas, as 12,10,10, got"
+                f" {self.pipeline_partition!r}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -164,6 +213,7 @@ class EngineConfig:
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     device: DeviceConfig = DeviceConfig()
+    parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
 
     @classmethod
@@ -187,9 +237,12 @@ class EngineConfig:
             )
         if cache.gpu_memory_utilization is not None and cache.kv_cache_memory_bytes is not None:
             raise ConfigError("give gpu_memory_utilization or kv_cache_memory_bytes, not both")
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            if getattr(self.device, name) != 1:
-                raise ConfigError(f"{name} must be 1: worker actors are not there yet")
+        stages, partition = self.parallel.pipeline_parallel_size, self.parallel.partition
+        if partition and len(partition) != stages:
+            raise ConfigError(
+                f"pipeline_partition has {len(partition)} numbers, pipeline_parallel_size is"
+                f" {stages}: give one number for each stage"
+            )
 
     def resolve_model_len(self, model_limit: int) -> int:
         """max_model_len for a model that allows ``model_limit`` tokens.

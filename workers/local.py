@@ -25,7 +25,7 @@ class LocalExecutor:
         return self._worker.load(self._progress)
 
     def reserve(self) -> Capacity:
-        return self._worker.reserve()
+        return self._worker.reserve(self._worker.measure())
 
     def run(self, plan: StepPlan) -> Pending:
         return self._worker.run(plan)

@@ -1,6 +1,9 @@
 """Groups of ranks. A layer is given its group when it is built; a group of one costs nothing."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +25,13 @@ class Group:
         """The sum of every rank's ``x``; may be done in place."""
         return x
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Every rank's ``x`` concatenated along the last dimension, in rank order."""
+    def gather(self, x: Tensor) -> Tensor:
+        """On rank 0 every rank's ``x`` concatenated along the last dimension, in rank order; the
+        others get their own ``x`` back."""
         return x
 
-    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
-        """``x`` of rank ``source``."""
+    def broadcast(self, x: Tensor) -> Tensor:
+        """``x`` of rank 0; on the others ``x`` says shape and type, and may be written to."""
         return x
 
     def split(self, total: int, what: str) -> slice:
@@ -64,6 +68,51 @@ class Stage:
     @staticmethod
     def whole(total: int) -> "Stage":
         return Stage(0, total, total)
+
+    @staticmethod
+    def split(total: int, size: int, partition: Sequence[int] = ()) -> "list[Stage]":
+        """The ``size`` stages of a model, of ``partition`` layers each, or as even as can be: the
+        last ones are the shorter, for the output layer is theirs.
+
+        Raises ConfigError if there are more stages than layers or the partition does not add up.
+        """
+        if size > total:
+            raise ConfigError(
+                f"pipeline_parallel_size={size}: the model has {total} layers, so at most {total}"
+            )
+        counts = partition or [total // size + (i < total % size) for i in range(size)]
+        if len(counts) != size or sum(counts) != total or min(counts) < 1:
+            raise ConfigError(
+                f"pipeline_partition={','.join(map(str, counts))}: must be {size} numbers of at"
+                f" least 1 whose sum is the model's number of layers ({total})"
+            )
+        ends = list(itertools.accumulate(counts))
+        return [Stage(end - count, end, total) for count, end in zip(counts, ends, strict=True)]
+
+
+class Pipeline(Protocol):
+    """A rank's way to its fellows in the stages before and after."""
+
+    def send(self, hidden: Tensor) -> None:
+        """Pass [T, H] to the next stage, without waiting for it to take it."""
+        ...
+
+    def receive(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """[T, H] from the stage before."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A rank's place in the grid (pipeline × tensor) and its ways to the others.
+
+    ``pipeline`` is None where there is one stage.
+    """
+
+    group: Group = Group()
+    stage: int = 0
+    num_stages: int = 1
+    pipeline: Pipeline | None = None
 
 
 @dataclass(frozen=True)

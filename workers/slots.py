@@ -35,6 +35,11 @@ class Slots:
             slot, index, block = self.upload(plan.cells).unbind(1)
             self.block_tables[slot, index] = block.int()
 
+    def learn(self, tokens: Ints) -> None:
+        """Take [n, 3] (slot, position, token) into the table."""
+        slot, position, token = self.upload(tokens).unbind(1)
+        self.tokens[slot, position] = token.int()
+
     def batch(self, plan: StepPlan) -> Batch:
         """The rows of ``plan`` laid end to end."""
         total, rows = plan.num_tokens, len(plan.slots)

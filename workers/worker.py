@@ -12,21 +12,23 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor import Capacity, ModelFacts
-from engine.plan import Admit, StepPlan, StepResult, TokenLogprobs, ints
+from engine.plan import Admit, Ints, StepPlan, StepResult, TokenLogprobs, ints
 from engine.preempt import MeasuredCosts
 from engine.sampling_params import SamplingParams
 from workers import weights
 from workers.attention import choose_backend
 from workers.checkpoint import load_config, resolve_dtype
 from workers.kv import KVCache
+from workers.messages import Blocks
 from workers.models import attention_shape, build_model, read_traits
-from workers.parallel import Place, Stage
+from workers.parallel import Group, Place, Ranks, Stage
 from workers.sampler import Sampled, Sampler, SamplingTable
 from workers.slots import Slots
 from workers.weights import Progress
 
 GIB = 2**30
 WARM_UP_TOKENS = 128
+CUDA_CONTEXT_BYTES = 700 << 20  # what a process takes on a GPU before it allocates anything
 DEFAULT_BLOCK_SIZE = 16
 
 
@@ -37,6 +39,21 @@ def choose_device(option: str) -> torch.device:
     if option == "auto":
         option = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(option, 0) if option == "cuda" else torch.device(option)
+
+
+def check_split(config: EngineConfig, path: Path) -> None:
+    """Raise ConfigError, with the allowed sizes, if the model does not split as ``config`` asks."""
+    parallel = config.parallel
+    checkpoint = load_config(path)
+    traits = read_traits(checkpoint)
+    block_size = config.cache.block_size or DEFAULT_BLOCK_SIZE
+    meta = torch.device("meta")
+    dtype = resolve_dtype(config.model.dtype, checkpoint, meta)
+    place = Place(meta, dtype, Group(parallel.tensor_parallel_size, 0))
+    backend = choose_backend(attention_shape(traits, place, block_size), "gather")
+    size = parallel.pipeline_parallel_size
+    for stage in Stage.split(traits.num_layers, size, parallel.partition):
+        build_model(checkpoint, place, stage, backend, 1)
 
 
 @dataclass
@@ -66,12 +83,26 @@ class Pending:
 
 
 class Worker:
-    """``load``, then ``reserve``, then ``run`` for each plan, in order."""
+    """``load``, then ``reserve`` what ``measure`` said fits, then ``run`` for each plan, in order.
 
-    def __init__(self, config: EngineConfig, path: Path) -> None:
+    All ranks do the same at the same time, each on its part of the model. ``ranks`` are this one's
+    ways to the others; ``neighbours`` is how many of them share this machine or its GPU, and so its
+    memory.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        path: Path,
+        device: torch.device | None = None,
+        ranks: Ranks | None = None,
+        neighbours: int = 1,
+    ) -> None:
         self.config = config
         self.path = path
-        self.device = choose_device(config.device.device)
+        self.device = device or choose_device(config.device.device)
+        self.ranks = ranks or Ranks()
+        self.neighbours = neighbours
 
     def load(self, progress: Progress | None = None) -> ModelFacts:
         """Build the model and fill its weights. Raises CheckpointError or ConfigError."""
@@ -79,63 +110,88 @@ class Worker:
         checkpoint = load_config(self.path)
         traits = self.traits = read_traits(checkpoint)
         dtype = resolve_dtype(options.dtype, checkpoint, self.device)
-        place = Place(self.device, dtype)
+        self.place = place = Place(self.device, dtype, self.ranks.group)
         block_size = self.config.cache.block_size or DEFAULT_BLOCK_SIZE
         self.backend = choose_backend(
             attention_shape(traits, place, block_size), self.config.device.attention_backend
         )
         self.max_model_len = self.config.resolve_model_len(traits.max_position)
-        stage = Stage.whole(traits.num_layers)
-        self.model = build_model(checkpoint, place, stage, self.backend, self.max_model_len)
+        parallel = self.config.parallel
+        stages = Stage.split(traits.num_layers, self.ranks.num_stages, parallel.partition)
+        self.stage = stages[self.ranks.stage]
+        self.model = build_model(checkpoint, place, self.stage, self.backend, self.max_model_len)
         loaded = weights.load(self.model, self.path, options.load_format, progress)
         return ModelFacts(
             architecture=str(checkpoint.get("architectures", [checkpoint.get("model_type")])[0]),
             vocab_size=traits.vocab_size,
             max_model_len=self.max_model_len,
-            num_parameters=sum(math.prod(p.shape) for p in self.model.parameters()),
+            num_parameters=sum(math.prod(p.shape) for p in self.model.whole().parameters()),
             weight_bytes=loaded.bytes,
             load_seconds=loaded.seconds,
             dtype=str(dtype).removeprefix("torch."),
             device=str(self.device),
         )
 
-    @torch.inference_mode()
-    def reserve(self) -> Capacity:
-        """Allocate slots and KV blocks, warm up, and measure what copies and tokens cost."""
-        config, shape, max_model_len = self.config, self.backend.shape, self.max_model_len
-        block_size, num_layers = shape.block_size, self.traits.num_layers
-        block_bytes = num_layers * shape.block_elements * shape.dtype.itemsize
-        num_slots = config.scheduler.max_num_seqs
-        self.slots = Slots(num_slots, max_model_len, block_size, self.device)
-        self.table = SamplingTable(num_slots, self.traits.vocab_size, self.slots.tokens)
-        self.sampler = Sampler(self.table)
+    def measure(self) -> Blocks:
+        """How many blocks of each tier there is memory for on this rank.
+
+        Raises ConfigError if there is none for the device's.
+        """
+        config = self.config
         num_device = config.cache.num_gpu_blocks_override
         if num_device is None:
-            num_device = self._device_bytes() // block_bytes
+            block_size = self.backend.shape.block_size
+            num_device = self._device_bytes() // self._block_bytes
             # More than every slot at full length could never be used but for cached prefixes.
-            num_device = min(num_device, 4 * num_slots * -(-max_model_len // block_size))
+            most = config.scheduler.max_num_seqs * -(-self.max_model_len // block_size)
+            num_device = min(num_device, 4 * most)
         if num_device < 1:
             raise ConfigError(
                 "gpu_memory_utilization leaves no memory for KV blocks; raise it, or set"
                 " kv_cache_memory_bytes"
             )
-        num_cpu = int(config.cache.swap_space * GIB) // block_bytes
-        self.kv = KVCache(self.backend, num_layers, num_device, num_cpu, self.device)
-        seconds_per_token = self._warm_up(num_device)
+        return Blocks(num_device, int(config.cache.swap_space * GIB) // self._block_bytes)
+
+    @torch.inference_mode()
+    def reserve(self, blocks: Blocks) -> Capacity:
+        """Allocate slots and KV blocks, warm up, and measure what copies and tokens cost."""
+        shape, num_layers = self.backend.shape, self._num_layers
+        num_slots = self.config.scheduler.max_num_seqs
+        self.slots = Slots(num_slots, self.max_model_len, shape.block_size, self.device)
+        self.table = SamplingTable(num_slots, self.traits.vocab_size, self.slots.tokens)
+        samples = self.stage.last and self.ranks.group.rank == 0
+        self.sampler = Sampler(self.table) if samples else None
+        self.kv = KVCache(self.backend, num_layers, blocks.device, blocks.cpu, self.device)
+        seconds_per_token = self._warm_up(blocks.device)
         out, in_ = self.kv.measure()
         return Capacity(
-            num_device_blocks=num_device,
-            num_cpu_blocks=num_cpu,
-            block_size=block_size,
-            block_bytes=block_bytes,
+            num_device_blocks=blocks.device,
+            num_cpu_blocks=blocks.cpu,
+            block_size=shape.block_size,
+            block_bytes=self._block_bytes,
             attention_backend=type(self.backend).__name__,
             costs=MeasuredCosts(out, in_, seconds_per_token),
         )
 
+    @property
+    def _num_layers(self) -> int:
+        return self.stage.stop - self.stage.start
+
+    @property
+    def _block_bytes(self) -> int:
+        shape = self.backend.shape
+        return self._num_layers * shape.block_elements * shape.dtype.itemsize
+
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Pending:
-        """Start a step. On CUDA the work goes on after this returns."""
+    def run(self, plan: StepPlan, tokens: Ints | None = None) -> Pending:
+        """Start a step. On CUDA the work goes on after this returns.
+
+        ``tokens`` [n, 3] are (slot, position, token) of what the last stage sampled meanwhile,
+        for the first stage; of the rows before ``plan``.
+        """
         started = time.perf_counter()
+        if tokens is not None and len(tokens):
+            self.slots.learn(tokens)
         for slot in plan.release.tolist():
             self.table.release(slot)
         for admit in plan.admits:
@@ -145,12 +201,23 @@ class Worker:
             self.kv.copy(plan.copies)
         batch = self.slots.batch(plan)
         self.backend.begin(batch)
-        hidden = self.model.forward(batch, self.kv.layers)
+        hidden = None
+        pipeline = self.ranks.pipeline
+        if pipeline is not None and not self.stage.first:
+            shape = plan.num_tokens, self.traits.hidden_size
+            hidden = pipeline.receive(shape, self.place.dtype)
+        hidden = self.model.forward(batch, self.kv.layers, hidden)
+        if pipeline is not None and not self.stage.last:
+            pipeline.send(hidden)
+            return Pending(plan, started, None, {})
         return Pending(plan, started, *self._sample(plan, hidden, batch.query_starts))
 
     def _sample(
         self, plan: StepPlan, hidden: Tensor, query_starts: Tensor
     ) -> tuple[Sampled | None, dict[int, list[TokenLogprobs]]]:
+        """Rank 0 of the last stage samples; where the first stage is the last, the others of the
+        group are told, for they look the tokens up in the next step."""
+        group = self.ranks.group
         prompt_logprobs = self._prompt_logprobs(plan, hidden)
         rows = ints(np.flatnonzero(plan.wants))
         if not len(rows):
@@ -160,9 +227,18 @@ class Worker:
             ends = ends[self.slots.upload(rows)]
         logits = self.model.logits(hidden[ends] if len(hidden) > len(rows) else hidden)
         slots, positions = plan.slots[rows], (plan.starts + plan.counts)[rows]
-        sampled = self.sampler.sample(logits, slots, positions)
+        sampled = None
+        if self.sampler is not None:
+            sampled = self.sampler.sample(logits, slots, positions)
+            tokens = sampled.tokens
+        elif self.stage.first:
+            tokens = self.slots.tokens.new_empty(len(rows))
+        else:
+            return None, prompt_logprobs
+        if self.stage.first:
+            tokens = group.broadcast(tokens)
         at = self.slots.upload(slots), self.slots.upload(positions)
-        self.slots.tokens[at] = sampled.tokens
+        self.slots.tokens[at] = tokens
         return sampled, prompt_logprobs
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
@@ -178,8 +254,9 @@ class Worker:
             num = min(count, prompt_len - 1 - start)
             if asked is not None and num > 0:
                 logits = self.model.logits(hidden[at : at + num])
-                targets = self.slots.tokens[slot, start + 1 : start + 1 + num].long()
-                found[row] = self.sampler.prompt_logprobs(logits, targets, asked)
+                if self.sampler is not None:
+                    targets = self.slots.tokens[slot, start + 1 : start + 1 + num].long()
+                    found[row] = self.sampler.prompt_logprobs(logits, targets, asked)
             at += count
         return found
 
@@ -193,12 +270,16 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(self.device)
-            used = total - free + self._activation_bytes()
-            return int(total * (cache.gpu_memory_utilization or 0.9)) - used
+            used = total - free
+            if self.neighbours > 1:  # the others' memory is not this rank's business
+                used = torch.cuda.memory_reserved(self.device) + CUDA_CONTEXT_BYTES
+            share = int(total * (cache.gpu_memory_utilization or 0.9)) // self.neighbours
+            return share - used - self._activation_bytes()
         free, total = _host_memory()
         if cache.gpu_memory_utilization is not None:
-            return int(total * cache.gpu_memory_utilization) - (total - free)
-        return int(min(4 * GIB, 0.4 * free))
+            share = int(total * cache.gpu_memory_utilization) - (total - free)
+            return share // self.neighbours
+        return int(min(4 * GIB, 0.4 * free / self.neighbours))
 
     def _activation_bytes(self) -> int:
         """The most that a step's activations take, from the widest of them."""

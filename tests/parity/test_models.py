@@ -159,8 +159,9 @@ class _ThreadGroup(Group):
     def all_reduce(self, x: Tensor) -> Tensor:
         return torch.stack(self.ranks.exchange(self.rank, x)).sum(0)
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self.ranks.exchange(self.rank, x), dim=-1)
+    def gather(self, x: Tensor) -> Tensor:
+        everyone = torch.cat(self.ranks.exchange(self.rank, x), dim=-1)
+        return everyone if self.rank == 0 else x
 
 
 @pytest.mark.parametrize(
@@ -184,8 +185,12 @@ def test_tensor_parallel_ranks_equal_one(name: str, size: int, checkpoint: Check
         return Paged([build(path, group=group)], SEQUENCES).logits(RAGGED)
 
     whole = Paged([build(path)], SEQUENCES).logits(RAGGED)
-    for rank in _Ranks(size).run(work):
-        assert_close(rank, whole)
+    ranks = _Ranks(size).run(work)
+    assert_close(ranks[0], whole)
+    for logits in zip(*ranks, strict=True):  # the others have their share
+        share = logits[1].shape[1]
+        assert share == logits[0].shape[1] // size
+        assert torch.equal(torch.cat((logits[0][:, :share], *logits[1:]), 1), logits[0])
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "opt", "opt-post-norm", "opt-untied-gelu"])
@@ -213,7 +218,7 @@ def test_dummy_weights_do_not_depend_on_the_layout(checkpoint: Checkpoint) -> No
 
     whole = Paged([build(path, load_format="dummy")], SEQUENCES).logits(ALONE)
     assert all(logits.isfinite().all() and logits.std() > 0 for logits in whole)
-    assert_close(_Ranks(2).run(work)[1], whole)
+    assert_close(_Ranks(2).run(work)[0], whole)
 
 
 def test_config_defaults_are_those_of_transformers(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ class VocabEmbedding:
 
 
 class OutputLayer:
-    """Hidden rows [n, H] to logits [n, vocab_size], in the model's type, gathered over the group.
+    """Hidden rows [n, H] to logits [n, vocab_size], in the model's type, gathered on rank 0 of the
+    group; the others get their share of the vocabulary.
 
     ``tied`` is the embedding of the same stage whose weight it shares; without one it reads
     tensor ``name``, which for tied weights on another stage is the embedding's.
@@ -86,7 +87,7 @@ class OutputLayer:
         return self._parameters
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._group.all_gather(self._product(hidden))
+        return self._group.gather(self._product(hidden))
 
 
 class PositionEmbedding:

@@ -120,7 +120,8 @@ class Model(ABC):
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """Rows [n, H] of the last stage's output to [n, vocab_size] in the model's type."""
+        """Rows [n, H] of the last stage's output to [n, vocab_size] in the model's type, on the
+        group's rank 0; on the others to their share of the vocabulary."""
 
     @abstractmethod
     def whole(self) -> "Model":

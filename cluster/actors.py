@@ -1,0 +1,221 @@
+"""The ranks of a replica as Ray actors, in one placement group. Ray starts, places and watches;
+plans and results travel beside it."""
+
+import logging
+import os
+import signal
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util import remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.placement import Node, describe, fits, place, splits_a_stage
+from engine.config import EngineConfig
+from engine.errors import ConfigError, EngineError
+from engine.log import get_logger
+from workers.rank import Call, serve
+
+log = get_logger("actors")
+
+_PATIENCE = 2.0  # seconds that a worker that was told to stop may take
+_INSIST_AFTER = 0.5  # seconds until a process that Ray was told to kill is killed by signal
+_GONE_TIMEOUT = 10.0  # seconds in which what is ended must be gone
+
+
+class RankActor:
+    """The process of one rank."""
+
+    def pid(self) -> tuple[str, int]:
+        """(node id, process id)."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def serve(self, rank: int, call: Call, cpus: float | None) -> None:
+        """Be a rank until told to stop; raises what made it fail."""
+        serve(rank, _own_host(), call, cpus)
+
+
+def connect_ray() -> None:
+    """Join the cluster of RAY_ADDRESS or of this machine, or start one for this process."""
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, logging_level=logging.WARNING)
+
+
+def _own_host() -> str:
+    host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return host
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes that are alive, this process's first."""
+    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [
+        Node(n["NodeID"], n["NodeManagerAddress"], n["Resources"], free.get(n["NodeID"], {}))
+        for n in ray.nodes()  # type: ignore[no-untyped-call]
+        if n["Alive"]
+    ]
+    return sorted(nodes, key=lambda node: node.id != here)
+
+
+class RayLauncher:
+    """See ``Launcher``."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        connect_ray()
+        self._parallel = parallel = config.parallel
+        self.host = _own_host()
+        self.device = config.device.device
+        if self.device == "auto":
+            gpus = ray.cluster_resources().get("GPU")  # type: ignore[no-untyped-call]
+            self.device = "cuda" if gpus else "cpu"
+        if self.device == "cuda":
+            self._need = {"GPU": parallel.worker_gpus}
+            if parallel.worker_cpus is not None:
+                self._need["CPU"] = parallel.worker_cpus
+        else:
+            self._need = {"CPU": 1.0 if parallel.worker_cpus is None else parallel.worker_cpus}
+        self._group: PlacementGroup | None = None
+        self._actors: list[Any] = []  # handles of RankActor
+        self._pids: list[tuple[str, int]] = []
+        self._serving: list[ray.ObjectRef[None]] = []
+
+    # ---- placing ----
+
+    def start(self, call: Call) -> None:
+        self._group = self._place()
+        actor = ray.remote(RankActor)
+        for rank in range(self._parallel.world_size):
+            self._actors.append(
+                actor.options(
+                    num_cpus=self._need.get("CPU", 0),
+                    num_gpus=self._need.get("GPU", 0),
+                    max_restarts=0,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        self._group, placement_group_bundle_index=rank
+                    ),
+                ).remote()
+            )
+        pids = [a.pid.remote() for a in self._actors]
+        self._serving = [
+            a.serve.remote(rank, call, self._parallel.worker_cpus)
+            for rank, a in enumerate(self._actors)
+        ]
+        try:
+            self._pids = ray.get(pids)
+        except RayError as error:
+            raise EngineError(f"a worker failed to start: {error}") from error
+
+    def _place(self) -> PlacementGroup:
+        """A placement group with a bundle for each rank, ready."""
+        deadline = time.monotonic() + self._parallel.placement_timeout
+        while True:
+            nodes = cluster_nodes()
+            ids = self._choose(nodes, deadline)
+            if ids is not None:
+                group: PlacementGroup = placement_group(
+                    [self._need] * len(ids),
+                    strategy="PACK",
+                    bundle_label_selector=[{"ray.io/node-id": node} for node in ids],
+                )
+                if group.wait(max(1.0, min(5.0, deadline - time.monotonic()))):
+                    return group
+                _remove(group)  # someone else took the room
+            time.sleep(0.1)
+
+    def _choose(self, nodes: list[Node], deadline: float) -> list[str] | None:
+        """The node of each rank; None if there is no room now but may be later.
+
+        Raises ConfigError if there never is, EngineError after the deadline.
+        """
+        parallel = self._parallel
+        tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+        asked = (
+            f"tensor_parallel_size={tensor} × pipeline_parallel_size={pipeline} asks for"
+            f" {tensor * pipeline} workers of {_amounts(self._need)} each"
+        )
+        if place([fits(self._need, node.total) for node in nodes], tensor, pipeline) is None:
+            raise ConfigError(
+                f"{asked}; the cluster never has that: {describe(nodes, self._need)}"
+                " (worker_cpus and worker_gpus say what a worker asks for)"
+            )
+        chosen = place([fits(self._need, node.free) for node in nodes], tensor, pipeline)
+        if chosen is None:
+            if time.monotonic() >= deadline:
+                raise EngineError(
+                    f"{asked}; there was no room within placement_timeout"
+                    f" ({self._parallel.placement_timeout:g} s): {describe(nodes, self._need)}"
+                )
+            return None
+        if splits_a_stage(chosen, tensor):
+            log.warning("No node has room for a whole stage: its ranks talk over the network")
+        return [nodes[i].id for i in chosen]
+
+    # ---- watching ----
+
+    def ended(self, patience: float = 0.0) -> dict[int, str]:
+        if not self._serving:
+            return {}
+        ray.wait(self._serving, num_returns=1, timeout=patience)
+        done, _ = ray.wait(self._serving, num_returns=len(self._serving), timeout=0)
+        ended = {}
+        for rank, ref in enumerate(self._serving):
+            if ref in done:
+                try:
+                    ray.get(ref)
+                    ended[rank] = "it returned"
+                except RayTaskError as error:
+                    ended[rank] = str(error)
+                except RayActorError as error:
+                    ended[rank] = _first_lines(str(error))
+        return ended
+
+    # ---- ending ----
+
+    def stop(self, gently: bool) -> None:
+        if not ray.is_initialized():
+            return
+        if gently and self._serving:
+            ray.wait(self._serving, num_returns=len(self._serving), timeout=_PATIENCE)
+        for actor in self._actors:
+            ray.kill(actor)
+        here = ray.get_runtime_context().get_node_id()
+        local = [pid for node, pid in self._pids if node == here]
+        deadline = time.monotonic() + _GONE_TIMEOUT
+        for pid in local:
+            _end_process(pid, deadline)
+        if self._group is not None:
+            _remove(self._group)
+        self._actors, self._serving, self._pids, self._group = [], [], [], None
+
+
+def _end_process(pid: int, deadline: float) -> None:
+    """Ray's kill is a request that a stopped process never sees: insist after a while."""
+    patient = time.monotonic() + _INSIST_AFTER
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0 if time.monotonic() < patient else signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        time.sleep(0.01)
+
+
+def _remove(group: PlacementGroup) -> None:
+    remove_placement_group(group)
+    deadline = time.monotonic() + _GONE_TIMEOUT
+    while time.monotonic() < deadline:
+        if placement_group_table(group).get("state") == "REMOVED":
+            return
+        time.sleep(0.01)
+
+
+def _amounts(need: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in need.items())
+
+
+def _first_lines(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:3])

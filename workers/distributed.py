@@ -1,0 +1,158 @@
+"""Groups of ranks over torch.distributed, and the pipeline between stages.
+
+NCCL where every rank has a GPU of its own; else Gloo, with tensors of a GPU staged through the
+host. Nothing is global: process groups are made from a store, each under its own prefix.
+"""
+
+import socket
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from engine.errors import EngineError
+from workers.parallel import Group, Pipeline, Ranks
+
+dist: Any = torch.distributed  # its stores and groups have no types
+# A rank that dies is seen by the executor, which ends the others; nothing waits for this.
+_TIMEOUT = timedelta(days=7)
+_MEET_TIMEOUT = timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Who is who: ranks are numbered stage by stage. ``hosts`` has each rank's address."""
+
+    tensor: int
+    pipeline: int
+    hosts: tuple[str, ...]
+    nccl: bool  # every rank has a GPU of its own
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """(stage, rank within it)."""
+        return divmod(rank, self.tensor)
+
+    @property
+    def sampler(self) -> int:
+        """The rank that samples: the first of the last stage."""
+        return (self.pipeline - 1) * self.tensor
+
+
+def open_store(host: str, port: int) -> Any:
+    """Found the store by which ranks meet; port 0 takes a free one (``store.port``).
+
+    Raises EngineError, naming the port, if it is taken.
+    """
+    try:
+        # Bound here, lest the store fall back to another address.
+        listener = socket.create_server((host, port), backlog=128)
+    except OSError as error:
+        raise EngineError(
+            f"rendezvous_port={port}: cannot listen at {host}: {error.strerror}"
+        ) from error
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=_MEET_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def join(grid: Grid, rank: int, store_address: tuple[str, int], device: torch.device) -> Ranks:
+    """This rank's group and pipeline; every rank of the grid must call it."""
+    if len(grid.hosts) == 1:
+        return Ranks()
+    store = dist.TCPStore(*store_address, is_master=False, timeout=_MEET_TIMEOUT)
+    stage, inner = grid.place(rank)
+
+    def backend(name: str, rank: int, size: int) -> "_Backend":
+        prefixed = dist.PrefixStore(name, store)
+        if grid.nccl:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = _TIMEOUT
+            return _Backend(dist.ProcessGroupNCCL(prefixed, rank, size, options), staged=False)
+        options = dist.ProcessGroupGloo._Options()
+        host = grid.hosts[stage * grid.tensor + inner]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        options._timeout = _TIMEOUT
+        group = dist.ProcessGroupGloo(prefixed, rank, size, options)
+        return _Backend(group, staged=device.type == "cuda")
+
+    group, pipeline = Group(), None
+    if grid.tensor > 1:
+        group = ProcessGroup(
+            grid.tensor, inner, backend=backend(f"stage-{stage}", inner, grid.tensor)
+        )
+    if grid.pipeline > 1:
+        pipeline = ProcessPipeline(backend(f"column-{inner}", stage, grid.pipeline), stage, device)
+    return Ranks(group, stage, grid.pipeline, pipeline)
+
+
+class _Backend:
+    """A process group of torch.distributed; ``staged`` passes tensors through the host."""
+
+    def __init__(self, group: Any, staged: bool) -> None:
+        self.group = group
+        self.staged = staged
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        y = x.cpu() if self.staged else x.contiguous()
+        self.group.allreduce([y]).wait()
+        return y.to(x.device)
+
+    def all_gather(self, x: Tensor, size: int) -> list[Tensor]:
+        y = x.cpu() if self.staged else x.contiguous()
+        everyone = [torch.empty_like(y) for _ in range(size)]
+        self.group.allgather([everyone], [y]).wait()
+        return [part.to(x.device) for part in everyone]
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        y = x.cpu() if self.staged else x.contiguous()
+        self.group.broadcast(y, 0).wait()
+        return y.to(x.device)
+
+
+@dataclass(frozen=True)
+class ProcessGroup(Group):
+    """A tensor-parallel group over a process group of torch.distributed."""
+
+    backend: _Backend = field(kw_only=True)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self.backend.all_reduce(x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        everyone = self.backend.all_gather(x, self.size)
+        return torch.cat(everyone, -1) if self.rank == 0 else x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return self.backend.broadcast(x)
+
+
+class ProcessPipeline(Pipeline):
+    """Hidden states from stage to stage over a process group of torch.distributed."""
+
+    def __init__(self, backend: _Backend, stage: int, device: torch.device) -> None:
+        self._backend = backend
+        self._stage = stage
+        self._device = device
+        self._sent: deque[tuple[Any, Tensor]] = deque()  # kept until they are gone
+
+    def send(self, hidden: Tensor) -> None:
+        while self._sent and (self._sent[0][0].is_completed() or len(self._sent) > 4):
+            self._sent.popleft()[0].wait()
+        x = hidden.cpu() if self._backend.staged else hidden.contiguous()
+        self._sent.append((self._backend.group.send([x], self._stage + 1, 0), x))
+
+    def receive(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        device = torch.device("cpu") if self._backend.staged else self._device
+        hidden = torch.empty(shape, dtype=dtype, device=device)
+        self._backend.group.recv([hidden], self._stage - 1, 0).wait()
+        return hidden.to(self._device)

@@ -1,0 +1,184 @@
+"""One rank as a process: it calls the executor, takes its place, and runs the plans that come.
+
+``serve`` is called by whatever started the process: a Ray actor, or ``python -m workers.rank``.
+Two sockets lead to the executor. One is for control: orders and reports, and each side sees by it
+at once that the other has died. Plans come by the ring in shared memory or by the other socket.
+"""
+
+import workers  # noqa: F401, I001  # before torch
+
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine import wire
+from engine.errors import CheckpointError
+from workers.channel import (
+    ChannelClosed,
+    Receiver,
+    RingReceiver,
+    RingSender,
+    Sender,
+    connect,
+    rings_work,
+)
+from workers.checkpoint import resolve
+from workers.distributed import Grid, join
+from workers.messages import Failure, Hello, Order, Report, Setup, Step
+from workers.worker import Pending, Worker
+
+RESULT_RING_BYTES = 1 << 20
+SPINS = 100  # looks at the ring before a worker sleeps; a few microseconds
+_order_decoder: wire.Decoder[Order] = wire.Decoder(Order)
+_step_decoder: wire.Decoder[Step] = wire.Decoder(Step)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Whom a worker calls: the executor's address, its ring for readers on the same host, and the
+    word by which it knows its workers."""
+
+    host: str
+    port: int
+    ring: str
+    token: str
+
+
+class _Executor:
+    """The executor as a rank sees it."""
+
+    def __init__(self, rank: int, own_host: str, call: Call) -> None:
+        self.plans: Receiver
+        self.results: Sender
+        ring, path = None, ""
+        if own_host == call.host and rings_work():
+            try:
+                ring = RingReceiver(call.ring, rank, SPINS)
+                results = RingSender(1, RESULT_RING_BYTES)
+                path = results.path
+            except OSError:
+                pass  # another container or user: a socket will do
+        hello = Report(hello=Hello(call.token, rank, os.getpid(), own_host, path))
+        self._control = connect(call.host, call.port)
+        self.report(hello)
+        if ring is not None:
+            self.plans, self.results = ring, results
+        else:
+            self.plans = self.results = steps = connect(call.host, call.port)
+            steps.send(wire.encode(hello))
+        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def report(self, report: Report) -> None:
+        self._control.send(wire.encode(report))
+
+    def order(self) -> Order:
+        return self._orders.get()
+
+    def _listen(self) -> None:
+        """Take orders, answer pings, and end this process when the executor is gone."""
+        try:
+            while True:
+                order = _order_decoder.decode(self._control.receive() or b"")
+                if order.ping:
+                    self.report(Report(pong=True))
+                else:
+                    self._orders.put(order)
+        except ChannelClosed:
+            os._exit(1)
+
+
+def serve(rank: int, own_host: str, call: Call, cpus: float | None = None) -> None:
+    """Be rank ``rank`` until the executor says stop or is gone.
+
+    ``own_host`` is the address at which the others reach this machine; ``cpus`` are its threads
+    if the user said so. A failure goes to the executor, with its traceback.
+    """
+    try:
+        executor = _Executor(rank, own_host, call)
+    except OSError as error:
+        raise SystemExit(f"rank {rank}: cannot reach {call.host}:{call.port}: {error}") from error
+    try:
+        _run(executor, _take_place(executor, rank, cpus))
+    except BaseException as error:
+        name = type(error).__name__
+        executor.report(Report(failure=Failure(name, str(error), traceback.format_exc())))
+        raise
+
+
+def _take_place(executor: _Executor, rank: int, cpus: float | None) -> Worker:
+    setup = executor.order().setup
+    assert setup is not None
+    _set_threads(setup, cpus)
+    device, neighbours = torch.device("cpu"), setup.neighbours
+    if setup.device == "cuda":
+        device, neighbours = torch.device("cuda", 0), setup.gpu_share
+        torch.cuda.set_device(device)
+    parallel = setup.config.parallel
+    grid = Grid(
+        parallel.tensor_parallel_size, parallel.pipeline_parallel_size, setup.hosts, setup.nccl
+    )
+    ranks = join(grid, rank, setup.store, device)
+    worker = Worker(setup.config, _checkpoint(setup), device, ranks, neighbours)
+    facts = worker.load(lambda name, count: executor.report(Report(read=count)))
+    executor.report(Report(facts=facts))
+    assert executor.order().measure
+    executor.report(Report(blocks=worker.measure()))
+    blocks = executor.order().reserve
+    assert blocks is not None
+    executor.report(Report(capacity=worker.reserve(blocks)))
+    return worker
+
+
+def _set_threads(setup: Setup, cpus: float | None) -> None:
+    if cpus is None:
+        available = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        cpus = available // setup.neighbours
+    torch.set_num_threads(max(1, int(cpus)))
+
+
+def _checkpoint(setup: Setup) -> Path:
+    path = Path(setup.path)
+    if path.is_dir():
+        return path
+    if setup.is_folder:
+        raise CheckpointError(f"{path} is not there on every machine that holds a worker")
+    model = setup.config.model
+    return resolve(model.model, model.revision, model.load_format)
+
+
+def _run(executor: _Executor, worker: Worker) -> None:
+    """Run plans; on a GPU, where a step goes on by itself, start one before the last one's end."""
+    ahead = 1 if worker.device.type == "cuda" else 0
+    pending: deque[Pending] = deque()
+    while True:
+        data = executor.plans.receive(0 if pending else None)
+        if data == b"":
+            return
+        if data is not None:
+            step = _step_decoder.decode(data)
+            started = worker.run(step.plan, step.tokens)
+            if worker.sampler is None:
+                continue
+            pending.append(started)
+            if len(pending) <= ahead:
+                continue
+        executor.results.send(wire.encode(pending.popleft().result()))
+
+
+def main() -> None:
+    """``python -m workers.rank RANK OWN_HOST HOST PORT RING TOKEN [CPUS]``."""
+    rank, own_host, host, port, ring, token, *cpus = sys.argv[1:]
+    call = Call(host, int(port), ring, token)
+    serve(int(rank), own_host, call, float(cpus[0]) if cpus else None)
+
+
+if __name__ == "__main__":
+    main()
