@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cluster.client import EngineInfo
 from cluster.progress import LoadBar
+from cluster.recording import recorded
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError, RequestError
@@ -86,7 +87,7 @@ def start_replica(
     eos = {*checkpoint.generation.eos_token_ids, tokenizer.eos_token_id}
     return Engine(
         config,
-        executor,
+        recorded(executor, config, checkpoint.path, facts, capacity),
         facts,
         capacity,
         granted,
