@@ -67,16 +67,19 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts: strings, token id lists, or dicts ``{"prompt": str}`` or
         ``{"prompt_token_ids": [...]}``; one or a list of them.
 
         ``sampling_params`` is one for all or one for each. ``priority`` is one for each prompt,
-        lower first, under ``scheduling_policy="priority"``.
+        lower first, under ``scheduling_policy="priority"``. A prompt that is not finished
+        ``timeout`` seconds after the call ends with what it has then: ``finish_reason`` "abort",
+        ``stop_reason`` "timeout".
 
         Raises RequestError, naming the prompt and field, before anything runs if one is wrong.
         """
-        return self._run(self._prompts(prompts), sampling_params, use_tqdm, priority)
+        return self._run(self._prompts(prompts), sampling_params, use_tqdm, priority, timeout)
 
     def chat(
         self,
@@ -84,6 +87,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        timeout: float | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -93,7 +97,8 @@ class LLM:
         """Answer a conversation, or several: lists of OpenAI-style messages.
 
         ``chat_template`` is a file or the template itself, instead of the checkpoint's (or the
-        option ``chat_template``). Raises RequestError for messages that the template refuses.
+        option ``chat_template``); ``timeout`` is that of ``generate``. Raises RequestError for
+        messages that the template refuses.
         """
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise RequestError("messages must be a non-empty list of messages, or of such lists")
@@ -110,7 +115,7 @@ class LLM:
                 **(chat_template_kwargs or {}),
             )
             prompts.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
-        return self._run(prompts, sampling_params, use_tqdm, None)
+        return self._run(prompts, sampling_params, use_tqdm, None, timeout)
 
     # ---- inside ----
 
@@ -156,6 +161,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
         priority: Sequence[int] | None,
+        timeout: float | None,
     ) -> list[RequestOutput]:
         params = self._params(sampling_params, len(prompts))
         if priority is None:
@@ -169,7 +175,7 @@ class LLM:
             try:
                 for number, (text, ids) in enumerate(prompts):
                     try:
-                        request = self._request(ids, params[number], priority[number])
+                        request = self._request(ids, params[number], priority[number], timeout)
                         metrics = self.engine.add(request)
                     except RequestError as error:
                         raise type(error)(f"prompt {number}: {error}") from None
@@ -182,13 +188,16 @@ class LLM:
                     self.engine.abort(request_id)
         return [text.output for text in texts.values()]
 
-    def _request(self, ids: list[int], sampling: SamplingParams, priority: int) -> Request:
+    def _request(
+        self, ids: list[int], sampling: SamplingParams, priority: int, timeout: float | None
+    ) -> Request:
         return Request(
             request_id=str(next(self._request_ids)),
             prompt_token_ids=ids,
             sampling=sampling,
             bad_words=tuple(map(tuple, self.tokenizer.bad_words_ids(sampling.bad_words))),
             priority=priority,
+            timeout=timeout,
         )
 
     def _drive(

@@ -9,6 +9,7 @@ from cluster.client import EngineInfo
 from cluster.executor import ParallelExecutor
 from cluster.launch import Launcher, ProcessLauncher
 from cluster.progress import LoadBar
+from cluster.recording import recorded
 from engine.config import EMBEDDED_MODEL, EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError, RequestError
@@ -90,7 +91,7 @@ def start_replica(
     eos = {*checkpoint.generation.eos_token_ids, tokenizer.eos_token_id}
     return Engine(
         config,
-        executor,
+        recorded(executor, config, checkpoint.path, facts, capacity),
         facts,
         capacity,
         granted,

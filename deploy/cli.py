@@ -1,4 +1,4 @@
-"""The command line: ``manta generate``, ``chat``, ``complete``, ``bench``, ``collect-env``.
+"""The command line: ``manta generate``, ``chat``, ``complete``, ``bench``, ``replay`` and so on.
 
 Engine options are made from the fields of ``EngineConfig``, so that the command line, ``LLM`` and
 the server cannot differ.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from deploy import bench_serve, chat
+from deploy import bench_serve, chat, replay
 from engine.config import EMBEDDED_MODEL, allowed, declared_options, option_type
 from engine.errors import ConfigError, MantaError
 from engine.sampling_params import SamplingParams
@@ -35,13 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. 2 for what the user did wrong, 130 for an interrupt."""
     try:
         args = _parse(argv)
-        args.run(args)
+        return int(args.run(args) or 0)
     except MantaError as error:
         print(f"manta: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("words", nargs="*", metavar="MODEL PROMPT", help=argparse.SUPPRESS)
     generate.add_argument("--chat", action="store_true", help="prompts are messages of a user")
     generate.add_argument("--system", help="a system message, with --chat")
+    generate.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="abort each prompt that takes longer"
+    )
     sampling = generate.add_argument_group("sampling")
     for name, (kind, text) in SAMPLING_OPTIONS.items():
         sampling.add_argument(_flag(name), type=kind, default=None, help=text)
@@ -118,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     throughput.set_defaults(run=_bench_throughput, parser=throughput)
 
     bench_serve.add_command(benches)
+    replay.add_command(commands)
 
     environment = commands.add_parser("collect-env", help="print what a bug report needs")
     environment.set_defaults(run=_collect_env, parser=environment)
@@ -180,9 +183,10 @@ def _generate(args: argparse.Namespace) -> None:
     params = _sampling(args, llm.get_default_sampling_params())
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        outputs = llm.chat([[*system, {"role": "user", "content": p}] for p in prompts], params)
+        messages = [[*system, {"role": "user", "content": p}] for p in prompts]
+        outputs = llm.chat(messages, params, timeout=args.timeout)
     else:
-        outputs = llm.generate(prompts, params)
+        outputs = llm.generate(prompts, params, timeout=args.timeout)
     for prompt, output in zip(prompts, outputs, strict=True):
         for completion in output.outputs:
             print(f"Prompt: {prompt!r}, Generated text: {completion.text!r}", flush=True)

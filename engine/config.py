@@ -203,6 +203,11 @@ class LogConfig:
     """What is shown."""
 
     use_tqdm_on_load: bool = option(True, "a progress bar while weights load")
+    schedule_log: str | None = option(
+        None,
+        "a new file to which every plan and result is appended, for manta replay; FILE.1 and so on"
+        " if it is there already",
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ It owns no thread and no text. ``add`` queues a request, ``step`` plans and runs
 returns what it brought, ``abort`` ends a request at any moment.
 """
 
+import heapq
+import math
 import random
 import time
 from collections import deque
@@ -46,7 +48,6 @@ class _Active:
 
     sequences: list[Sequence]
     metrics: RequestMetrics
-    deadline: float | None
     unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,7 +102,7 @@ class Engine:
         batches = steps_ahead + 1 if pipelined else 1
         self.scheduler = Scheduler(config.scheduler, kv, Costs(capacity.costs), batches)
         self._active: dict[str, _Active] = {}
-        self._deadlines = 0  # how many active requests have one
+        self._deadlines: list[tuple[float, str, _Active]] = []  # a heap; some have finished
         self._pending: deque[PendingResult] = deque()
         self._random = random.Random(config.model.seed)
         self._failure: str | None = None
@@ -125,6 +126,12 @@ class Engine:
         priority = request.priority
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise RequestError(f"priority must be an integer, got {priority!r}")
+        timeout = request.timeout
+        number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if timeout is not None and not (number and 0 <= timeout < math.inf):
+            raise RequestError(
+                f"timeout must be a number of seconds of at least 0, got {timeout!r}"
+            )
         max_total = self._admissible(request)
         sampling.check_vocabulary(self.facts.vocab_size)
         most = self.config.model.max_logprobs
@@ -150,10 +157,10 @@ class Engine:
             for index in range(sampling.n)
         ]
         now = time.monotonic()
-        deadline = None if request.timeout is None else now + request.timeout
-        active = _Active(sequences, RequestMetrics(arrival_time=now), deadline)
+        active = _Active(sequences, RequestMetrics(arrival_time=now))
         self._active[request.request_id] = active
-        self._deadlines += deadline is not None
+        if timeout is not None:
+            heapq.heappush(self._deadlines, (now + timeout, request.request_id, active))
         for seq in sequences:
             self.scheduler.add(seq)
         return active.metrics
@@ -224,7 +231,7 @@ class Engine:
         Raises EngineError if the executor failed: every request then ended with an error.
         """
         self._check_alive()
-        deltas = self._expire() if self._deadlines else []
+        deltas = self._expire()
         try:
             while len(self._pending) <= self.steps_ahead:
                 plan = self.scheduler.plan()
@@ -266,21 +273,16 @@ class Engine:
         return delta
 
     def _expire(self) -> list[Delta]:
-        now = time.monotonic()
-        deltas = []
-        for request_id, active in list(self._active.items()):
-            if active.deadline is not None and active.deadline <= now:
-                for seq in active.sequences:
-                    if not seq.finished:
-                        self._finish(active, seq, FinishReason.ABORT)
-                        deltas.append(
-                            Delta(
-                                request_id,
-                                seq.index,
-                                finish_reason=FinishReason.ABORT,
-                                stop_reason="timeout",
-                            )
-                        )
+        deltas: list[Delta] = []
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            _, request_id, active = heapq.heappop(self._deadlines)
+            for seq in active.sequences:
+                if not seq.finished:
+                    self._finish(active, seq, FinishReason.ABORT)
+                    reason = FinishReason.ABORT
+                    deltas.append(
+                        Delta(request_id, seq.index, finish_reason=reason, stop_reason="timeout")
+                    )
         return deltas
 
     def _finish(self, active: _Active, seq: Sequence, reason: FinishReason) -> None:
@@ -293,7 +295,6 @@ class Engine:
         active.metrics.num_preemptions += seq.num_preemptions
         if active.unfinished == 0:
             active.metrics.finished_time = time.monotonic()
-            self._deadlines -= active.deadline is not None
             del self._active[seq.request_id]
 
     def _check_alive(self) -> None:

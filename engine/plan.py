@@ -32,6 +32,7 @@ class Admit:
     them are the prompt (penalties and ``min_tokens`` tell them apart).
     ``stop_ids`` are the token ids that end the request: they are masked until ``min_tokens``.
     ``bad_words`` are the token id sequences that must never be completed.
+    ``name`` says whose it is (the request's id, the completion's index): for logs, not workers.
     """
 
     slot: int
@@ -41,6 +42,7 @@ class Admit:
     seed: int
     stop_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,7 @@ class Sequence:
             seed=self.seed,
             stop_ids=self.stop_ids,
             bad_words=self.bad_words,
+            name=f"{self.request_id}/{self.index}",
         )
 
     def as_ints(self) -> Ints:
