@@ -64,7 +64,9 @@ def describe(app: FastAPI, keys: bool) -> None:
 
 def _description(app: FastAPI, keys: bool) -> dict[str, Any]:
     kinds = [k for _, *pair, _ in _PATHS.values() for k in pair if k is not None]
-    refs, schemas = msgspec.json.schema_components([*kinds, ErrorResponse, Message], _REF)
+    refs, schemas = msgspec.json.schema_components(
+        [*kinds, ErrorResponse, Message], ref_template=_REF
+    )
     by_kind = dict(zip(kinds, refs, strict=False))
     _complete(schemas)
     paths: dict[str, Any] = {}

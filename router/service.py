@@ -6,7 +6,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.client import EngineClient, EngineInfo, RequestStream
@@ -18,7 +18,7 @@ from engine.outputs import CompletionOutput
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
-from router.balance import Balancer
+from router.balance import Balancer, Ticket
 from router.config import RouterConfig
 from router.errors import ApiError, unavailable, wrong
 from router.stages import Stages
@@ -54,21 +54,17 @@ class Generation:
     """
 
     def __init__(
-        self,
-        request: Request,
-        prompt: str | None,
-        stream: RequestStream,
-        tokenizer: Tokenizer,
-        first_choice: int,
-        streaming: bool,
+        self, text: RequestText, stream: RequestStream, ticket: Ticket, first_choice: int
     ) -> None:
         self.stream = stream
         self.first_choice = first_choice
-        self._text = RequestText(request, prompt, tokenizer, stream.metrics, streaming)
-        self.output = self._text.output
+        self.output = text.output
+        self._text = text
+        self._ticket = ticket
 
     def take(self, deltas: list[Delta]) -> list[Piece]:
         """Take in what is ready: one piece for each completion that it belongs to."""
+        self._ticket.started()
         pieces: dict[int, Piece] = {}
         for delta in deltas:
             output = self.output.outputs[delta.index]
@@ -81,6 +77,11 @@ class Generation:
                 self.stream.stop_at_text(delta.index)
         return list(pieces.values())
 
+    def end(self) -> None:
+        """Leave nothing of it behind in the engine."""
+        self.stream.cancel()
+        self._ticket.ended()
+
 
 @dataclass
 class Prompt:
@@ -88,7 +89,6 @@ class Prompt:
 
     ids: list[int]
     text: str | None = None
-    bad_words: tuple[tuple[int, ...], ...] = field(default=())
 
 
 class Service:
@@ -175,36 +175,34 @@ class Service:
         """
         bad_words = tuple(map(tuple, model.tokenizer.bad_words_ids(sampling.bad_words)))
         started: list[Generation] = []
+
+        async def start(number: int, prompt: Prompt) -> None:
+            request = Request(
+                request_id=uuid.uuid4().hex,
+                prompt_token_ids=prompt.ids,
+                sampling=sampling,
+                bad_words=bad_words,
+                priority=priority,
+                timeout=self.config.request_timeout,
+            )
+            ticket, stream = await self._submit(request)
+            text = RequestText(request, prompt.text, model.tokenizer, stream.metrics, streaming)
+            started.append(Generation(text, stream, ticket, number * sampling.n))
+
         self.in_flight += 1
         try:
-            for number, prompt in enumerate(prompts):
-                request = Request(
-                    request_id=uuid.uuid4().hex,
-                    prompt_token_ids=prompt.ids,
-                    sampling=sampling,
-                    bad_words=bad_words,
-                    priority=priority,
-                    timeout=self.config.request_timeout,
-                )
-                stream = await self._submit(request)
-                started.append(
-                    Generation(
-                        request,
-                        prompt.text,
-                        stream,
-                        model.tokenizer,
-                        number * sampling.n,
-                        streaming,
-                    )
-                )
-            yield started
+            starts = [start(number, prompt) for number, prompt in enumerate(prompts)]
+            for result in await asyncio.gather(*starts, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
+            yield sorted(started, key=lambda generation: generation.first_choice)
         finally:
             self.in_flight -= 1
             for generation in started:
-                generation.stream.cancel()
+                generation.end()
             self._observe(started)
 
-    async def _submit(self, request: Request) -> RequestStream:
+    async def _submit(self, request: Request) -> tuple[Ticket, RequestStream]:
         """Queue a request with the engine that suits it, or the next if that one will not."""
         refusal: Exception = unavailable("no engine is ready", "starting")
         tried: set[str] = set()
@@ -212,22 +210,25 @@ class Service:
             candidates = [
                 engine
                 for engine in self.engines
-                if engine.info.engine_id not in tried and engine.healthy
+                if engine.healthy and not (engine.load.draining or engine.info.engine_id in tried)
             ]
             if not candidates:
                 raise refusal
-            engine = self.balancer.choose(request.prompt_token_ids, candidates)
-            tried.add(engine.info.engine_id)
+            n = request.sampling.n
+            ticket = self.balancer.choose(request.prompt_token_ids, n, candidates)
+            tried.add(ticket.client.info.engine_id)
             try:
-                stream = await engine.submit(request)
+                return ticket, await ticket.client.submit(request)
             except QueueFull as error:
+                ticket.ended()
                 refusal = error
             except EngineError as error:
+                ticket.ended()
                 if not isinstance(refusal, QueueFull):
                     refusal = error
-            else:
-                self.balancer.sent(request.prompt_token_ids, engine)
-                return stream
+            except BaseException:
+                ticket.ended()
+                raise
 
     def _observe(self, generations: list[Generation]) -> None:
         for generation in generations:
