@@ -1,0 +1,172 @@
+"""What completions and chats have in common on the way out: whole answers and streams of chunks.
+
+The parts of a chunk that never change in a stream are made once; a token costs an escape of its
+text and a join.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from engine.outputs import CompletionOutput
+from engine.sampling_params import SamplingParams
+from router.errors import ApiError
+from router.responses import PromptTokensDetails, Usage
+from router.schema import Sampling
+from router.service import Generation, Piece, Prompt, ServedModel, Service, merged, new_id
+
+DONE = b"data: [DONE]\n\n"
+to_json = msgspec.json.Encoder().encode
+
+
+class Answer(ABC):
+    """One request's way out. A subclass gives the shapes of its API."""
+
+    prefix: str  # of the id
+    chunk_object: str
+
+    def __init__(
+        self,
+        service: Service,
+        model: ServedModel,
+        body: Sampling,
+        prompts: list[Prompt],
+        sampling: SamplingParams,
+    ) -> None:
+        self.service = service
+        self.model = model
+        self.prompts = prompts
+        self.sampling = sampling
+        self.priority = body.priority or 0
+        self.streaming = bool(body.stream)
+        self.id = new_id(self.prefix, body.request_id)
+        self.created = int(time.time())
+        self.name = body.model or model.names[0]
+        self.return_ids = bool(body.return_token_ids)
+        self.as_ids = bool(body.return_tokens_as_token_ids)
+        options = body.stream_options
+        self._usage = bool(options and options.include_usage)
+        self._usage_always = bool(options and options.continuous_usage_stats)
+        self._opened: set[int] = set()  # choices whose first chunk was made
+        # Whether a chunk of text alone will not do.
+        self._detailed = sampling.logprobs is not None or self.return_ids or self._usage_always
+
+    # ---- the shapes ----
+
+    @abstractmethod
+    def whole(self, generations: list[Generation]) -> bytes:
+        """The body of the whole answer, of finished generations."""
+
+    @abstractmethod
+    def _opening(self, generation: Generation, choice: int) -> bytes:
+        """The chunk that comes before a choice's first, if one does."""
+
+    @abstractmethod
+    def _plain(self, choice: int, text: str) -> bytes:
+        """A choice in a chunk with text alone."""
+
+    @abstractmethod
+    def _full(self, generation: Generation, piece: Piece, choice: int) -> bytes:
+        """A choice in a chunk with all that was asked for."""
+
+    async def complete(self, generations: list[Generation]) -> bytes:
+        """The body of the whole answer, when it is there."""
+        async for generation, deltas in merged(generations):
+            generation.take(deltas)
+        return self.whole(generations)
+
+    # ---- streams ----
+
+    async def events(self, generations: list[Generation]) -> AsyncIterator[bytes]:
+        """The stream's events, joined where several are ready at once."""
+        self._head, self._tail = self._frame()
+        unfinished = sum(len(generation.output.outputs) for generation in generations)
+        spent = 0.0
+        async for generation, deltas in merged(generations):
+            started = time.perf_counter()
+            data = b""
+            for piece in generation.take(deltas):
+                data += self._chunk(generation, piece)
+                unfinished -= piece.output.finish_reason is not None
+            if not unfinished:
+                data += self._end(generations) + DONE
+            spent += time.perf_counter() - started
+            if data:
+                yield data
+            if not unfinished:
+                break
+        self.service.stages.observe("stream", spent)
+
+    def _frame(self) -> tuple[bytes, bytes]:
+        """What stands before and after the choices of a chunk."""
+        head = to_json(
+            {
+                "id": self.id,
+                "object": self.chunk_object,
+                "created": self.created,
+                "model": self.name,
+                "system_fingerprint": self.model.fingerprint,
+            }
+        )
+        tail = b'],"usage":null}\n\n' if self._usage else b"]}\n\n"
+        return b"data: " + head[:-1] + b',"choices":[', tail
+
+    def _chunk(self, generation: Generation, piece: Piece) -> bytes:
+        output = piece.output
+        finished = output.finish_reason is not None
+        if len(output.token_ids) == piece.start and not finished:
+            return b""  # log-probabilities of the prompt
+        choice = generation.first_choice + output.index
+        opening = b""
+        if choice not in self._opened:
+            self._opened.add(choice)
+            opening = self._opening(generation, choice)
+        if finished or self._detailed:
+            check(output)
+            full = self._full(generation, piece, choice)
+            return opening + self._head + full + self._usage_or_tail([generation])
+        if not piece.text:
+            return opening
+        return opening + self._head + self._plain(choice, piece.text) + self._tail
+
+    def _usage_or_tail(self, generations: list[Generation]) -> bytes:
+        if not self._usage_always:
+            return self._tail
+        return b'],"usage":' + to_json(self.usage(generations)) + b"}\n\n"
+
+    def _end(self, generations: list[Generation]) -> bytes:
+        if not self._usage:
+            return b""
+        return self._head + b'],"usage":' + to_json(self.usage(generations)) + b"}\n\n"
+
+    # ---- both ----
+
+    def usage(self, generations: list[Generation]) -> Usage:
+        """What the generations have taken so far."""
+        outputs = [generation.output for generation in generations]
+        prompt = sum(len(output.prompt_token_ids) for output in outputs)
+        completion = sum(self.length(c) for output in outputs for c in output.outputs)
+        cached = sum(output.num_cached_tokens for output in outputs)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached),
+        )
+
+    def length(self, output: CompletionOutput) -> int:
+        """How many tokens of a completion the client gets."""
+        return len(output.token_ids)
+
+
+def check(output: CompletionOutput) -> None:
+    """Raises ApiError for a completion that ended with an error."""
+    if output.finish_reason == "error":
+        raise ApiError(
+            500,
+            "the model's output was not finite: the request ended with an error",
+            type="server_error",
+            code="generation_failed",
+        )

@@ -1,0 +1,208 @@
+"""The HTTP application: routes, what guards them, and their description."""
+
+import time
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from cluster.client import EngineClient
+from router import responses
+from router.chat import answer_chat, render
+from router.completions import answer_completion
+from router.config import RouterConfig
+from router.errors import ApiError, api_error, unavailable, wrong
+from router.fields import read
+from router.guard import KeyGuard
+from router.openapi import describe
+from router.replies import Reply
+from router.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from router.service import Service, engines_by_id
+
+T = TypeVar("T")
+
+
+def build_app(
+    config: RouterConfig, engines: Collection[EngineClient], version: str = "unknown"
+) -> FastAPI:
+    """The application over a live set of engines. ``app.state.service`` is its state."""
+    service = Service(config, engines)
+    app = FastAPI(
+        title="manta",
+        version=version,
+        root_path=config.root_path,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    for kind in (ApiError, HTTPException, Exception):
+        app.add_exception_handler(kind, _on_error)
+    if config.api_key:
+        app.add_middleware(KeyGuard, keys=config.api_key)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=config.allowed_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+    )
+    _Routes(service, version).add_to(app)
+    describe(app, keys=bool(config.api_key))
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # no such route or method
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        headers = dict(error.headers or {})
+        return ApiError(error.status_code, message, headers=headers).response()
+    return api_error(error).response()
+
+
+class _Routes:
+    def __init__(self, service: Service, version: str) -> None:
+        self._service = service
+        self._version = version
+
+    def add_to(self, app: FastAPI) -> None:
+        routes: list[tuple[str, str, Callable[..., Awaitable[Response]]]] = [
+            ("POST", "/v1/completions", self.completions),
+            ("POST", "/v1/chat/completions", self.chat_completions),
+            ("GET", "/v1/models", self.models),
+            ("GET", "/v1/models/{id:path}", self.one_model),
+            ("POST", "/tokenize", self.tokenize),
+            ("POST", "/detokenize", self.detokenize),
+            ("GET", "/health", self.health),
+            ("GET", "/load", self.load),
+            ("GET", "/version", self.version),
+        ]
+        for method, path, endpoint in routes:
+            app.add_api_route(path, endpoint, methods=[method], response_model=None)
+
+    async def completions(self, request: Request) -> Response:
+        """Complete prompts."""
+        self._service.check_admission()
+        body = await self._body(request, CompletionRequest)
+        return Reply(await answer_completion(self._service, body))
+
+    async def chat_completions(self, request: Request) -> Response:
+        """Answer a chat."""
+        self._service.check_admission()
+        body = await self._body(request, ChatRequest)
+        return Reply(await answer_chat(self._service, body))
+
+    async def models(self) -> Response:
+        """The names that requests may give."""
+        model = await self._service.model()
+        return _json(responses.ModelList("list", [self._card(model, n) for n in model.names]))
+
+    async def one_model(self, id: str) -> Response:
+        """One of the names that requests may give."""
+        return _json(self._card(await self._service.model(id), id))
+
+    @staticmethod
+    def _card(model: Any, name: str) -> responses.Model:
+        return responses.Model(
+            id=name,
+            object="model",
+            created=model.created,
+            owned_by="manta",
+            root=model.info.model,
+            max_model_len=model.info.max_model_len,
+        )
+
+    async def tokenize(self, request: Request) -> Response:
+        """The tokens of a prompt, or of a chat as its template renders it."""
+        body = await self._body(request, TokenizeRequest)
+        model = await self._service.model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise wrong("give prompt or messages, one of the two", "prompt")
+        if body.prompt is not None:
+            special = body.add_special_tokens is not False
+            (ids,) = await self._service.encode(model, [body.prompt], special)
+        else:
+            ids = (await render(self._service, model, body)).ids
+        pieces = model.tokenizer.id_to_piece
+        return _json(
+            responses.Tokens(
+                count=len(ids),
+                max_model_len=model.info.max_model_len,
+                tokens=ids,
+                token_strs=[pieces(i) or "" for i in ids] if body.return_token_strs else None,
+            )
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of tokens."""
+        body = await self._body(request, DetokenizeRequest)
+        model = await self._service.model(body.model)
+        for token_id in body.tokens:
+            if token_id >= model.info.vocab_size:
+                raise wrong(
+                    f"tokens has {token_id}; the vocabulary ends at {model.info.vocab_size - 1}",
+                    "tokens",
+                )
+        return _json(responses.Detokenized(model.tokenizer.decode(body.tokens)))
+
+    async def health(self) -> Response:
+        """200 while an engine answers and makes progress, 503 otherwise."""
+        self._service.check_admission()
+        engines = list(self._service.engines)
+        if not any(engine.healthy for engine in engines):
+            if engines:
+                raise unavailable("no engine makes progress", "unhealthy")
+            raise unavailable("no engine is ready yet", "starting")
+        return Response(status_code=200)
+
+    async def load(self) -> Response:
+        """What the engines have to do."""
+        states = [
+            responses.EngineState(
+                engine_id=engine.info.engine_id,
+                healthy=engine.healthy,
+                draining=engine.load.draining,
+                running=engine.load.running,
+                waiting=engine.load.waiting,
+                waiting_tokens=engine.load.waiting_tokens,
+                free_blocks=engine.load.free_blocks,
+                blocks=engine.info.num_device_blocks,
+            )
+            for engine in engines_by_id(self._service.engines)
+        ]
+        return _json(responses.Load(server_load=self._service.in_flight, engines=states))
+
+    async def version(self) -> Response:
+        """The server's version."""
+        return _json(responses.Version(self._version))
+
+    async def _body(self, request: Request, kind: type[T]) -> T:
+        """The request's body, checked. Raises ApiError 413, 415 or 400."""
+        most = self._service.config.max_body_bytes
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json" and not media.endswith("+json"):
+            raise ApiError(415, f"the content type must be application/json, got {media[:100]!r}")
+        length = request.headers.get("content-length", "")
+        data = bytearray()
+        if not (length.isdigit() and int(length) > most):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > most:
+                    break
+            else:
+                started = time.perf_counter()
+                body = read(bytes(data), kind, self._service.config.allow_unknown_fields)
+                self._service.stages.observe("validate", time.perf_counter() - started)
+                return body
+        raise ApiError(
+            413,
+            f"the body is larger than {most} bytes (--max-body-bytes)",
+            code="request_too_large",
+            headers={"connection": "close"},
+        )
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

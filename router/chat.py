@@ -1,0 +1,211 @@
+"""POST /v1/chat/completions, and the way from messages to a prompt."""
+
+import asyncio
+from typing import Any
+
+from msgspec import UNSET
+
+from engine.errors import RequestError
+from engine.sampling_params import SamplingParams
+from router.answers import Answer, check, to_json
+from router.errors import ApiError, wrong
+from router.logprobs import chat_logprobs, prompt_logprobs
+from router.responses import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+)
+from router.schema import ChatRequest, TokenizeRequest
+from router.service import (
+    INLINE_CHARACTERS,
+    Generation,
+    Piece,
+    Prompt,
+    ServedModel,
+    Service,
+    room_for_output,
+    sampling_of,
+)
+
+
+async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
+    """The answer to come, of a request that can be served.
+
+    Raises ApiError and RequestError, naming what is wrong.
+    """
+    model = await service.model(body.model)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise wrong("top_logprobs needs logprobs to be true", "top_logprobs")
+    if None not in (body.max_tokens, body.max_completion_tokens) and (
+        body.max_tokens != body.max_completion_tokens
+    ):
+        raise wrong("max_tokens and max_completion_tokens are the same; give one", "max_tokens")
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    prompt = await render(service, model, body)
+    room = room_for_output(model, prompt, asked, "messages")
+    if asked is None:
+        recommended = model.info.default_sampling.max_tokens
+        # 16 is what SamplingParams has where the checkpoint recommends nothing.
+        asked = room if recommended in (None, 16) else min(room, recommended or room)
+    sampling = sampling_of(
+        body,
+        model.info.default_sampling,
+        max_tokens=asked,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+    return ChatAnswer(service, model, body, [prompt], sampling)
+
+
+async def render(
+    service: Service, model: ServedModel, body: ChatRequest | TokenizeRequest
+) -> Prompt:
+    """The prompt that the chat template makes of the messages.
+
+    Raises RequestError for wrong messages, ApiError 422 for what the template refuses.
+    """
+    messages: list[dict[str, Any]] = body.messages or []
+    template = _template(service, model, body.chat_template)
+    goes_on = bool(body.continue_final_message)
+    generation = body.add_generation_prompt
+    variables = dict(body.chat_template_kwargs or {})
+    for name in ("chat_template", "add_generation_prompt", "continue_final_message", "tools"):
+        if name in variables:
+            raise wrong(f"chat_template_kwargs: {name} is a field of its own", name)
+    if body.documents is not None:
+        variables["documents"] = body.documents
+
+    def rendered() -> str:
+        with service.stages.time("template"):
+            return model.tokenizer.render_chat(
+                messages,
+                template,
+                add_generation_prompt=not goes_on if generation is None else generation,
+                continue_final_message=goes_on,
+                **variables,
+            )
+
+    size = sum(len(m["content"]) for m in messages if isinstance(m.get("content"), str))
+    try:
+        text = rendered() if size <= INLINE_CHARACTERS else await asyncio.to_thread(rendered)
+    except RequestError as error:
+        if "chat template" in str(error):  # nothing is wrong with them but for this model
+            raise ApiError(422, str(error), param="messages", code="unprocessable") from None
+        raise
+    (ids,) = await service.encode(model, [text], bool(body.add_special_tokens))
+    return Prompt(ids, text)
+
+
+def _template(service: Service, model: ServedModel, asked: str | None) -> str | None:
+    if asked is None:
+        return model.chat_template
+    trusted = service.config.trust_request_chat_template
+    if not trusted and asked not in model.tokenizer.chat_templates:
+        names = ", ".join(sorted(model.tokenizer.chat_templates)) or "none"
+        raise wrong(
+            "chat_template: this server takes no templates from requests"
+            f" (--trust-request-chat-template); the checkpoint's own are: {names}",
+            "chat_template",
+        )
+    return asked
+
+
+class ChatAnswer(Answer):
+    """Answers to a chat, whole or as a stream."""
+
+    prefix = "chatcmpl"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(
+        self,
+        service: Service,
+        model: ServedModel,
+        body: ChatRequest,
+        prompts: list[Prompt],
+        sampling: SamplingParams,
+    ) -> None:
+        super().__init__(service, model, body, prompts, sampling)
+        last = body.messages[-1]
+        goes_on = body.continue_final_message or body.add_generation_prompt is False
+        self._role: str = last["role"] if goes_on else "assistant"
+        self._echoed = ""
+        if body.echo and last["role"] == self._role:
+            content = last.get("content") or ""
+            parts = [content] if isinstance(content, str) else [p["text"] for p in content]
+            self._echoed = "\n".join(parts)
+
+    def whole(self, generations: list[Generation]) -> bytes:
+        (generation,) = generations
+        output = generation.output
+        answer = ChatCompletion(
+            id=self.id,
+            object="chat.completion",
+            created=self.created,
+            model=self.name,
+            system_fingerprint=self.model.fingerprint,
+            choices=[self._choice(generation, index) for index in range(len(output.outputs))],
+            usage=self.usage(generations),
+        )
+        if self.return_ids:
+            answer.prompt_token_ids = output.prompt_token_ids
+        if output.prompt_logprobs is not None:
+            answer.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
+        return to_json(answer)
+
+    def _choice(self, generation: Generation, index: int) -> ChatChoice:
+        output = generation.output.outputs[index]
+        check(output)
+        return ChatChoice(
+            index=index,
+            message=ChatMessage(self._role, self._echoed + output.text),
+            logprobs=self._shown(Piece(output, 0, "")),
+            finish_reason=output.finish_reason,  # type: ignore[arg-type]
+            stop_reason=output.stop_reason,
+            token_ids=output.token_ids if self.return_ids else UNSET,
+        )
+
+    def _shown(self, piece: Piece) -> ChatLogprobs | None:
+        count, output = self.sampling.logprobs, piece.output
+        if count is None:
+            return None
+        assert output.logprobs is not None
+        return chat_logprobs(
+            output.token_ids[piece.start :],
+            output.logprobs[piece.start :],
+            count,
+            self.model.tokenizer,
+            self.as_ids,
+        )
+
+    def _opening(self, generation: Generation, choice: int) -> bytes:
+        part = to_json(ChatChunkChoice(index=choice, delta=ChatDelta(self._role, "")))
+        tail = self._usage_or_tail([generation])
+        if self.return_ids:
+            ids = to_json(generation.output.prompt_token_ids)
+            tail = b'],"prompt_token_ids":' + ids + tail[1:]
+        data = self._head + part + tail
+        if self._echoed:
+            data += self._head + self._plain(choice, self._echoed) + self._tail
+        return data
+
+    def _plain(self, choice: int, text: str) -> bytes:
+        return b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}' % (
+            choice,
+            to_json(text),
+        )
+
+    def _full(self, generation: Generation, piece: Piece, choice: int) -> bytes:
+        output = piece.output
+        finished = output.finish_reason is not None
+        part = ChatChunkChoice(
+            index=choice,
+            delta=ChatDelta(content=piece.text) if piece.text or not finished else ChatDelta(),
+            logprobs=self._shown(piece),
+            finish_reason=output.finish_reason,  # type: ignore[arg-type]
+            stop_reason=output.stop_reason if finished else UNSET,
+            token_ids=output.token_ids[piece.start :] if self.return_ids else UNSET,
+        )
+        return to_json(part)

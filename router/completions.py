@@ -1,0 +1,209 @@
+"""POST /v1/completions."""
+
+from msgspec import UNSET
+
+from engine.outputs import CompletionOutput, PositionLogprobs
+from engine.sampling_params import SamplingParams
+from router.answers import Answer, check, to_json
+from router.errors import wrong
+from router.logprobs import completion_logprobs, prompt_logprobs
+from router.responses import Completion, CompletionChoice, CompletionLogprobs
+from router.schema import MOST_PROMPTS, CompletionRequest
+from router.service import (
+    Generation,
+    Piece,
+    Prompt,
+    ServedModel,
+    Service,
+    room_for_output,
+    sampling_of,
+)
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+async def answer_completion(service: Service, body: CompletionRequest) -> "CompletionAnswer":
+    """The answer to come, of a request that can be served.
+
+    Raises ApiError and RequestError, naming what is wrong.
+    """
+    model = await service.model(body.model)
+    if body.max_tokens == 0 and not body.echo:
+        raise wrong("max_tokens must be at least 1, but with echo", "max_tokens")
+    prompts = await _prompts(service, model, body)
+    if body.echo:
+        for prompt in prompts:
+            if prompt.text is None:
+                prompt.text = model.tokenizer.decode(prompt.ids)
+    room = min(room_for_output(model, p, body.max_tokens, "prompt") for p in prompts)
+    asked = min(DEFAULT_MAX_TOKENS, room) if body.max_tokens is None else body.max_tokens
+    shown = body.prompt_logprobs
+    if body.echo and body.logprobs is not None:
+        shown = body.logprobs if shown is None else max(shown, body.logprobs)
+    sampling = sampling_of(
+        body,
+        model.info.default_sampling,
+        max_tokens=max(asked, 1),
+        logprobs=body.logprobs,
+        prompt_logprobs=shown,
+    )
+    return CompletionAnswer(service, model, body, prompts, sampling)
+
+
+async def _prompts(service: Service, model: ServedModel, body: CompletionRequest) -> list[Prompt]:
+    given = body.prompt
+    if isinstance(given, str):
+        given = [given]
+    elif isinstance(given[0], int):
+        given = [given]  # type: ignore[list-item]
+    if len(given) > MOST_PROMPTS:
+        raise wrong(f"prompt: a list may have at most {MOST_PROMPTS} prompts", "prompt")
+    kind = type(given[0])
+    if any(type(one) is not kind for one in given) or kind is int:
+        raise wrong("prompt must be a string, token ids, or a list of one of these", "prompt")
+    if kind is list:
+        for one in given:
+            if any(type(i) is not int for i in one):  # type: ignore[union-attr]
+                raise wrong("prompt must be a list of token ids, or a list of such", "prompt")
+        return [Prompt(ids) for ids in given]  # type: ignore[arg-type]
+    texts: list[str] = given  # type: ignore[assignment]
+    encoded = await service.encode(model, texts, body.add_special_tokens is not False)
+    return [Prompt(ids, text) for text, ids in zip(texts, encoded, strict=True)]
+
+
+class CompletionAnswer(Answer):
+    """Completions, whole or as a stream."""
+
+    prefix = "cmpl"
+    chunk_object = "text_completion"
+
+    def __init__(
+        self,
+        service: Service,
+        model: ServedModel,
+        body: CompletionRequest,
+        prompts: list[Prompt],
+        sampling: SamplingParams,
+    ) -> None:
+        super().__init__(service, model, body, prompts, sampling)
+        self._echo = bool(body.echo)
+        self._prompt_alone = body.max_tokens == 0
+        self._logprobs = body.logprobs
+        self._prompt_logprobs = body.prompt_logprobs is not None
+        self._offsets: dict[int, int] = {}  # of a choice's next token in its text
+        self._detailed = self._detailed or self._prompt_alone
+
+    def whole(self, generations: list[Generation]) -> bytes:
+        choices = [
+            self._choice(generation, output)
+            for generation in generations
+            for output in generation.output.outputs
+        ]
+        return to_json(
+            Completion(
+                id=self.id,
+                object="text_completion",
+                created=self.created,
+                model=self.name,
+                system_fingerprint=self.model.fingerprint,
+                choices=choices,
+                usage=self.usage(generations),
+            )
+        )
+
+    def _choice(self, generation: Generation, output: CompletionOutput) -> CompletionChoice:
+        check(output)
+        choice = self._part(generation, output, 0, output.text, generation.first_choice, True)
+        if self._prompt_logprobs:
+            assert generation.output.prompt_logprobs is not None
+            choice.prompt_logprobs = prompt_logprobs(generation.output.prompt_logprobs)
+        return choice
+
+    def _part(
+        self,
+        generation: Generation,
+        output: CompletionOutput,
+        start: int,
+        text: str,
+        first_choice: int,
+        opening: bool,
+    ) -> CompletionChoice:
+        """A choice with the output's tokens from ``start`` on, after the prompt if it is the
+        opening of an echo."""
+        index = first_choice + output.index
+        prompt = generation.output
+        if self._prompt_alone:
+            text = ""
+        if opening and self._echo:
+            text = (prompt.prompt or "") + text
+        finish = output.finish_reason
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=self._shown(generation, output, start, index, opening),
+            finish_reason="length" if self._prompt_alone and finish else finish,  # type: ignore[arg-type]
+            stop_reason=UNSET
+            if finish is None
+            else None
+            if self._prompt_alone
+            else output.stop_reason,
+            token_ids=[]
+            if self.return_ids and self._prompt_alone
+            else output.token_ids[start:]
+            if self.return_ids
+            else UNSET,
+            prompt_token_ids=prompt.prompt_token_ids if self.return_ids and opening else UNSET,
+        )
+
+    def _shown(
+        self,
+        generation: Generation,
+        output: CompletionOutput,
+        start: int,
+        index: int,
+        opening: bool,
+    ) -> CompletionLogprobs | None:
+        if self._logprobs is None:
+            return None
+        assert output.logprobs is not None
+        ids: list[int] = []
+        positions: list[PositionLogprobs | None] = []
+        if opening and self._echo:
+            assert generation.output.prompt_logprobs is not None
+            ids += generation.output.prompt_token_ids
+            positions += generation.output.prompt_logprobs
+        if not self._prompt_alone:
+            ids += output.token_ids[start:]
+            positions += output.logprobs[start:]
+        shown = completion_logprobs(
+            ids,
+            positions,
+            self._logprobs,
+            self.model.tokenizer,
+            self.as_ids,
+            self._offsets.get(index, 0),
+        )
+        if ids:
+            self._offsets[index] = shown.text_offset[-1] + len(shown.tokens[-1])
+        return shown
+
+    def _opening(self, generation: Generation, choice: int) -> bytes:
+        if not self._echo or self._detailed:
+            return b""  # a detailed first chunk has the prompt itself
+        return self._head + self._plain(choice, generation.output.prompt or "") + self._tail
+
+    def _plain(self, choice: int, text: str) -> bytes:
+        return b'{"index":%d,"text":%b,"logprobs":null,"finish_reason":null}' % (
+            choice,
+            to_json(text),
+        )
+
+    def _full(self, generation: Generation, piece: Piece, choice: int) -> bytes:
+        opening = self._detailed and piece.start == 0
+        part = self._part(
+            generation, piece.output, piece.start, piece.text, generation.first_choice, opening
+        )
+        return to_json(part)
+
+    def length(self, output: CompletionOutput) -> int:
+        return 0 if self._prompt_alone else len(output.token_ids)

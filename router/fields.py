@@ -1,0 +1,125 @@
+"""From a body's bytes to a checked request: no field is ever ignored unless it is said here."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from router.errors import ApiError, wrong
+
+T = TypeVar("T")
+
+# Fields of OpenAI's API that cannot change an answer here: any value is accepted.
+HARMLESS = (
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
+    "session_id",
+)
+
+# Fields of OpenAI's and vLLM's APIs that are not supported, with the values at which they ask for
+# nothing (null is always one).
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    # OpenAI's
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": ("in_memory",),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # vLLM's
+    "cache_salt": (),
+    "ec_transfer_params": (),
+    "include_reasoning": (True, False),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logprob_token_ids": ([],),
+    "media_io_kwargs": (),
+    "mm_processor_kwargs": (),
+    "prompt_embeds": ([],),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "routed_experts_prompt_start": (0,),
+    "stream_interval": (1,),
+    "structured_outputs": (),
+    "thinking_token_budget": (-1,),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+}  # fmt: skip
+
+
+def read(body: bytes, kind: type[T], allow_unknown: bool) -> T:
+    """The request of type ``kind`` that ``body`` is.
+
+    Raises ApiError 400, naming the field and what is allowed.
+    """
+    try:
+        values = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise wrong(f"the body is no valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise wrong("the body must be a JSON object")
+    known = getattr(kind, "__struct_fields__")  # noqa: B009  # of every Struct
+    for name in [name for name in values if name not in known]:
+        value = values.pop(name)
+        if name in NEUTRAL:
+            _check_neutral(name, value)
+        elif name not in HARMLESS and not allow_unknown:
+            raise _unknown(name, known)
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from None
+
+
+def _check_neutral(name: str, value: Any) -> None:
+    if value is None or any(type(value) is type(v) and value == v for v in NEUTRAL[name]):
+        return
+    if name == "length_penalty" and value == 1.0:
+        return
+    values = [*map(_json, NEUTRAL[name]), "null"]
+    raise wrong(
+        f"{name} is not supported; it may only be {' or '.join(values)}", name, "unsupported_value"
+    )
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _unknown(name: str, known: tuple[str, ...]) -> ApiError:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return wrong(f"unknown field {name[:100]!r}{hint}", name[:100], "unknown_field")
+
+
+def _invalid(message: str) -> ApiError:
+    """msgspec's message in our words, with the field first."""
+    what, _, path = message.partition(" - at `$")
+    path = path.strip("`").lstrip(".")
+    if match := re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", what):
+        name = f"{path}.{match[2]}" if path else match[2]
+        if match[1] == "contains unknown":
+            return wrong(f"unknown field {name!r}", name, "unknown_field")
+        return wrong(f"{name} is missing", name, "missing_required_parameter")
+    name = path.replace("[...]", "")
+    return wrong(f"{name}: {what[0].lower()}{what[1:]}".replace("`", ""), name or None)

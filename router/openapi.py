@@ -1,0 +1,148 @@
+"""The application's OpenAPI description, made from the structs that requests and answers are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+
+from router import responses
+from router.errors import ErrorResponse
+from router.fields import HARMLESS, NEUTRAL
+from router.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    TokenizeRequest,
+)
+
+_REF = "#/components/schemas/{name}"
+_STATUS = {
+    400: "A field is wrong.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    415: "The body is no JSON.",
+    422: "The chat template refuses the messages.",
+    429: "Too many requests wait; try again.",
+    500: "The server failed.",
+    503: "No engine can take the request now; try again.",
+}
+_BODY = (400, 413, 415, 500, 503)
+# Path to (method, request, answer, errors).
+_PATHS: Mapping[str, tuple[str, Any, Any, tuple[int, ...]]] = {
+    "/v1/completions": (
+        "post", CompletionRequest, responses.Completion, (*_BODY, 404, 429)
+    ),
+    "/v1/chat/completions": (
+        "post", ChatRequest, responses.ChatCompletion, (*_BODY, 404, 422, 429)
+    ),
+    "/v1/models": ("get", None, responses.ModelList, (503,)),
+    "/v1/models/{id}": ("get", None, responses.Model, (404, 503)),
+    "/tokenize": ("post", TokenizeRequest, responses.Tokens, (*_BODY, 404, 422)),
+    "/detokenize": ("post", DetokenizeRequest, responses.Detokenized, (*_BODY, 404)),
+    "/health": ("get", None, None, (503,)),
+    "/load": ("get", None, responses.Load, ()),
+    "/version": ("get", None, responses.Version, ()),
+}  # fmt: skip
+_STREAMS = ("/v1/completions", "/v1/chat/completions")
+_OPEN = ("/health", "/metrics")
+
+
+def describe(app: FastAPI, keys: bool) -> None:
+    """Give ``app`` its description; ``keys``: whether API keys are asked for."""
+    made: dict[str, Any] = {}
+
+    def openapi() -> dict[str, Any]:
+        if not made:
+            made.update(_description(app, keys))
+        return made
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _description(app: FastAPI, keys: bool) -> dict[str, Any]:
+    kinds = [k for _, *pair, _ in _PATHS.values() for k in pair if k is not None]
+    refs, schemas = msgspec.json.schema_components(
+        [*kinds, ErrorResponse, Message], ref_template=_REF
+    )
+    by_kind = dict(zip(kinds, refs, strict=False))
+    _complete(schemas)
+    paths: dict[str, Any] = {}
+    for path, (method, request, answer, errors) in _PATHS.items():
+        operation: dict[str, Any] = {
+            "summary": _summary(app, path),
+            "operationId": f"{method}{path}".replace("/", "_").replace("{id}", "id"),
+            "responses": _responses(path, by_kind.get(answer), errors, keys),
+        }
+        if request is not None:
+            content = {"application/json": {"schema": by_kind[request]}}
+            operation["requestBody"] = {"required": True, "content": content}
+        if "{id}" in path:
+            schema = {"type": "string", "minLength": 1}
+            operation["parameters"] = [
+                {"name": "id", "in": "path", "required": True, "schema": schema}
+            ]
+        if keys and path not in _OPEN:
+            operation["security"] = [{"key": []}]
+        paths[path] = {method: operation}
+    components: dict[str, Any] = {"schemas": schemas}
+    if keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": app.title, "version": app.version},
+        "paths": paths,
+        "components": components,
+    }
+
+
+def _summary(app: FastAPI, path: str) -> str:
+    for route in app.routes:
+        if getattr(route, "path", "").replace(":path", "") == path:
+            return str(getattr(route, "description", ""))
+    return ""
+
+
+def _responses(path: str, answer: Any, errors: tuple[int, ...], keys: bool) -> dict[str, Any]:
+    good: dict[str, Any] = {"description": "Done."}
+    if answer is not None:
+        good["content"] = {"application/json": {"schema": answer}}
+    if path in _STREAMS:
+        good["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    described: dict[str, Any] = {"200": good}
+    if keys and path not in _OPEN:
+        errors = (*errors, 401)
+    for status in sorted(errors):
+        schema = {"$ref": _REF.format(name="ErrorResponse")}
+        described[str(status)] = {
+            "description": _STATUS[status],
+            "content": {"application/json": {"schema": schema}},
+        }
+        if status in (429, 503):
+            described[str(status)]["headers"] = {
+                "Retry-After": {"schema": {"type": "string"}, "description": "seconds"}
+            }
+    return described
+
+
+def _complete(schemas: dict[str, Any]) -> None:
+    """What the structs do not say: the shape of messages, and fields with neutral values only."""
+    schemas["Message"]["additionalProperties"] = False
+    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest"):
+        properties = schemas[name]["properties"]
+        if "messages" in properties:
+            for kind in (properties["messages"], *properties["messages"].get("anyOf", ())):
+                if "items" in kind:
+                    kind["items"] = {"$ref": _REF.format(name="Message")}
+    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest"):
+        properties = schemas[name]["properties"]
+        for field in HARMLESS:
+            properties[field] = {"description": "accepted; has no effect"}
+        for field, values in NEUTRAL.items():
+            properties[field] = {
+                "description": "not supported",
+                "enum": [None, *values],
+                "default": None,
+            }

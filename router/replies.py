@@ -1,0 +1,76 @@
+"""Answers on their way to a client, who may go at any moment: then the engine stops at once."""
+
+import asyncio
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from router.answers import DONE, Answer
+from router.errors import ApiError, api_error
+
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # proxies shall not hold it back
+]
+
+
+class Reply(Response):
+    """Runs an answer and sends it, whole or as a stream of events.
+
+    It watches for the client's disconnect all the while; if it comes, what the engine does for the
+    request is cancelled, whatever state it is in.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(None)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._run(scope, receive, send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+                await asyncio.wait((work,))  # so that nothing of it is left
+        if work.cancelled():
+            closed = ApiError(499, "the client closed the request", code="client_closed_request")
+            await closed.response()(scope, receive, send)
+        else:
+            work.result()
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._answer
+        started = False
+        try:
+            async with answer.service.generations(
+                answer.model, answer.prompts, answer.sampling, answer.priority, answer.streaming
+            ) as generations:
+                if answer.streaming:
+                    headers = [*STREAM_HEADERS, (b"x-request-id", answer.id.encode())]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                    started = True
+                    async for data in answer.events(generations):
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
+                else:
+                    body = await answer.complete(generations)
+        except Exception as error:
+            failure = api_error(error)
+            if not started:
+                await failure.response()(scope, receive, send)
+                return
+            data = b"data: " + failure.body() + b"\n\n" + DONE
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        if started:
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            response = Response(body, 200, {"x-request-id": answer.id}, "application/json")
+            await response(scope, receive, send)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
