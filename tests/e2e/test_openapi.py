@@ -51,9 +51,7 @@ schema = schemathesis.pytest.from_fixture("description")
 
 
 @schema.parametrize()
-@settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_answers_are_as_described(case: schemathesis.Case, server: Server) -> None:
     case.call_and_validate(checks=CHECKS, timeout=20)
 
