@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test soak-scheduler check format clean
 
 demo: .venv/ready
 	$(BIN)/manta generate --temperature 0.8 --top-p 0.95 --max-tokens 48 --seed 0 manta-demo \
@@ -14,6 +14,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# 100,000 requests through the scheduler, without a model; some minutes.
+soak-scheduler: .venv/ready
+	$(BIN)/python -m tests.soak.scheduler
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -127,14 +127,25 @@ class KVBlocks:
 
     # ---- swapping ----
 
+    def num_shared(self, seq: Sequence) -> int:
+        """How many of its leading blocks others hold too: what is shared is a common prefix."""
+        low, high = 0, len(seq.blocks)
+        while low < high:
+            middle = (low + high) // 2
+            if self.device.references(seq.blocks[middle]) > 1:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
     def swap_cost(self, seq: Sequence) -> tuple[int, int]:
         """(blocks to copy out, blocks to copy in again) if ``seq`` is swapped out now.
 
-        Blocks that others hold, or whose content a CPU block has already, are not copied out.
+        Content that a CPU block has already is not copied out. What others hold is likely to be
+        on the device still when the sequence comes back, and then is not copied in.
         """
         copies = sum(self._cpu_twin(seq, i) is None for i in range(len(seq.blocks)))
-        shared = sum(self.device.references(block) > 1 for block in seq.blocks)
-        return copies, len(seq.blocks) - shared
+        return copies, len(seq.blocks) - self.num_shared(seq)
 
     def swap_out(self, seq: Sequence) -> bool:
         """Move a sequence's blocks to CPU blocks; False (and no change) if there are too few."""
@@ -207,7 +218,9 @@ class KVBlocks:
     def _take_device(self) -> int:
         """A free device block; the prefix evicted from it moves to a free CPU block, if any."""
         block, evicted = self.device.take()
-        if evicted is not None and self.cpu.num_free and self.cpu.find(evicted) is None:
+        if evicted is None or not self.promote:
+            return block
+        if self.cpu.num_free and self.cpu.find(evicted) is None:
             cpu_block, _ = self.cpu.take()
             self._out.append((block, cpu_block))
             self.cpu.publish(cpu_block, evicted)

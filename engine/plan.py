@@ -95,8 +95,22 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyTimes:
+    """What copies between the tiers were seen to take: blocks and seconds, each way."""
+
+    blocks_out: int = 0
+    seconds_out: float = 0.0
+    blocks_in: int = 0
+    seconds_in: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of a plan: for each row that wanted a token, in row order."""
+    """What came of a plan: for each row that wanted a token, in row order.
+
+    ``seconds`` is what one rank computed for, without copies. ``copied`` are the copies that
+    ended since the result before, of this step or an earlier one.
+    """
 
     step: int
     slots: Ints  # [n]
@@ -105,3 +119,4 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs]  # by index into ``tokens``, where asked for
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by row: of positions start + 1, ...
     seconds: float
+    copied: CopyTimes = CopyTimes()

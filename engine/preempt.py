@@ -7,7 +7,10 @@ steps are seen to take.
 
 from dataclasses import dataclass
 
+from engine.plan import CopyTimes
+
 _SMOOTHING = 0.1  # weight of a new observation
+_LEAST_BLOCKS = 4  # copies of fewer tell more of their fixed cost than of the bandwidth
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,13 @@ class Costs:
     def observe_prefill(self, num_tokens: int, seconds: float) -> None:
         """A step that computed ``num_tokens``, nearly all of them prefill, took ``seconds``."""
         self.token += _SMOOTHING * (seconds / num_tokens - self.token)
+
+    def observe_copies(self, seen: CopyTimes) -> None:
+        """Copies between the tiers ended."""
+        if seen.blocks_out >= _LEAST_BLOCKS:
+            self.block_out += _SMOOTHING * (seen.seconds_out / seen.blocks_out - self.block_out)
+        if seen.blocks_in >= _LEAST_BLOCKS:
+            self.block_in += _SMOOTHING * (seen.seconds_in / seen.blocks_in - self.block_in)
 
     def swap(self, blocks_out: int, blocks_in: int) -> float:
         return blocks_out * self.block_out + blocks_in * self.block_in

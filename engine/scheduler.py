@@ -11,6 +11,7 @@ common; only the chunks of a prompt, whose tokens are all known, follow each oth
 
 import heapq
 import itertools
+import operator
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -69,7 +70,11 @@ class _Draft:
     rows: list[_Row] = field(default_factory=list)
     admits: list[Admit] = field(default_factory=list)
     promised: int = 0  # blocks that running prefills will still need
+    victims: list[tuple[int, int, float, int, Sequence]] | None = None  # a heap, once it is needed
     preempted: bool = False
+
+
+_order = operator.attrgetter("order")
 
 
 class Scheduler:
@@ -87,7 +92,8 @@ class Scheduler:
         self.costs = costs
         self.batches = batches
         self.stats = SchedulerStats()
-        self.running: list[Sequence] = []  # in queue order
+        self.num_running = 0
+        self._running: list[Sequence] = []  # in queue order; those that left go with the next plan
         self._waiting: list[tuple[float, int, Sequence]] = []  # a heap
         self.num_waiting = 0
         self.waiting_tokens = 0  # tokens that the waiting sequences have still to compute
@@ -102,7 +108,12 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.num_waiting or self._in_flight)
+        return bool(self.num_running or self.num_waiting or self._in_flight)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that have a slot, in queue order."""
+        return [seq for seq in self._running if seq.state is State.RUNNING]
 
     def waiting(self) -> Iterable[Sequence]:
         """The sequences in the queue, in no order."""
@@ -146,6 +157,8 @@ class Scheduler:
         self._plan_running(draft)
         if not draft.preempted:
             self._plan_waiting(draft)
+        if draft.admits:
+            self._running.sort(key=_order)  # nearly sorted, which takes linear time
         if not draft.rows:
             return None
         cells, copies = self.kv.drain()
@@ -170,7 +183,8 @@ class Scheduler:
 
     def _plan_running(self, draft: _Draft) -> None:
         decodes, prefills = [], []
-        for seq in self.running:
+        self._running = self.running
+        for seq in self._running:
             need = seq.known - seq.computed
             if need > 1:
                 prefills.append(seq)
@@ -178,6 +192,7 @@ class Scheduler:
                 decodes.append(seq)
         for seq in self._batch(decodes):
             self._run(draft, seq, 1)
+        draft.victims = None
         if self.batches > 1 and self.config.enable_chunked_prefill:
             draft.budget = min(draft.budget, self._prefill_share(prefills))
         for seq in prefills:  # after the decodes: a long prompt never holds them up
@@ -250,7 +265,7 @@ class Scheduler:
                 return
             # What running prefills will need, and a block for every running sequence, stays
             # free, lest the next steps preempt again.
-            if missing + draft.promised + len(self.running) > self.kv.device.num_free:
+            if missing + draft.promised + self.num_running > self.kv.device.num_free:
                 return
             self._admit(draft, seq, prefix)
             draft.promised += blocks_for(known, self.kv.block_size) - len(seq.blocks)
@@ -270,10 +285,8 @@ class Scheduler:
             self.stats.recomputed_tokens += max(0, seq.lost_tokens - seq.computed)
             seq.lost_tokens = 0
         draft.admits.append(seq.admit())
-        at = len(self.running)
-        while at and self.running[at - 1].order > seq.order:
-            at -= 1
-        self.running.insert(at, seq)
+        self.num_running += 1
+        self._running.append(seq)
         count = min(seq.known - seq.computed, draft.budget)
         grown = self.kv.grow(seq, seq.computed + count)
         assert grown, "admission counted the blocks"
@@ -283,18 +296,34 @@ class Scheduler:
 
     def _victim(self, draft: _Draft, needy: Sequence) -> Sequence:
         """Who gives way to ``needy``: of those behind it that have no row in this plan, one of
-        the lowest priority, and of these the one that loses the least work; else itself."""
-        behind = [
-            seq
-            for seq in self.running
-            if seq.planned_in != draft.step and seq is not needy and seq.order > needy.order
-        ]
-        if not behind:
-            return needy
-        if self.config.scheduling_policy == "priority":
-            lowest = max(seq.priority for seq in behind)
-            behind = [seq for seq in behind if seq.priority == lowest]
-        return min(behind, key=lambda seq: (seq.computed, -seq.order))
+        the lowest priority, and of these the one that loses the least work; else itself.
+
+        Who has a row or gave way already, or is before the needy one, stays so while the plan
+        goes on in queue order. So one heap serves for all victims among as many sequences.
+        """
+        if draft.victims is None:
+            draft.victims = [
+                (*self._loss(seq), -seq.order, number, seq)
+                for number, seq in enumerate(self._running)
+                if seq.state is State.RUNNING
+                and seq.planned_in != draft.step
+                and seq.order > needy.order
+            ]
+            heapq.heapify(draft.victims)
+        while draft.victims:
+            seq = heapq.heappop(draft.victims)[-1]
+            if (
+                seq.state is State.RUNNING
+                and seq.planned_in != draft.step
+                and seq.order > needy.order
+            ):
+                return seq
+        return needy
+
+    def _loss(self, seq: Sequence) -> tuple[int, int]:
+        """The order in which sequences give way: (priority, tokens that nobody else keeps)."""
+        lost = max(0, seq.computed - self.kv.num_shared(seq) * self.kv.block_size)
+        return (-seq.priority if self.config.scheduling_policy == "priority" else 0), lost
 
     def _swap_pays(self, seq: Sequence) -> bool:
         """Whether to preempt ``seq`` by swapping, rather than recomputing."""
@@ -318,7 +347,7 @@ class Scheduler:
         self._enqueue(seq)
 
     def _leave(self, seq: Sequence) -> None:
-        self.running.remove(seq)
+        self.num_running -= 1
         self._released.append(seq.slot)
         self._free_slots.append(seq.slot)
         seq.slot = -1
@@ -341,7 +370,7 @@ class Scheduler:
         """
         draft = self._in_flight.popleft()
         assert draft.step == result.step, f"step {result.step} came back for step {draft.step}"
-        self._observe(draft, result.seconds)
+        self._observe(draft, result)
         progress = []
         tokens, failed = result.tokens.tolist(), result.failed
         any_failed = bool(np.any(failed))
@@ -380,7 +409,9 @@ class Scheduler:
         elif len(seq.tokens) >= seq.max_total:
             self._finish(seq, FinishReason.LENGTH)
 
-    def _observe(self, draft: _Draft, seconds: float) -> None:
-        if draft.tokens >= 64 and draft.tokens > 8 * len(draft.rows):  # nearly all is prefill
-            self.costs.observe_prefill(draft.tokens, seconds)
-            self.kv.promote = self.costs.promotion_pays(self.kv.block_size)
+    def _observe(self, draft: _Draft, result: StepResult) -> None:
+        """Keep the costs current: by steps that are nearly all prefill, and by copies."""
+        if draft.tokens >= 64 and draft.tokens > 8 * len(draft.rows):
+            self.costs.observe_prefill(draft.tokens, result.seconds)
+        self.costs.observe_copies(result.copied)
+        self.kv.promote = self.costs.promotion_pays(self.kv.block_size)

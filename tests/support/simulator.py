@@ -1,22 +1,27 @@
 """A model-free executor: its KV cells remember what was written, its tokens depend on all of it.
 
 Each token's cell holds a hash of the whole prefix up to it, written through the block table. A
-row first reads every block of its table and compares it with what its own tokens say must be
-there, so a wrong or stale block, a missed copy or a wrong order of effects fails at once; and the
-token that it samples is a function of that prefix, so the output can be foretold.
+row reads every block of its table and compares it with what its own tokens say must be there, so
+a wrong or stale block, a missed copy or a wrong order of effects fails at once; and the token
+that it samples is a function of that prefix, so the output can be foretold. Rows are handled all
+at once, in numpy: a hundred thousand requests take minutes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.executor import Capacity, ModelFacts
-from engine.plan import StepPlan, StepResult, ints
+from engine.plan import CopyTimes, Ints, StepPlan, StepResult, ints
 from engine.preempt import MeasuredCosts
 
 VOCAB = 50_000
 _MIX = 0x9E3779B97F4A7C15
+_PICK = 0xBF58476D1CE4E5B9
 _MASK = 2**64 - 1
+
+Words = NDArray[np.uint64]
 
 
 def extend(chain: int, token: int) -> int:
@@ -27,7 +32,7 @@ def extend(chain: int, token: int) -> int:
 
 def next_token(chain: int, seed: int) -> int:
     """The token that the simulated model samples after a prefix."""
-    return ((chain ^ (seed * _MIX & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK) >> 33 % VOCAB
+    return (((chain ^ (seed * _MIX & _MASK)) * _PICK & _MASK) >> 33) % VOCAB
 
 
 def foretell(prompt: list[int], seed: int, num: int) -> list[int]:
@@ -37,27 +42,23 @@ def foretell(prompt: list[int], seed: int, num: int) -> list[int]:
         chain = extend(chain, token)
     out = []
     for _ in range(num):
-        token = next_token(chain, seed) % VOCAB
+        token = next_token(chain, seed)
         out.append(token)
         chain = extend(chain, token)
     return out
 
 
 @dataclass
-class _Slot:
-    tokens: list[int]
-    seed: int
-    chains: list[int] = field(default_factory=list)  # expected, by position
-
-
-@dataclass
 class _Done:
+    executor: "SimulatedExecutor"
     value: StepResult
-    sampled: list[tuple[_Slot, int]]  # tokens that the first stage learns with the result
+    late: tuple[Ints, Ints, Ints] | None  # admissions, slots and tokens that are fed from now on
 
     def result(self) -> StepResult:
-        for slot, token in self.sampled:
-            slot.tokens.append(token)
+        if self.late is not None:
+            admissions, slots, tokens = self.late
+            same = self.executor.admissions[slots] == admissions  # else the slot has another's
+            self.executor.learn(slots[same], tokens[same])
         return self.value
 
 
@@ -85,7 +86,10 @@ class SimulatedExecutor:
         self.device = np.zeros((num_device_blocks, block_size), np.uint64)
         self.cpu = np.zeros((num_cpu_blocks, block_size), np.uint64)
         self.tables = np.full((num_slots, -(-max_model_len // block_size)), -1, np.int32)
-        self.slots: dict[int, _Slot] = {}
+        self.chains = np.zeros((num_slots, max_model_len + 1), np.uint64)  # expected, by position
+        self.known = np.zeros(num_slots, np.int32)  # tokens that may be fed; 0 is a free slot
+        self.seeds = np.zeros(num_slots, np.uint64)
+        self.admissions = np.zeros(num_slots, np.int32)  # of each slot so far
         self.steps = 0
 
     def load(self) -> ModelFacts:
@@ -99,65 +103,78 @@ class SimulatedExecutor:
     def run(self, plan: StepPlan) -> _Done:
         assert plan.step == self.steps, "plans come in order"
         self.steps += 1
-        for slot in plan.release.tolist():
-            del self.slots[slot]
-            self.tables[slot] = -1
+        assert self.known[plan.release].all(), "a slot is released that nobody has"
+        self.known[plan.release] = 0
+        self.admissions[plan.release] += 1
+        self.tables[plan.release] = -1
         for admit in plan.admits:
-            assert admit.slot not in self.slots, "the slot is taken"
-            self.slots[admit.slot] = _Slot(admit.tokens.tolist(), admit.seed)
-        for slot, index, block in plan.cells.tolist():
-            assert slot in self.slots
-            self.tables[slot, index] = block
+            self._admit(admit.slot, admit.tokens.tolist(), admit.seed)
+        slots, index, block = plan.cells.T
+        assert self.known[slots].all(), "a cell for a slot that nobody has"
+        self.tables[slots, index] = block
         self._copy(plan)
-        tokens = [self._row(plan, i) for i in range(len(plan.slots))]
-        wanted = ints([t for t, w in zip(tokens, plan.wants, strict=True) if w])
-        slots = [self.slots[slot] for slot in plan.slots[plan.wants == 1].tolist()]
-        sampled = list(zip(slots, wanted.tolist(), strict=True))
-        if not self.pipelined:
-            for slot, token in sampled:
-                slot.tokens.append(token)
-            sampled = []
-        return _Done(
-            StepResult(
-                step=plan.step,
-                slots=plan.slots[plan.wants == 1],
-                tokens=wanted,
-                failed=np.zeros(len(wanted), np.bool_),
-                logprobs={},
-                prompt_logprobs={},
-                seconds=1e-3,
-            ),
-            sampled,
-        )
+        slots, tokens = self._rows(plan)
+        late = None
+        if self.pipelined:
+            late = self.admissions[slots].copy(), slots, tokens
+        else:
+            self.learn(slots, tokens)
+        copied = CopyTimes(len(plan.copies.out), 1e-5, len(plan.copies.in_), 1e-5)
+        failed = np.zeros(len(tokens), np.bool_)
+        return _Done(self, StepResult(plan.step, slots, tokens, failed, {}, {}, 1e-3, copied), late)
 
     def stop(self) -> None:
         pass
 
+    def learn(self, slots: Ints, tokens: Ints) -> None:
+        """The last sampled tokens of some slots, which may be fed now."""
+        at = self.known[slots]
+        before = self.chains[slots, at - 1]
+        z = (before ^ (tokens.astype(np.uint64) + np.uint64(1))) * np.uint64(_MIX)
+        self.chains[slots, at] = z ^ (z >> np.uint64(29))
+        self.known[slots] = at + 1
+
+    def _admit(self, slot: int, tokens: list[int], seed: int) -> None:
+        assert self.known[slot] == 0, "the slot is taken"
+        chain, chains = 0, []
+        for token in tokens:
+            chain = extend(chain, token)
+            chains.append(chain)
+        self.chains[slot, : len(chains)] = chains
+        self.known[slot] = len(chains)
+        self.seeds[slot] = seed * _MIX & _MASK
+        self.admissions[slot] += 1
+
     def _copy(self, plan: StepPlan) -> None:
         out, in_ = plan.copies.out, plan.copies.in_
         for pairs in (out, in_):  # as copies that run side by side need
-            assert len(set(pairs[:, 1].tolist())) == len(pairs), "two copies to one block"
+            assert len(np.unique(pairs[:, 1])) == len(pairs), "two copies to one block"
         self.cpu[out[:, 1]] = self.device[out[:, 0]]
         self.device[in_[:, 1]] = self.cpu[in_[:, 0]]
 
-    def _row(self, plan: StepPlan, i: int) -> int:
-        slot, start, count = int(plan.slots[i]), int(plan.starts[i]), int(plan.counts[i])
-        state, size = self.slots[slot], self.block_size
-        assert start + count <= len(state.tokens), "a row feeds a token that nobody knows"
-        table = self.tables[slot]
-        for position in range(len(state.chains), start + count):
-            before = state.chains[-1] if state.chains else 0
-            state.chains.append(extend(before, state.tokens[position]))
-        used = table[: -(-(start + count) // size)]
-        assert (used >= 0).all(), "a block is missing"
-        assert len(set(used.tolist())) == len(used), "a block stands twice in a table"
-        if start:
-            held = self.device[used].reshape(-1)[:start]
-            expected = np.array(state.chains[:start], np.uint64)
-            assert (held == expected).all(), f"slot {slot}: a wrong or stale block"
-        for position in range(start, start + count):
-            self.device[table[position // size], position % size] = state.chains[position]
-        if plan.wants[i]:
-            assert start + count == len(state.tokens)
-            return next_token(state.chains[-1], state.seed) % VOCAB
-        return -1
+    def _rows(self, plan: StepPlan) -> tuple[Ints, Ints]:
+        """Write and check every row; the slots that wanted a token, and the tokens."""
+        slots, starts, counts, size = plan.slots, plan.starts, plan.counts, self.block_size
+        contexts = starts + counts
+        assert len(np.unique(slots)) == len(slots), "a slot has two rows"
+        assert (contexts <= self.known[slots]).all(), "a row feeds a token that nobody knows"
+        row = np.repeat(np.arange(len(slots)), counts)
+        ends = np.cumsum(counts)
+        positions = np.arange(ends[-1]) - (ends - contexts)[row]
+        blocks = self.tables[slots[row], positions // size]
+        assert (blocks >= 0).all(), "a block is missing"
+        self.device[blocks, positions % size] = self.chains[slots[row], positions]
+        used = -(-int(contexts.max()) // size)
+        tables = self.tables[slots, :used]
+        held = self.device[tables].reshape(len(slots), -1)
+        expected = self.chains[slots, : held.shape[1]]
+        held = held[:, : expected.shape[1]]
+        wrong = (held != expected) & (np.arange(expected.shape[1]) < contexts[:, None])
+        if wrong.any():
+            bad = int(np.flatnonzero(wrong.any(1))[0])
+            raise AssertionError(f"slot {slots[bad]}: a wrong or stale block")
+        wants = plan.wants == 1
+        assert (contexts[wants] == self.known[slots[wants]]).all()
+        last = self.chains[slots[wants], contexts[wants] - 1] ^ self.seeds[slots[wants]]
+        picked = ((last * np.uint64(_PICK)) >> np.uint64(33)) % np.uint64(VOCAB)
+        return slots[wants], ints(picked)

@@ -1,0 +1,262 @@
+"""The scheduler under a random load, driven through the simulated executor.
+
+    python -m tests.soak.scheduler [--requests 100000] [--seed 0]
+
+Each run draws its own sizes: blocks, slots, pipeline stages, policy and preemption mode. Requests
+come in bursts, of mixed lengths, some with a common beginning, with n from 1 to 4, priorities,
+deadlines, and cancellation at any moment. Checked of every request: it ends with exactly its
+tokens, or, cancelled, with the first of them; that no row read a wrong or stale block (the
+executor looks at every one); that both pools are empty at the end; and that nothing starved.
+"""
+
+import argparse
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine import scheduler as scheduler_module
+from engine.config import EngineConfig
+from engine.engine import Engine, child_seed
+from engine.plan import StepPlan
+from engine.preempt import MeasuredCosts
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from tests.support.simulator import VOCAB, SimulatedExecutor, extend, next_token
+
+MODES = ["auto", "swap", "recompute"]
+POLICIES = ["fcfs", "priority"]
+AGEING_SECONDS = 0.02  # a run takes seconds, not hours: priorities age accordingly
+OUTSTANDING = 250  # requests that are in the engine at most
+LONGEST_WAIT = 10_000  # steps; all that is ahead of a request takes less
+
+
+@dataclass
+class Tally:
+    """What a run, or several, did."""
+
+    requests: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    steps: int = 0
+    tokens: int = 0  # that somebody got
+    planned_tokens: int = 0
+    recomputed_tokens: int = 0
+    swaps: int = 0
+    recomputes: int = 0
+    prefix_hits: int = 0
+    promoted_blocks: int = 0
+    longest_wait: int = 0  # steps from a request's arrival to its first token
+    longest_gap: int = 0  # steps between two tokens of a completion
+    seconds: float = 0.0
+
+    def add(self, other: "Tally") -> None:
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            longest = name.startswith("longest")
+            setattr(self, name, max(mine, value) if longest else mine + value)
+
+
+@dataclass
+class _Open:
+    """A request that is under way."""
+
+    request: Request
+    seed: int
+    arrived: int
+    chains: list[int]
+    counts: list[int] = field(default_factory=list)  # tokens so far, of each completion
+    last: list[int] = field(default_factory=list)  # the step of the last one
+    unfinished: int = 0
+    cancelled: bool = False
+
+
+class Load:
+    """One run of ``num_requests`` on an engine with sizes drawn from ``seed``."""
+
+    def __init__(self, seed: int, num_requests: int) -> None:
+        self.draw = draw = random.Random(seed)
+        self.left = num_requests
+        self.tally = Tally()
+        self.open: dict[str, _Open] = {}
+        self.stages = 1 + seed % 4
+        self.pipelined = self.stages > 1 and draw.random() < 0.75
+        self.mode = MODES[seed // 4 % 3]
+        self.policy = draw.choice(POLICIES)
+        block_size = draw.choice([4, 8, 16])
+        num_slots = draw.choice([16, 48, 96])
+        self.max_model_len = 256
+        needed = num_slots * 70 // block_size  # what as many average requests take
+        num_blocks = max(self.max_model_len // block_size, int(needed * draw.uniform(0.2, 0.6)))
+        num_cpu_blocks = int(num_blocks * draw.choice([0, 0.5, 2, 4]))
+        self.config = EngineConfig.from_options(
+            max_num_seqs=num_slots, max_num_batched_tokens=draw.choice([128, 256, 512]),
+            scheduling_policy=self.policy, preemption_mode=self.mode,
+            enable_prefix_caching=draw.random() < 0.85,
+        )  # fmt: skip
+        costs = MeasuredCosts(1e-5, 1e-5, 10 ** draw.uniform(-6.5, -4.5))
+        executor = SimulatedExecutor(
+            num_blocks, num_cpu_blocks, block_size, num_slots, self.max_model_len, costs,
+            self.pipelined,
+        )  # fmt: skip
+        self.engine = Engine(
+            self.config, executor, executor.load(), executor.reserve(), self.max_model_len, (),
+            self.stages - 1, self.pipelined,
+        )  # fmt: skip
+        self.stems = [self.tokens(draw.randint(8, 40)) for _ in range(8)]
+        self.last_admitted, self.admitted = -1, set[int]()
+        self.run_plan, executor.run = executor.run, self.watch  # type: ignore[method-assign]
+
+    def tokens(self, count: int) -> list[int]:
+        return [self.draw.randrange(VOCAB) for _ in range(count)]
+
+    def watch(self, plan: StepPlan) -> Any:
+        """The executor's ``run``; first come is first served."""
+        if self.policy == "fcfs":
+            for admit in plan.admits:
+                if len(admit.tokens) == admit.prompt_len:
+                    number = int(admit.name.split("/")[0])
+                    first = number not in self.admitted
+                    assert not first or number >= self.last_admitted, "one was overtaken"
+                    self.last_admitted = max(self.last_admitted, number)
+                    self.admitted.add(number)
+        return self.run_plan(plan)
+
+    def run(self) -> Tally:
+        started = time.perf_counter()
+        before, scheduler_module.AGEING_SECONDS = scheduler_module.AGEING_SECONDS, AGEING_SECONDS
+        try:
+            while self.left or self.open:
+                self.arrive()
+                self.cancel()
+                self.step()
+        finally:
+            scheduler_module.AGEING_SECONDS = before
+        self.tally.seconds = time.perf_counter() - started
+        self.finish()
+        return self.tally
+
+    def arrive(self) -> None:
+        draw = self.draw
+        if self.open and draw.random() < 0.5:
+            return
+        for _ in range(min(draw.randint(1, 40), self.left, OUTSTANDING - len(self.open))):
+            stem = draw.choice(self.stems) if draw.random() < 0.3 else []
+            length = draw.choice([draw.randint(1, 10), draw.randint(1, 30), draw.randint(20, 56)])
+            prompt = stem[: draw.randint(0, len(stem))] + self.tokens(length)
+            number = self.tally.requests
+            request = Request(
+                request_id=str(number),
+                prompt_token_ids=prompt,
+                sampling=SamplingParams(
+                    max_tokens=draw.choice([1, draw.randint(1, 20), draw.randint(20, 150)]),
+                    seed=number,
+                    n=draw.choice([1] * 8 + [2, 4]),
+                ),
+                priority=draw.randint(-3, 3) if self.policy == "priority" else 0,
+                timeout=draw.choice([0.0, 0.05, 1.0]) if draw.random() < 0.03 else None,
+            )
+            chain = 0
+            for token in prompt:
+                chain = extend(chain, token)
+            n = request.sampling.n
+            self.open[request.request_id] = _Open(
+                request, number, self.tally.steps, [chain] * n, [0] * n, [0] * n, n
+            )
+            self.engine.add(request)
+            self.tally.requests += 1
+            self.left -= 1
+
+    def cancel(self) -> None:
+        if self.open and self.draw.random() < 0.03:
+            request_id = self.draw.choice(list(self.open))
+            self.engine.abort(request_id)
+            self.tally.cancelled += 1
+            del self.open[request_id]
+
+    def step(self) -> None:
+        self.tally.steps += 1
+        for delta in self.engine.step():
+            under_way, i = self.open[delta.request_id], delta.index
+            sampling = under_way.request.sampling
+            if delta.token is not None:
+                self.take(under_way, i, delta.token)
+            if delta.finish_reason is None:
+                continue
+            under_way.unfinished -= 1
+            if delta.stop_reason == "timeout":
+                assert under_way.request.timeout is not None
+                under_way.cancelled = True
+            else:
+                assert delta.finish_reason == "length"
+                assert under_way.counts[i] == sampling.max_tokens
+            if not under_way.unfinished:
+                del self.open[delta.request_id]
+                if under_way.cancelled:
+                    self.tally.expired += 1
+                else:
+                    self.tally.finished += 1
+
+    def take(self, under_way: _Open, i: int, token: int) -> None:
+        """The next token of a completion: it is the one that was foretold."""
+        tally, chain = self.tally, under_way.chains[i]
+        assert token == next_token(chain, child_seed(under_way.seed, i)), "a wrong token"
+        under_way.chains[i] = extend(chain, token)
+        if under_way.counts[i]:
+            tally.longest_gap = max(tally.longest_gap, tally.steps - under_way.last[i])
+        else:
+            tally.longest_wait = max(tally.longest_wait, tally.steps - under_way.arrived)
+        under_way.counts[i] += 1
+        under_way.last[i] = tally.steps
+        tally.tokens += 1
+
+    def finish(self) -> None:
+        """Nothing is left anywhere."""
+        engine, tally = self.engine, self.tally
+        while engine.has_work:  # results of what was cancelled last
+            assert not engine.step()
+        kv, stats = engine.scheduler.kv, engine.scheduler.stats
+        assert kv.device.num_held == kv.cpu.num_held == 0, "a block has leaked"
+        kv.device.check()
+        kv.cpu.check()
+        scheduler = engine.scheduler
+        assert not scheduler.has_work and not scheduler.running
+        assert scheduler.num_waiting == scheduler.waiting_tokens == 0
+        assert len(scheduler._free_slots) == self.config.scheduler.max_num_seqs
+        assert tally.finished + tally.cancelled + tally.expired == tally.requests
+        assert tally.longest_wait < LONGEST_WAIT and tally.longest_gap < LONGEST_WAIT, "one starved"
+        if self.mode == "recompute":
+            assert stats.preemptions_swap == 0
+        tally.planned_tokens = stats.planned_tokens
+        tally.recomputed_tokens = stats.recomputed_tokens
+        tally.swaps, tally.recomputes = stats.preemptions_swap, stats.preemptions_recompute
+        tally.prefix_hits = kv.stats.prefix_hits
+        tally.promoted_blocks = kv.stats.promoted_blocks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--runs", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    total = Tally()
+    for number in range(args.runs):
+        load = Load(args.seed + number, args.requests // args.runs)
+        tally = load.run()
+        total.add(tally)
+        print(
+            f"{number:3}: {load.stages} stages{' pipelined' if load.pipelined else ''},"
+            f" {load.mode}, {load.policy}: {tally}", flush=True,
+        )  # fmt: skip
+    print(f"total: {total}")
+    print(
+        f"{total.requests / total.seconds:.0f} requests/s, {total.tokens / total.seconds:.0f}"
+        f" output tokens/s, {1e6 * total.seconds / total.planned_tokens:.1f} µs a planned token,"
+        " the simulated model's own time included"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The copies between the tiers, against a plain model of which block holds what."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from engine.plan import Copies, pairs
+from workers import kv
+from workers.attention.base import AttentionShape
+from workers.attention.gather import GatherAttention
+
+LAYERS, DEVICE_BLOCKS, CPU_BLOCKS = 5, 40, 90
+
+
+def check_copies(device, seed, staging_bytes, busy=lambda: None):
+    """Steps of random copies out, in and within, then writes to blocks that were just freed.
+
+    ``busy`` gives the device work in each step, so that copies that did not wait would be seen.
+    Nothing is looked at before the end but by the device itself.
+    """
+    draw = random.Random(seed)
+    shape = AttentionShape(
+        num_heads=2, num_kv_heads=2, head_dim=64, scale=1.0, block_size=16,
+        dtype=torch.float32, device=device,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv, "STAGING_BYTES", staging_bytes)
+        cache = kv.KVCache(GatherAttention(shape), LAYERS, DEVICE_BLOCKS, CPU_BLOCKS, device)
+    on_device, on_cpu = [0] * DEVICE_BLOCKS, {}
+    for layer in cache.layers:
+        layer.zero_()
+    seen, expected, number = [], [], 0
+    for _ in range(60):
+        blocks = draw.sample(range(DEVICE_BLOCKS), draw.randint(1, DEVICE_BLOCKS))
+        free = [block for block in range(CPU_BLOCKS) if draw.random() < 0.6]
+        out = list(zip(blocks, free, strict=False)) if draw.random() < 0.8 else []
+        in_ = []
+        known = [c for c in on_cpu if c not in {c for _, c in out}] + [c for _, c in out]
+        if known and draw.random() < 0.8:  # into blocks that are copied out in this very step too
+            sources = draw.sample(known, min(len(known), draw.randint(1, 30)))
+            in_ = list(zip(sources, draw.sample(range(DEVICE_BLOCKS), len(sources)), strict=True))
+        on_cpu |= {c: on_device[b] for b, c in out}
+        for c, b in in_:
+            on_device[b] = on_cpu[c]
+        within = []
+        if draw.random() < 0.3:
+            a, b = draw.sample(range(DEVICE_BLOCKS), 2)
+            within, on_device[b] = [(a, b)], on_device[a]
+        busy()
+        cache.copy(Copies(pairs(out), pairs(in_), pairs(within)))
+        for block in draw.sample(blocks, draw.randint(0, len(blocks))):
+            number += 1
+            on_device[block] = number
+            for i, layer in enumerate(cache.layers):
+                layer[block] = number + 1000.0 * i
+        seen.append(torch.stack([layer.flatten(1).amin(1) for layer in cache.layers]))
+        seen.append(torch.stack([layer.flatten(1).amax(1) for layer in cache.layers]))
+        expected += [list(on_device)] * 2
+    offsets = 1000.0 * np.arange(LAYERS)[:, None]
+    written = np.array(expected, np.float64)[:, None, :]
+    # Blocks that nobody wrote hold 0 in every layer.
+    np.testing.assert_array_equal(
+        torch.stack(seen).cpu().numpy(), np.where(written > 0, written + offsets, 0)
+    )
+    return cache
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_hold_what_was_copied_there(seed):
+    cache = check_copies(torch.device("cpu"), seed, 1 << 20)
+    seen = cache.copied()
+    assert seen.blocks_out > 100 and seen.blocks_in > 100
+    assert seen.seconds_out > 0 and seen.seconds_in > 0
+    assert cache.copied().blocks_out == 0  # told once
+    out, in_ = cache.measure()
+    assert 0 < out < 1 and 0 < in_ < 1
+
+
+@pytest.mark.parametrize(
+    "blocks, runs",
+    [
+        ([0], [(0, 1, 0)]),
+        ([3, 4, 5, 9, 8, 0, 1], [(0, 3, 3), (3, 1, 9), (4, 1, 8), (5, 2, 0)]),
+    ],
+)
+def test_blocks_that_follow_each_other_are_copied_at_once(blocks, runs):
+    assert list(kv._runs(np.array(blocks, np.int32))) == runs

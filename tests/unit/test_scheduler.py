@@ -1,0 +1,125 @@
+"""The scheduler under a random load: a small instance of ``make soak-scheduler``, and what it
+promises of single decisions."""
+
+import random
+
+import pytest
+
+from engine.plan import CopyTimes
+from engine.preempt import MeasuredCosts
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.scheduler import _Draft
+from tests.soak.scheduler import Load
+from tests.support.simulator import foretell
+from tests.unit.test_engine import assert_empty, drain, make_engine, random_prompt
+
+
+@pytest.mark.parametrize("seed", range(12))  # each number of stages in each preemption mode
+def test_random_load(seed):
+    tally = Load(1000 + seed, 300).run()
+    assert tally.requests == 300 and tally.finished > 100
+
+
+def add(engine, request_id, prompt, max_tokens, **options):
+    n = options.pop("n", 1)
+    sampling = SamplingParams(max_tokens=max_tokens, seed=0, n=n)
+    engine.add(
+        Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, **options)
+    )
+
+
+def test_who_gives_way_loses_the_least_work():
+    """Of those behind the needy one, first the one with the fewest tokens that nobody else keeps;
+    under priorities, of those of the lowest priority."""
+    rng = random.Random(0)
+    stem = random_prompt(rng, 16)
+    prompts = {
+        "needy": random_prompt(rng, 8),
+        "long": random_prompt(rng, 20),
+        "shared": [*stem, 1, 2],  # the longest but for one, but most of it is shared
+        "other": [*stem, 3, 4, 5],
+        "middle": random_prompt(rng, 12),
+        "short": random_prompt(rng, 6),
+    }
+    order = {"fcfs": ["shared", "other", "short", "middle", "long"],
+             "priority": ["middle", "long", "shared", "other", "short"]}  # fmt: skip
+    for policy, expected in order.items():
+        engine = make_engine(num_blocks=64, max_num_batched_tokens=128, scheduling_policy=policy)
+        for name, prompt in prompts.items():
+            priority = int(name in ("middle", "long")) if policy == "priority" else 0
+            add(engine, name, prompt, 40, priority=priority)
+        engine.step()
+        scheduler = engine.scheduler
+        draft, running = _Draft(99, 128), sorted(scheduler.running, key=lambda seq: seq.order)
+        (needy,) = (seq for seq in running if seq.request_id == "needy")
+        found = []
+        while (victim := scheduler._victim(draft, needy)) is not needy:
+            found.append(victim.request_id)
+            scheduler._preempt(draft, victim)
+        assert found == expected, policy
+        drain(engine)
+        assert_empty(engine)
+
+
+def test_a_shared_prefix_is_swapped_out_once():
+    """Six completions of one prompt all give way: the prompt's blocks go to the CPU once, and
+    come back once."""
+    engine = make_engine(
+        num_blocks=80, num_cpu_blocks=80, preemption_mode="swap", max_num_batched_tokens=64
+    )
+    prompt = random_prompt(random.Random(0), 41)
+    add(engine, "a", prompt, 30, n=6)
+    engine.step()
+    engine.step()
+    scheduler, kv = engine.scheduler, engine.scheduler.kv
+    assert len(scheduler.running) == 6
+    private = sum(len(seq.blocks) - 10 for seq in scheduler.running)
+    for seq in scheduler.running:
+        assert kv.swap_out(seq)
+        scheduler._leave(seq)
+        scheduler._enqueue(seq)
+    assert kv.stats.swapped_out_blocks == 10 + private
+    kv.device.forget_all()
+    outputs = drain(engine)
+    assert kv.stats.swapped_in_blocks == 10 + private
+    assert len({tuple(tokens) for tokens, _ in outputs.values()}) == 6
+    assert outputs["a", 0][0] == foretell(prompt, 0, 30)[2:]
+    assert_empty(engine)
+
+
+def test_what_is_cached_is_not_recomputed():
+    """A victim whose prefix another still holds computes only the rest of it again."""
+    engine = make_engine(num_blocks=40, preemption_mode="recompute", max_num_batched_tokens=64)
+    prompt = random_prompt(random.Random(0), 41)
+    add(engine, "a", prompt, 30, n=2)
+    engine.step()
+    engine.step()
+    scheduler = engine.scheduler
+    scheduler._preempt(_Draft(99, 64), scheduler.running[1])
+    before = scheduler.stats.planned_tokens
+    engine.step()
+    assert scheduler.stats.planned_tokens - before == 1 + 3  # one decodes; 40 of 43 are there
+    assert scheduler.stats.recomputed_tokens == 2
+    drain(engine)
+    assert_empty(engine)
+
+
+def test_costs_follow_what_is_seen():
+    """Copies that turn out slow make auto recompute, where at first it swaps."""
+    engine = make_engine(num_blocks=64, num_cpu_blocks=64, costs=MeasuredCosts(1e-6, 1e-6, 1e-3))
+    add(engine, "a", random_prompt(random.Random(0), 40), 9)
+    engine.step()
+    scheduler = engine.scheduler
+    (seq,) = scheduler.running
+    assert scheduler._swap_pays(seq) and scheduler.kv.promote
+    for _ in range(100):
+        scheduler.costs.observe_copies(CopyTimes(8, 8 * 0.5, 8, 8 * 0.25))
+    assert scheduler.costs.block_out == pytest.approx(0.5, rel=0.01)
+    assert scheduler.costs.block_in == pytest.approx(0.25, rel=0.01)
+    scheduler.costs.observe_copies(CopyTimes(1, 9.0, 1, 9.0))  # one block says nothing
+    assert scheduler.costs.block_in == pytest.approx(0.25, rel=0.01)
+    assert not scheduler._swap_pays(seq)
+    engine.step()
+    assert not scheduler.kv.promote, "copying in is dearer than computing"
+    drain(engine)
