@@ -130,6 +130,9 @@ class SimulatedExecutor:
             sampled,
         )
 
+    def check(self) -> None:
+        pass
+
     def stop(self) -> None:
         pass
 
