@@ -1,5 +1,6 @@
 """The executor over several workers: it brings them up, hands them plans, and sees them die."""
 
+import contextlib
 import select
 import socket
 import threading
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,7 @@ log = get_logger("executor")
 
 PLAN_RING_BYTES = 4 << 20
 START_TIMEOUT = 180.0  # seconds in which every worker's process must have called
+_PING_TIME = 0.5  # seconds that workers have to answer, before the time of a step is up
 _GRACE = 0.2  # seconds in which the cause of a failure may follow its consequences
 _reports: wire.Decoder[Report] = wire.Decoder(Report)
 _results: wire.Decoder[StepResult] = wire.Decoder(StepResult)
@@ -70,6 +73,7 @@ class Workers:
         self._all_down = threading.Event()
         self._ring = RingSender(self.size, PLAN_RING_BYTES)
         self._results: Receiver | None = None
+        self._store: Any = None
 
     # ---- starting ----
 
@@ -203,16 +207,21 @@ class Workers:
 
     def receive(self, deadline: float) -> bytes:
         """The next result. Raises EngineError if the replica fails, or at the deadline."""
-        assert self._results is not None
+        asked = False
         while True:
+            results = self._results
             self.check()
+            assert results is not None
             try:
-                data = self._results.receive(min(0.2, max(0.0, deadline - time.monotonic())))
+                data = results.receive(min(0.2, max(0.0, deadline - time.monotonic())))
             except ChannelClosed as error:
                 self._lost(error)
             if data is not None:
                 return data
-            if time.monotonic() >= deadline:
+            if not asked and time.monotonic() >= deadline - _PING_TIME:
+                asked = True
+                self._ping()
+            elif time.monotonic() >= deadline:
                 self._fail_as_hung()
 
     def check(self) -> None:
@@ -264,12 +273,14 @@ class Workers:
             rank, failure = next(iter(gave_up.items()))
             self._fail(f"{self._name(rank)} failed:\n{failure.trace}")
 
-    def _fail_as_hung(self) -> None:
-        """Name those that do not answer, or all, and give up."""
+    def _ping(self) -> None:
         for worker in self._workers:
             worker.answered = False
-            worker.control.send(wire.encode(Order(ping=True)))
-        time.sleep(0.5)
+            with contextlib.suppress(ChannelClosed):
+                worker.control.send(wire.encode(Order(ping=True)))
+
+    def _fail_as_hung(self) -> None:
+        """Name those that did not answer, if any, and give up."""
         hung = [self._name(i) for i, worker in enumerate(self._workers) if not worker.answered]
         seconds = self._config.parallel.step_timeout
         who = f"; no answer from {', '.join(hung)}" if hung else ""
@@ -304,6 +315,8 @@ class Workers:
         self._ring.close()
         if self._results is not None:
             self._results.close()
+            self._results = None
+        self._store = None
         self._launcher.stop(gently)
         for worker in self._workers:
             worker.control.close()
@@ -349,10 +362,15 @@ class ParallelExecutor:
 
     @property
     def steps_ahead(self) -> int:
-        """How many steps it pays to plan before a result."""
-        return (
-            1 if self._device == "cuda" and self._config.parallel.pipeline_parallel_size == 1 else 0
-        )
+        """How many steps it pays to plan before a result: one for every further stage."""
+        stages = self._config.parallel.pipeline_parallel_size
+        return stages - 1 if stages > 1 else int(self._device == "cuda")
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether steps in flight must have no sequence in common: the first stage is told the
+        tokens of a step only after its result."""
+        return self._config.parallel.pipeline_parallel_size > 1
 
     def load(self) -> ModelFacts:
         """Start the workers and load. Raises what made a worker fail, or EngineError."""

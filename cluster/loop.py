@@ -192,6 +192,8 @@ class EngineLoop:
                 self._flush()  # who was queued or refused hears of it before a long step
                 if self.engine.has_work and self.failure is None and not self._stopping:
                     self._step()
+                elif self.failure is None:
+                    self._check()
                 self._push_load()
                 self._flush()
         except Exception as error:  # a mistake of ours; nothing may hang for it
@@ -231,6 +233,13 @@ class EngineLoop:
         with contextlib.suppress(BlockingIOError):
             while self._awake.recv(4096):
                 pass
+
+    def _check(self) -> None:
+        """Notice a worker that died while there was nothing to do."""
+        try:
+            self.engine.check()
+        except EngineError as error:
+            self._fail(str(error))
 
     def _step(self) -> None:
         self._step_since = time.monotonic()

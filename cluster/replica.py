@@ -69,6 +69,8 @@ def start_replica(
     Raises CheckpointError or ConfigError.
     """
     started = time.perf_counter()
+    if config.parallel.world_size > 1:
+        check_split(config, checkpoint.path)
     with LoadBar(checkpoint.weight_bytes, config.log.use_tqdm_on_load) as bar:
         executor = _make_executor(config, checkpoint, bar)
         facts = executor.load()
@@ -97,6 +99,7 @@ def start_replica(
         granted,
         eos_token_ids=tuple(sorted(i for i in eos if i is not None)),
         steps_ahead=executor.steps_ahead,
+        pipelined=executor.pipelined,
     )
 
 
@@ -134,11 +137,10 @@ def start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineIn
 def _make_executor(
     config: EngineConfig, checkpoint: Checkpoint, bar: LoadBar
 ) -> LocalExecutor | ParallelExecutor:
-    """In this process for one shard; else over workers, if the model can be split so."""
+    """In this process for one shard; else over workers."""
     parallel = config.parallel
     if parallel.world_size == 1:
         return LocalExecutor(config, checkpoint.path, bar.read)
-    check_split(config, checkpoint.path)
     launcher: Launcher
     if parallel.distributed_executor_backend == "mp":
         launcher = ProcessLauncher(config)

@@ -119,7 +119,7 @@ class Engine:
         Raises RequestError (naming what is wrong), PromptTooLong if it could never run, and
         QueueFull if too many wait; the engine is as it was then.
         """
-        self._check_alive()
+        self.check()
         sampling = request.sampling
         if request.request_id in self._active:
             raise RequestError(f"request_id {request.request_id!r} is running already")
@@ -230,7 +230,7 @@ class Engine:
 
         Raises EngineError if the executor failed: every request then ended with an error.
         """
-        self._check_alive()
+        self.check()
         deltas = self._expire()
         try:
             while len(self._pending) <= self.steps_ahead:
@@ -242,7 +242,8 @@ class Engine:
                 return deltas
             result = self._pending.popleft().result()
         except Exception as error:
-            self._failure = f"{type(error).__name__}: {error}"
+            named = isinstance(error, EngineError)
+            self._failure = str(error) if named else f"{type(error).__name__}: {error}"
             raise EngineError(f"the engine failed: {self._failure}") from error
         except BaseException as error:  # an interrupt in the middle of a step: it is half done
             self._failure = f"{type(error).__name__} during a step"
@@ -297,7 +298,13 @@ class Engine:
             active.metrics.finished_time = time.monotonic()
             del self._active[seq.request_id]
 
-    def _check_alive(self) -> None:
+    def check(self) -> None:
+        """Raise EngineError, naming the cause, if the engine or its executor cannot go on."""
+        if self._failure is None:
+            try:
+                self.executor.check()
+            except EngineError as error:
+                self._failure = str(error)
         if self._failure is not None:
             raise EngineError(f"the engine failed earlier: {self._failure}")
 

@@ -42,7 +42,7 @@ class PendingResult(Protocol):
 
 
 class Executor(Protocol):
-    """Four verbs. Plans run in the order in which they are given."""
+    """Four verbs, and a question. Plans run in the order in which they are given."""
 
     def load(self) -> ModelFacts: ...
 
@@ -51,5 +51,9 @@ class Executor(Protocol):
         ...
 
     def run(self, plan: StepPlan) -> PendingResult: ...
+
+    def check(self) -> None:
+        """Raise EngineError, naming the cause, if it can run nothing more; takes no time."""
+        ...
 
     def stop(self) -> None: ...

@@ -112,10 +112,12 @@ class RingSender:
         return f"/proc/{os.getpid()}/fd/{self._file}"
 
     def send(self, data: bytes) -> None:
-        memory, capacity = self._memory, self._memory.capacity
+        if self._closed:
+            raise ChannelClosed
+        memory, tails, capacity = self._memory, self._tails, self._memory.capacity
         left = memoryview(_LENGTH.pack(len(data)) + data)
         while left:
-            room = capacity - (self._head - min(tail.value for tail in self._tails))
+            room = capacity - (self._head - min(tail.value for tail in tails))
             if self._closed:
                 raise ChannelClosed
             if not room:
@@ -130,10 +132,11 @@ class RingSender:
             left = left[count:]
 
     def close(self) -> None:
-        """Give up, also a ``send`` that waits in another thread."""
+        """Give up, also a ``send`` that waits in another thread. Readers keep what was sent."""
         if not self._closed:
             self._closed = True
             os.close(self._file)
+            del self._memory, self._tails
 
 
 class RingReceiver:

@@ -30,5 +30,13 @@ class LocalExecutor:
     def run(self, plan: StepPlan) -> Pending:
         return self._worker.run(plan)
 
+    def check(self) -> None:
+        """It fails only when it runs."""
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether steps in flight must have no sequence in common."""
+        return False
+
     def stop(self) -> None:
         del self._worker

@@ -7,6 +7,7 @@ at once that the other has died. Plans come by the ring in shared memory or by t
 
 import workers  # noqa: F401, I001  # before torch
 
+import contextlib
 import os
 import queue
 import sys
@@ -109,8 +110,9 @@ def serve(rank: int, own_host: str, call: Call, cpus: float | None = None) -> No
         _run(executor, _take_place(executor, rank, cpus))
     except BaseException as error:
         name = type(error).__name__
-        executor.report(Report(failure=Failure(name, str(error), traceback.format_exc())))
-        raise
+        with contextlib.suppress(ChannelClosed):
+            executor.report(Report(failure=Failure(name, str(error), traceback.format_exc())))
+        raise SystemExit(1) from None  # the executor tells the user
 
 
 def _take_place(executor: _Executor, rank: int, cpus: float | None) -> Worker:

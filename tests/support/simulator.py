@@ -123,6 +123,9 @@ class SimulatedExecutor:
         failed = np.zeros(len(tokens), np.bool_)
         return _Done(self, StepResult(plan.step, slots, tokens, failed, {}, {}, 1e-3, copied), late)
 
+    def check(self) -> None:
+        pass
+
     def stop(self) -> None:
         pass
 
