@@ -89,7 +89,9 @@ class Engines(Collection[EngineClient]):
         try:
             self._clients[id] = await RemoteClient.connect(address, timeout=2.0)
             self._silent_since.pop(address, None)
-        except EngineError:
+        except EngineError as error:
+            if address not in self._silent_since:
+                log.warning("Engine %s: %s", id, error)
             since = self._silent_since.setdefault(address, time.monotonic())
             if time.monotonic() - since > FORGET_AFTER:
                 del self._silent_since[address]

@@ -15,6 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import msgspec
 
@@ -278,21 +279,20 @@ class RemoteClient(asyncio.Protocol):
     # ---- asyncio calls these ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one but does not say so
         _prepare(transport.get_extra_info("socket"))
-        self._transport = transport
 
     def data_received(self, data: bytes) -> None:
         self._heard = time.monotonic()
         try:
             for piece in self._reader.take(data):
                 message = self._decoder.decode(piece)
-                if isinstance(message, Batch):
-                    self._table.receive(message)
-                else:
+                if isinstance(message, Hello):
                     self.info = message.info
-                    if not self._greeted.done():
-                        self._greeted.set_result(None)
+                    continue
+                self._table.receive(message)
+                if not self._greeted.done():  # the first batch has the load
+                    self._greeted.set_result(None)
         except (msgspec.MsgspecError, ValueError) as error:
             self._end(f"{self._name} sent what cannot be read: {error}")
 
