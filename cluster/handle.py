@@ -53,6 +53,11 @@ class Engines(Collection[EngineClient]):
         except TimeoutError:
             raise EngineError(f"no engine came within {timeout:g} s") from None
 
+    def drain(self) -> None:
+        """Have every engine admit nothing any longer; their ``load`` says when they are done."""
+        for client in self._clients.values():
+            client.drain()
+
     async def close(self) -> None:
         """Close every connection; requests in flight end."""
         if self._task is not None:

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
+from router.app import build_app
 
 from cluster.engine_actor import EngineHost
 from cluster.handle import Engines
 from deploy.settings import Settings
 from manta import __version__
-from router.app import build_app
 from router.config import RouterConfig
 
 APPLICATION = "manta"
@@ -27,7 +27,7 @@ STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a r
 class Router:
     """An ingress replica: validates, tokenizes, picks an engine, makes text, writes the stream."""
 
-    async def __init__(self, config: RouterConfig, application: str, engine: Any) -> None:
+    async def __init__(self, config: RouterConfig, application: str, engine: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         self._config = config
         self._engines = Engines(application)
         await self._engines.open()
@@ -64,7 +64,6 @@ def build(options: Mapping[str, Any]) -> serve.Application:
     stop_seconds = router.shutdown_timeout + STOP_BUFFER
     threads = max(1, (os.cpu_count() or 1) // router.num_replicas)
     engine = serve.deployment(
-        Engine,
         name="Engine",
         num_replicas=router.num_replicas,
         max_ongoing_requests=MOST_AT_ONCE,
@@ -73,16 +72,15 @@ def build(options: Mapping[str, Any]) -> serve.Application:
         health_check_period_s=2.0,
         health_check_timeout_s=30.0,
         ray_actor_options={"num_cpus": 0},
-    )
+    )(Engine)
     ingress = serve.deployment(
-        Router,
         name="Router",
         num_replicas=router.num_ingress_replicas,
         max_ongoing_requests=MOST_AT_ONCE,
         graceful_shutdown_timeout_s=stop_seconds,
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={"num_cpus": 0},
-    )
+    )(Router)
     return ingress.bind(
         router, APPLICATION, engine.bind(dict(settings.options), APPLICATION, threads)
     )
