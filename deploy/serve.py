@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
-from router.app import build_app
 
 from cluster.engine_actor import EngineHost
 from cluster.handle import Engines
 from deploy.settings import Settings
 from manta import __version__
+from router.app import build_app
 from router.config import RouterConfig
 
 APPLICATION = "manta"
@@ -27,13 +27,20 @@ STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a r
 class Router:
     """An ingress replica: validates, tokenizes, picks an engine, makes text, writes the stream."""
 
-    async def __init__(self, config: RouterConfig, application: str, engine: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: RouterConfig, application: str, engine: Any
+    ) -> None:
         self._config = config
         self._engines = Engines(application)
         await self._engines.open()
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_app(self._config, self._engines, __version__)
+
+    async def __del__(self) -> None:
+        engines = getattr(self, "_engines", None)
+        if engines is not None:
+            await engines.close()
 
 
 class Engine:

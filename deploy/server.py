@@ -110,10 +110,10 @@ class _Server:
                 from deploy.serve import APPLICATION
 
                 if self._own_serve:
-                    serve.shutdown()
+                    serve.shutdown()  # type: ignore[no-untyped-call]
                 elif self._deployed:
                     serve.delete(APPLICATION)
-                ray.shutdown()  # type: ignore[no-untyped-call]
+                ray.shutdown()
 
     # ---- inside ----
 
