@@ -27,6 +27,7 @@ from engine import wire
 from engine.errors import EngineError
 from engine.log import get_logger
 from engine.request import Request
+from engine.stats import Metric
 
 log = get_logger("transport")
 
@@ -230,6 +231,9 @@ class RemoteClient(asyncio.Protocol):
 
     async def submit(self, request: Request) -> Stream:
         return await self._table.submit(request)
+
+    async def stats(self) -> list[Metric]:
+        return await self._table.stats()
 
     def drain(self) -> None:
         """Have the engine admit nothing any longer; ``load`` says when it is done."""
