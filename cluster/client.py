@@ -12,6 +12,7 @@ from engine.engine import Delta
 from engine.outputs import RequestMetrics
 from engine.request import Request
 from engine.sampling_params import SamplingParams
+from engine.stats import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,10 @@ class EngineClient(Protocol):
         Raises RequestError (PromptTooLong, QueueFull) as ``Engine.add`` does, and EngineError if
         the engine is gone or draining.
         """
+        ...
+
+    async def stats(self) -> list[Metric]:
+        """What the engine has counted, as of now. Raises EngineError if it is gone."""
         ...
 
     async def close(self) -> None: ...

@@ -53,6 +53,11 @@ class Engines(Collection[EngineClient]):
         except TimeoutError:
             raise EngineError(f"no engine came within {timeout:g} s") from None
 
+    def drain(self) -> None:
+        """Have every engine admit nothing any longer; their ``load`` says when they are done."""
+        for client in self._clients.values():
+            client.drain()
+
     async def close(self) -> None:
         """Close every connection; requests in flight end."""
         if self._task is not None:
@@ -89,7 +94,9 @@ class Engines(Collection[EngineClient]):
         try:
             self._clients[id] = await RemoteClient.connect(address, timeout=2.0)
             self._silent_since.pop(address, None)
-        except EngineError:
+        except EngineError as error:
+            if address not in self._silent_since:
+                log.warning("Engine %s: %s", id, error)
             since = self._silent_since.setdefault(address, time.monotonic())
             if time.monotonic() - since > FORGET_AFTER:
                 del self._silent_since[address]

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from cluster.client import EngineInfo, EngineLoad
 from cluster.messages import (
+    Ask,
     Batch,
     Cancel,
     Command,
@@ -35,6 +36,7 @@ from engine.errors import EngineError, RequestError
 from engine.log import get_logger
 from engine.outputs import RequestMetrics
 from engine.request import Request
+from engine.stats import Metric
 
 log = get_logger("engine")
 
@@ -172,6 +174,9 @@ class EngineLoop:
             return
         if isinstance(command, Drain):
             self._start_drain()
+            return
+        if isinstance(command, Ask):
+            self._batch(client).answers.append((command.number, self.engine.metrics()))
             return
         request = client.requests.get(command.number)
         if request is None:
@@ -364,7 +369,7 @@ class EngineLoop:
         return EngineLoad(
             running=len(scheduler.running),
             waiting=scheduler.num_waiting,
-            waiting_tokens=sum(len(seq.tokens) for seq in scheduler.waiting()),
+            waiting_tokens=scheduler.waiting_tokens,
             free_blocks=scheduler.kv.device.num_free,
             draining=self._draining,
         )
@@ -425,6 +430,9 @@ class LocalClient:
 
     async def submit(self, request: Request) -> Stream:
         return await self._table.submit(request)
+
+    async def stats(self) -> list[Metric]:
+        return await self._table.stats()
 
     async def close(self) -> None:
         """Stop the loop and its engine."""

@@ -11,6 +11,7 @@ from cluster.client import EngineInfo, EngineLoad
 from engine.plan import TokenLogprobs
 from engine.request import Request
 from engine.sequence import FinishReason
+from engine.stats import Metric
 
 
 class Submit(msgspec.Struct, array_like=True, tag=1):
@@ -37,7 +38,13 @@ class Drain(msgspec.Struct, array_like=True, tag=4):
     """Admit nothing any longer; what is queued or runs goes on to its end."""
 
 
-Command = Submit | StopAtText | Cancel | Drain
+class Ask(msgspec.Struct, array_like=True, tag=5):
+    """Send the engine's metrics; ``number`` is the client's name for the question."""
+
+    number: int
+
+
+Command = Submit | StopAtText | Cancel | Drain | Ask
 
 
 class Entry(msgspec.Struct, array_like=True):
@@ -90,6 +97,7 @@ class Batch(msgspec.Struct, array_like=True, tag=2):
     accepted: list[int] = []
     refused: list[Refused] = []
     times: list[Times] = []
+    answers: list[tuple[int, list[Metric]]] = []
     load: EngineLoad | None = None
     failure: str | None = None
 

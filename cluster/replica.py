@@ -130,6 +130,7 @@ def start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineIn
         num_cpu_blocks=engine.capacity.num_cpu_blocks,
         scheduling_policy=config.scheduler.scheduling_policy,
         default_sampling=defaults,
+        step_timeout=config.parallel.step_timeout,
     )
     return engine, info
 

@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable
 
 from cluster.client import EngineLoad
-from cluster.messages import Batch, Cancel, Command, StopAtText, Submit, Times
+from cluster.messages import Ask, Batch, Cancel, Command, StopAtText, Submit, Times
 from engine import errors
 from engine.engine import Delta
 from engine.outputs import RequestMetrics
 from engine.request import Request
 from engine.sequence import FinishReason
+from engine.stats import Metric
 
 
 class Stream:
@@ -100,6 +101,7 @@ class StreamTable:
         self.load = EngineLoad(0, 0, 0, 0)
         self.failure: str | None = None
         self._streams: dict[int, Stream] = {}
+        self._questions: dict[int, asyncio.Future[list[Metric]]] = {}
         self._next = 0
 
     async def submit(self, request: Request) -> Stream:
@@ -120,6 +122,20 @@ class StreamTable:
             stream.cancel()
             raise
         return stream
+
+    async def stats(self) -> list[Metric]:
+        """Ask the engine for its metrics. Raises EngineError if it is gone."""
+        if self.failure is not None:
+            raise errors.EngineError(self.failure)
+        number = self._next
+        self._next += 1
+        answer: asyncio.Future[list[Metric]] = asyncio.get_running_loop().create_future()
+        self._questions[number] = answer
+        self.send(Ask(number))
+        try:
+            return await answer
+        finally:
+            del self._questions[number]
 
     def receive(self, batch: Batch) -> None:
         """Hand out what came."""
@@ -156,6 +172,10 @@ class StreamTable:
                         entry.stop_reason,
                     )
                 )
+        for number, metrics in batch.answers:
+            answer = self._questions.get(number)
+            if answer is not None and not answer.done():
+                answer.set_result(metrics)
         if batch.failure is not None:
             self.fail(batch.failure)
 
@@ -169,6 +189,9 @@ class StreamTable:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(cause)
+        for answer in self._questions.values():
+            if not answer.done():
+                answer.set_exception(errors.EngineError(cause))
 
 
 def _fill(metrics: RequestMetrics, times: Times) -> None:

@@ -15,6 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import msgspec
 
@@ -26,6 +27,7 @@ from engine import wire
 from engine.errors import EngineError
 from engine.log import get_logger
 from engine.request import Request
+from engine.stats import Metric
 
 log = get_logger("transport")
 
@@ -230,6 +232,9 @@ class RemoteClient(asyncio.Protocol):
     async def submit(self, request: Request) -> Stream:
         return await self._table.submit(request)
 
+    async def stats(self) -> list[Metric]:
+        return await self._table.stats()
+
     def drain(self) -> None:
         """Have the engine admit nothing any longer; ``load`` says when it is done."""
         self._send(Drain())
@@ -278,21 +283,20 @@ class RemoteClient(asyncio.Protocol):
     # ---- asyncio calls these ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one but does not say so
         _prepare(transport.get_extra_info("socket"))
-        self._transport = transport
 
     def data_received(self, data: bytes) -> None:
         self._heard = time.monotonic()
         try:
             for piece in self._reader.take(data):
                 message = self._decoder.decode(piece)
-                if isinstance(message, Batch):
-                    self._table.receive(message)
-                else:
+                if isinstance(message, Hello):
                     self.info = message.info
-                    if not self._greeted.done():
-                        self._greeted.set_result(None)
+                    continue
+                self._table.receive(message)
+                if not self._greeted.done():  # the first batch has the load
+                    self._greeted.set_result(None)
         except (msgspec.MsgspecError, ValueError) as error:
             self._end(f"{self._name} sent what cannot be read: {error}")
 

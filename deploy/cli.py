@@ -1,4 +1,4 @@
-"""The command line: ``manta generate``, ``chat``, ``complete``, ``bench``, ``replay`` and so on.
+"""The command line: ``manta generate``, ``serve``, ``chat``, ``bench``, ``replay`` and so on.
 
 Engine options are made from the fields of ``EngineConfig``, so that the command line, ``LLM`` and
 the server cannot differ.
@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from deploy import bench_serve, chat, replay
-from engine.config import EMBEDDED_MODEL, allowed, declared_options, option_type
+from deploy import bench_serve, chat, replay, serve_command
+from deploy.options import Declared, add_options, flag, given
+from engine.config import EMBEDDED_MODEL, declared_options
 from engine.errors import ConfigError, MantaError
 from engine.sampling_params import SamplingParams
 from manta import __version__
@@ -92,12 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sampling = generate.add_argument_group("sampling")
     for name, (kind, text) in SAMPLING_OPTIONS.items():
-        sampling.add_argument(_flag(name), type=kind, default=None, help=text)
+        sampling.add_argument(flag(name), type=kind, default=None, help=text)
     sampling.add_argument("--stop", action="append", help="a string that ends the output")
     sampling.add_argument("--ignore-eos", action="store_true", help="the model's end does not end")
-    _add_engine_options(generate)
+    add_options(generate, _engine_options())
     generate.set_defaults(run=_generate, parser=generate)
 
+    serve_command.add_command(commands)
     chat.add_commands(commands)
 
     bench = commands.add_parser("bench", help="measure speed")
@@ -116,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     throughput.add_argument("--repeat", type=int, default=1, help="measured runs; their median")
     throughput.add_argument("--temperature", type=float, default=0.0)
     throughput.add_argument("--output-json", metavar="FILE", help="write the figures here")
-    _add_engine_options(throughput)
+    add_options(throughput, _engine_options())
     throughput.set_defaults(run=_bench_throughput, parser=throughput)
 
     bench_serve.add_command(benches)
@@ -127,50 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    groups: dict[str, Any] = {}
-    for group_name, f in declared_options():
-        if f.name == "model":
-            continue  # an argument of its own
-        if group_name not in groups:
-            groups[group_name] = parser.add_argument_group(f"engine: {group_name}")
-        kind, _ = option_type(f)
-        flag, choices = _flag(f.name), f.metadata["choices"]
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        default = argparse.SUPPRESS
-        if kind is bool:
-            groups[group_name].add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=default, help=text
-            )
-        else:
-            groups[group_name].add_argument(
-                flag,
-                type=_converter(f, kind),
-                default=default,
-                metavar=f"{{{','.join(choices)}}}" if choices else kind.__name__.upper(),
-                help=text,
-            )
-
-
-def _converter(f: Any, kind: type) -> Any:
-    """From a command line's word to the option's value, with an error that says what is allowed."""
-
-    def convert(word: str) -> Any:
-        try:
-            return kind(word)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {allowed(f)}, got {word!r}") from None
-
-    return convert
-
-
-def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    names = {f.name for _, f in declared_options()} - {"model"}
-    return {name: value for name, value in vars(args).items() if name in names}
+def _engine_options() -> Declared:
+    return ((f"engine: {group}", f) for group, f in declared_options())
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -179,7 +139,7 @@ def _generate(args: argparse.Namespace) -> None:
         raise ConfigError("--system needs --chat")
     from cluster.llm import LLM  # imports torch, which takes a second
 
-    llm = LLM(model, **_engine_options(args))
+    llm = LLM(model, **given(args, _engine_options()))
     params = _sampling(args, llm.get_default_sampling_params())
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
@@ -220,7 +180,7 @@ def _sampling(args: argparse.Namespace, defaults: SamplingParams) -> SamplingPar
 def _bench_throughput(args: argparse.Namespace) -> None:
     from deploy.bench import throughput
 
-    throughput(args, _engine_options(args))
+    throughput(args, given(args, _engine_options()))
 
 
 def _collect_env(args: argparse.Namespace) -> None:

@@ -21,6 +21,8 @@ from engine.preempt import Costs
 from engine.request import Request
 from engine.scheduler import Progress, Scheduler
 from engine.sequence import FinishReason, Sequence
+from engine.stats import EngineStats, Metric, SequenceTimes
+from engine.stats_scheduler import scheduler_metrics
 
 _MASK64 = 2**64 - 1
 
@@ -49,9 +51,11 @@ class _Active:
     sequences: list[Sequence]
     metrics: RequestMetrics
     unfinished: int = field(init=False)
+    times: list[SequenceTimes] = field(init=False)
 
     def __post_init__(self) -> None:
         self.unfinished = len(self.sequences)
+        self.times = [SequenceTimes(seq.prompt_len) for seq in self.sequences]
 
 
 def child_seed(seed: int, index: int) -> int:
@@ -103,9 +107,10 @@ class Engine:
         self.scheduler = Scheduler(config.scheduler, kv, Costs(capacity.costs), batches)
         self._active: dict[str, _Active] = {}
         self._deadlines: list[tuple[float, str, _Active]] = []  # a heap; some have finished
-        self._pending: deque[PendingResult] = deque()
+        self._pending: deque[tuple[int, PendingResult]] = deque()  # with the step's tokens
         self._random = random.Random(config.model.seed)
         self._failure: str | None = None
+        self.stats = EngineStats(max_model_len)
 
     # ---- requests ----
 
@@ -120,6 +125,13 @@ class Engine:
         QueueFull if too many wait; the engine is as it was then.
         """
         self.check()
+        try:
+            return self._add(request)
+        except RequestError as error:
+            self.stats.rejected[type(error).__name__] += 1
+            raise
+
+    def _add(self, request: Request) -> RequestMetrics:
         sampling = request.sampling
         if request.request_id in self._active:
             raise RequestError(f"request_id {request.request_id!r} is running already")
@@ -163,6 +175,7 @@ class Engine:
             heapq.heappush(self._deadlines, (now + timeout, request.request_id, active))
         for seq in sequences:
             self.scheduler.add(seq)
+        self.stats.added(sampling.n, sampling.max_tokens)
         return active.metrics
 
     def abort(self, request_id: str) -> None:
@@ -237,10 +250,11 @@ class Engine:
                 plan = self.scheduler.plan()
                 if plan is None:
                     break
-                self._pending.append(self.executor.run(plan))
+                self._pending.append((plan.num_tokens, self.executor.run(plan)))
             if not self._pending:
                 return deltas
-            result = self._pending.popleft().result()
+            num_tokens, pending = self._pending.popleft()
+            result = pending.result()
         except Exception as error:
             named = isinstance(error, EngineError)
             self._failure = str(error) if named else f"{type(error).__name__}: {error}"
@@ -248,19 +262,24 @@ class Engine:
         except BaseException as error:  # an interrupt in the middle of a step: it is half done
             self._failure = f"{type(error).__name__} during a step"
             raise
+        now = time.monotonic()
         for progress in self.scheduler.apply(result):
-            deltas.append(self._delta(progress))
+            deltas.append(self._delta(progress, now))
+        self.stats.step(num_tokens, result.seconds, now)
         return deltas
 
-    def _delta(self, progress: Progress) -> Delta:
+    def _delta(self, progress: Progress, now: float) -> Delta:
         seq = progress.seq
         active = self._active[seq.request_id]
         metrics = active.metrics
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time = seq.scheduled_time
             metrics.num_cached_tokens = seq.cached_tokens
-        if metrics.first_token_time is None and progress.token is not None:
-            metrics.first_token_time = time.monotonic()
+        if progress.token is not None:
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
+                self.stats.prompt(seq.prompt_len, seq.cached_tokens)
+            self.stats.token(active.times[seq.index], metrics, now)
         delta = Delta(
             seq.request_id,
             seq.index,
@@ -294,8 +313,12 @@ class Engine:
     def _retire(self, active: _Active, seq: Sequence) -> None:
         active.unfinished -= 1
         active.metrics.num_preemptions += seq.num_preemptions
+        now = time.monotonic()
+        assert seq.finish_reason is not None
+        times, reason = active.times[seq.index], seq.finish_reason.value
+        self.stats.ended(times, active.metrics, reason, seq.num_preemptions, now)
         if active.unfinished == 0:
-            active.metrics.finished_time = time.monotonic()
+            active.metrics.finished_time = now
             del self._active[seq.request_id]
 
     def check(self) -> None:
@@ -307,6 +330,10 @@ class Engine:
                 self._failure = str(error)
         if self._failure is not None:
             raise EngineError(f"the engine failed earlier: {self._failure}")
+
+    def metrics(self) -> list[Metric]:
+        """What was counted so far, and what is now."""
+        return [*self.stats.metrics(), *scheduler_metrics(self.scheduler, self.capacity)]
 
     # ---- the prefix cache ----
 

@@ -60,6 +60,9 @@ class RecordingExecutor:
         self._write(_PLAN, plan)
         return _Recorded(self, self._executor.run(plan))
 
+    def check(self) -> None:
+        self._executor.check()
+
     def stop(self) -> None:
         self._executor.stop()
         if self._file is not None:

@@ -13,7 +13,7 @@ import heapq
 import itertools
 import operator
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -25,6 +25,7 @@ from engine.kv import KVBlocks, Prefix
 from engine.plan import Admit, StepPlan, StepResult, TokenLogprobs, ints
 from engine.preempt import Costs
 from engine.sequence import FinishReason, Sequence, State
+from engine.stats import MOST_PRIORITIES
 
 AGEING_SECONDS = 30.0  # waiting this long counts as much as one step of priority
 LEAST_CHUNK = 128  # tokens of prefill below which a pipeline gains nothing from smaller chunks
@@ -39,6 +40,14 @@ class SchedulerStats:
     preemptions_swap: int = 0
     preemptions_recompute: int = 0
     recomputed_tokens: int = 0
+    preempted: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and priority
+
+    def preemption(self, kind: str, priority: int) -> None:
+        """Count one, under at most ``MOST_PRIORITIES`` priorities: a client chooses them."""
+        key = (kind, str(priority))
+        if key not in self.preempted and len(self.preempted) >= 2 * MOST_PRIORITIES:
+            key = (kind, "other")
+        self.preempted[key] += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,10 +347,12 @@ class Scheduler:
         draft.preempted = True
         if self._swap_pays(seq) and self.kv.swap_out(seq):
             self.stats.preemptions_swap += 1
+            self.stats.preemption("swap", seq.priority)
         else:
             self.kv.release(seq)
             seq.lost_tokens, seq.computed = seq.computed, 0
             self.stats.preemptions_recompute += 1
+            self.stats.preemption("recompute", seq.priority)
         seq.num_preemptions += 1
         self._leave(seq)
         self._enqueue(seq)

@@ -1,0 +1,75 @@
+"""Starts HAProxy for Ray Serve, with what manta changes in the configuration that Serve writes.
+
+Serve runs this (by ``RAY_SERVE_HAPROXY_BINARY_PATH``, see ``program``) in HAProxy's place:
+
+- HTTPS, which Serve's template does not know (``MANTA_TLS_PEM``: certificate and key);
+- while no ingress replica is there, clients get an answer in OpenAI's shape, 503 with Retry-After;
+- HAProxy ends with the process that started it, and does not keep the port for ever.
+
+It becomes HAProxy in the end, so the process is the one that Serve watches.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+TLS_PEM = "MANTA_TLS_PEM"
+_PR_SET_PDEATHSIG = 1
+_UNAVAILABLE = (
+    '{"error": {"message": "the server is starting or stopping", "type": "server_error",'
+    ' "param": null, "code": "unavailable"}}'
+)
+_NO_BACKEND = re.compile(r"(backend default_backend\n)    http-request return .*\n")
+_BIND = re.compile(r"(frontend http_frontend\n    bind \S+)\n")
+
+
+def program(folder: Path) -> Path:
+    """Write an executable that runs this file, for ``RAY_SERVE_HAPROXY_BINARY_PATH``."""
+    path = folder / "haproxy"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{__file__}" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def adapt(config: str, tls_pem: str | None) -> str:
+    """The configuration with manta's changes. Raises ValueError if it is not as Serve writes it."""
+    escaped = _UNAVAILABLE.replace('"', '\\"').replace(" ", "\\ ")
+    answer = "    http-request return status 503 hdr Retry-After 1 content-type application/json"
+    config, count = _NO_BACKEND.subn(lambda match: f"{match[1]}{answer} string {escaped}\n", config)
+    if count != 1:
+        raise ValueError("the default backend is not where it was")
+    if tls_pem is not None:
+        config, count = _BIND.subn(rf"\1 ssl crt {tls_pem} alpn h2,http/1.1\n", config)
+        if count != 1:
+            raise ValueError("the frontend is not where it was")
+    return config
+
+
+def _error_page(folder: Path) -> None:
+    """Serve makes one page for HAProxy's own 502, 503 and 504; this one says what to do."""
+    (folder / "500.http").write_text(
+        "HTTP/1.1 503 Service Unavailable\r\n"
+        "Content-Type: application/json\r\n"
+        "Retry-After: 1\r\n"
+        f"Content-Length: {len(_UNAVAILABLE)}\r\n\r\n{_UNAVAILABLE}"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Adapt the configuration named by ``-f`` and become HAProxy."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+    path = Path(arguments[arguments.index("-f") + 1])
+    path.write_text(adapt(path.read_text(), os.environ.get(TLS_PEM)))
+    _error_page(path.parent)
+    binary = os.environ["MANTA_HAPROXY"]
+    os.execv(binary, [binary, *arguments])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

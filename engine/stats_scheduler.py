@@ -1,0 +1,62 @@
+"""What a scheduler and its blocks have counted, and what they hold now, as metrics."""
+
+from engine.executor import Capacity
+from engine.scheduler import Scheduler
+from engine.stats import Metric, Sample, counter, gauge
+
+
+def scheduler_metrics(scheduler: Scheduler, capacity: Capacity) -> list[Metric]:
+    """Read when someone asks; nothing of it costs the loop anything."""
+    stats, kv = scheduler.stats, scheduler.kv
+    waiting, block = scheduler.num_waiting, capacity.block_bytes
+    kinds = dict.fromkeys((("swap", "0"), ("recompute", "0")), 0) | stats.preempted
+    return [
+        gauge("num_requests_running", "Sequences that run.", len(scheduler.running)),
+        gauge("num_requests_waiting", "Sequences that wait.", waiting),
+        Metric(
+            "num_requests_waiting_by_reason",
+            "gauge",
+            "Sequences that wait, by reason; nothing is deferred today.",
+            ("reason",),
+            (Sample(("capacity",), waiting), Sample(("deferred",), 0)),
+        ),
+        gauge(
+            "kv_cache_usage_perc",
+            "Device KV blocks that are held; 1 is all of them.",
+            kv.device.num_held / max(1, kv.device.num_blocks),
+        ),
+        gauge("kv_blocks_total", "Device KV blocks.", kv.device.num_blocks),
+        gauge("kv_blocks_used", "Device KV blocks that are held.", kv.device.num_held),
+        gauge("cpu_kv_blocks_total", "CPU KV blocks.", kv.cpu.num_blocks),
+        gauge("cpu_kv_blocks_used", "CPU KV blocks that are held.", kv.cpu.num_held),
+        counter("prefix_cache_queries", "Tokens looked up in the cache.", kv.stats.prefix_queries),
+        counter("prefix_cache_hits", "Tokens found in the cache.", kv.stats.prefix_hits),
+        counter(
+            "num_preemptions", "Preemptions.", stats.preemptions_swap + stats.preemptions_recompute
+        ),
+        Metric(
+            "preemptions_by_kind",
+            "counter",
+            "Preemptions, by kind and by the priority of who was preempted.",
+            ("kind", "priority"),
+            tuple(Sample(labels, count) for labels, count in kinds.items()),
+        ),
+        counter(
+            "recomputed_tokens",
+            "Tokens computed again after a preemption.",
+            stats.recomputed_tokens,
+        ),
+        counter(
+            "swapped_out_bytes",
+            "KV bytes copied to CPU blocks for preempted sequences.",
+            kv.stats.swapped_out_blocks * block,
+        ),
+        counter(
+            "swapped_in_bytes",
+            "KV bytes copied back for them.",
+            kv.stats.swapped_in_blocks * block,
+        ),
+        counter("demoted_blocks", "Cached blocks moved to CPU blocks.", kv.stats.demoted_blocks),
+        counter("promoted_blocks", "Cached blocks moved back from them.", kv.stats.promoted_blocks),
+        counter("steps", "Steps planned.", stats.steps),
+    ]

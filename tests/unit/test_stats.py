@@ -1,0 +1,110 @@
+"""What the engine counts adds up to what its requests got."""
+
+import contextlib
+import random
+
+from engine.errors import PromptTooLong
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.sequence import FinishReason
+from engine.stats import TOKEN_SECONDS, Histogram, token_counts
+from tests.support.simulator import VOCAB
+from tests.unit.test_engine import make_engine
+
+
+def by_name(engine):
+    metrics = engine.metrics()
+    names = [metric.name for metric in metrics]
+    assert len(set(names)) == len(names)
+    for metric in metrics:
+        assert metric.help and metric.samples
+        for sample in metric.samples:
+            assert len(sample.labels) == len(metric.labels)
+            assert len(sample.counts) == (len(metric.bounds) + 1 if metric.bounds else 0)
+    return {metric.name: metric for metric in metrics}
+
+
+def value(metrics, name, *labels):
+    return next(s.value for s in metrics[name].samples if s.labels == labels)
+
+
+def total(metrics, name):
+    return sum(metrics[name].samples[0].counts)
+
+
+def test_counters_add_up_under_pressure():
+    rng = random.Random(0)
+    engine = make_engine(
+        num_blocks=24, num_cpu_blocks=20, preemption_mode="swap", scheduling_policy="priority"
+    )
+    prompts = {}
+    for i in range(20):
+        prompts[f"r{i}"] = prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]
+        sampling = SamplingParams(temperature=1, seed=i, max_tokens=rng.randint(1, 40), n=1 + i % 2)
+        engine.add(
+            Request(request_id=f"r{i}", prompt_token_ids=prompt, sampling=sampling, priority=i % 3)
+        )
+    with contextlib.suppress(PromptTooLong):
+        engine.add(Request(request_id="x", prompt_token_ids=[1] * 500, sampling=SamplingParams()))
+    tokens = finished = steps = 0
+    firsts = set()
+    while engine.has_work:
+        deltas = engine.step()
+        steps += 1
+        tokens += sum(delta.token is not None for delta in deltas)
+        finished += sum(delta.finish_reason is FinishReason.LENGTH for delta in deltas)
+        firsts |= {(d.request_id, d.index) for d in deltas if d.token is not None}
+        if steps == 20:
+            engine.abort("r19")
+    metrics = by_name(engine)
+    assert value(metrics, "generation_tokens") == tokens
+    assert value(metrics, "request_success", "length") == finished
+    assert value(metrics, "request_success", "abort") == 30 - finished
+    assert value(metrics, "admission_rejections", "PromptTooLong") == 1
+    started = {request_id for request_id, _ in firsts}
+    assert value(metrics, "prompt_tokens") == sum(len(prompts[i]) for i in started)
+    assert total(metrics, "time_to_first_token_seconds") == len(firsts)
+    assert total(metrics, "inter_token_latency_seconds") == tokens - len(firsts)
+    assert total(metrics, "e2e_request_latency_seconds") == 30
+    assert total(metrics, "request_queue_time_seconds") == len(firsts)
+    assert total(metrics, "step_time_seconds") == steps == value(metrics, "steps")
+    assert metrics["request_generation_tokens"].samples[0].value == tokens
+    kinds = metrics["preemptions_by_kind"].samples
+    assert sum(sample.value for sample in kinds) == value(metrics, "num_preemptions") > 0
+    assert {sample.labels[1] for sample in kinds} <= {"0", "1", "2"}
+    assert value(metrics, "swapped_out_bytes") >= value(metrics, "swapped_in_bytes") > 0
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert value(metrics, name) == 0
+    assert value(metrics, "cpu_kv_blocks_used") == 0
+
+
+def test_gauges_say_what_is_now():
+    engine = make_engine(num_blocks=64, max_num_seqs=2)
+    for i in range(3):
+        engine.add(
+            Request(
+                request_id=str(i), prompt_token_ids=[1] * 8, sampling=SamplingParams(max_tokens=9)
+            )
+        )
+    engine.step()
+    metrics = by_name(engine)
+    assert value(metrics, "num_requests_running") == 2
+    assert value(metrics, "num_requests_waiting") == 1
+    assert value(metrics, "kv_blocks_used") == engine.scheduler.kv.device.num_held > 0
+
+
+def test_a_client_cannot_make_labels_without_end():
+    engine = make_engine()
+    for priority in range(1000):
+        engine.scheduler.stats.preemption("swap", priority)
+    samples = by_name(engine)["preemptions_by_kind"].samples
+    assert len(samples) < 100 and sum(sample.value for sample in samples) == 1000
+
+
+def test_a_histogram_counts_up_to_and_with_its_bounds():
+    histogram = Histogram((1, 2, 5))
+    for observed in (0, 1, 1.5, 2, 5, 6):
+        histogram.observe(observed)
+    assert histogram.counts == [2, 2, 1, 1] and histogram.sum == 15.5
+    assert token_counts(100) == (1, 2, 5, 10, 20, 50, 100)
+    assert sum(bound <= 0.002 for bound in TOKEN_SECONDS) >= 5  # 1 ms can be told from 1.5 ms
