@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from router.errors import ApiError, wrong
+from router.schema import Sampling
 
 T = TypeVar("T")
 
@@ -79,11 +80,12 @@ def read(body: bytes, kind: type[T], allow_unknown: bool) -> T:
     if not isinstance(values, dict):
         raise wrong("the body must be a JSON object")
     known = getattr(kind, "__struct_fields__")  # noqa: B009  # of every Struct
+    generates = issubclass(kind, Sampling)
     for name in [name for name in values if name not in known]:
         value = values.pop(name)
-        if name in NEUTRAL:
+        if generates and name in NEUTRAL:
             _check_neutral(name, value)
-        elif name not in HARMLESS and not allow_unknown:
+        elif not (generates and name in HARMLESS) and not allow_unknown:
             raise _unknown(name, known)
     try:
         return msgspec.convert(values, kind)

@@ -136,7 +136,7 @@ def _complete(schemas: dict[str, Any]) -> None:
             for kind in (properties["messages"], *properties["messages"].get("anyOf", ())):
                 if "items" in kind:
                     kind["items"] = {"$ref": _REF.format(name="Message")}
-    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest"):
+    for name in ("ChatRequest", "CompletionRequest"):
         properties = schemas[name]["properties"]
         for field in HARMLESS:
             properties[field] = {"description": "accepted; has no effect"}

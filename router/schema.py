@@ -142,8 +142,8 @@ class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):
     """A part of a message. Only text is understood."""
 
+    type: Annotated[str, Meta(pattern="^text$")]
     text: str
-    type: Annotated[str, Meta(pattern="^text$")] = "text"
 
 
 class Message(msgspec.Struct, kw_only=True):

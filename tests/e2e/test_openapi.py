@@ -2,12 +2,14 @@
 of, no answer is a 5xx, and every answer is as described."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
-from schemathesis.openapi.checks import (
+from schemathesis.schemas import BaseSchema
+from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     ignored_auth,
     negative_data_rejection,
@@ -32,28 +34,101 @@ CHECKS = [
 ]
 
 
+SETTINGS: dict[str, Any] = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with serving({"api_key": KEY, "request_timeout": 0.3}, max_model_len=256) as server:
         yield server
 
 
-@pytest.fixture
-def description(server: Server) -> object:
-    config = schemathesis.Config.from_dict({"headers": {"Authorization": f"Bearer {KEY}"}})
-    url = f"{server.url}/openapi.json"
-    return schemathesis.openapi.from_url(
-        url, config=config, headers={"Authorization": f"Bearer {KEY}"}
-    )
+@pytest.fixture(scope="module")
+def schema(server: Server) -> BaseSchema:
+    url, headers = f"{server.url}/openapi.json", {"Authorization": f"Bearer {KEY}"}
+    config = schemathesis.Config.from_dict({"headers": headers})
+    return schemathesis.openapi.from_url(url, config=config, headers=headers)
 
 
-schema = schemathesis.pytest.from_fixture("description")
+POSTS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
+GETS = ["/v1/models", "/v1/models/{id}", "/health", "/load", "/version", "/metrics"]
 
 
-@schema.parametrize()
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_answers_are_as_described(case: schemathesis.Case, server: Server) -> None:
-    case.call_and_validate(checks=CHECKS, timeout=20)
+def test_every_route_is_described(schema: BaseSchema) -> None:
+    described = {(method, path) for path in schema for method in schema[path]}
+    assert described == {("post", path) for path in POSTS} | {("get", path) for path in GETS}
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_reading(path: str, schema: BaseSchema) -> None:
+    @settings(max_examples=5, **SETTINGS)
+    @given(case=schema[path]["get"].as_strategy())
+    def attempt(case: schemathesis.Case) -> None:
+        case.call_and_validate(checks=CHECKS, timeout=20)
+
+    attempt()
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_valid_requests(path: str, schema: BaseSchema) -> None:
+    """Valid by the description, that is. They get far enough for the engine to run many."""
+    statuses = []
+
+    @settings(max_examples=60, **SETTINGS)
+    @given(case=schema[path]["post"].as_strategy())
+    def attempt(case: schemathesis.Case) -> None:
+        if isinstance(case.body, dict):
+            case.body = likely(case.body)
+        statuses.append(case.call_and_validate(checks=CHECKS, timeout=20).status_code)
+
+    attempt()
+    assert statuses.count(200) >= 5, statuses
+
+
+def likely(body: dict[str, Any]) -> dict[str, Any]:
+    """The request without what is valid by itself, but hardly ever for this model, or together."""
+    for field in ("model", "chat_template", "chat_template_kwargs", "documents", "max_tokens"):
+        body.pop(field, None)
+    for field in ("prompt", "tokens", "stop_token_ids", "allowed_token_ids"):
+        if field in body:
+            body[field] = in_vocabulary(body[field])
+    if body.get("messages"):
+        body.pop("prompt", None)
+        for message in body["messages"]:
+            message.pop("tool_calls", None)
+            message["role"] = "user"
+            message["content"] = message.get("content") or "Hello"
+    elif "tokens" not in body:
+        body["prompt"] = body.get("prompt") or "Hello"
+    if body.get("continue_final_message"):
+        body["add_generation_prompt"] = False
+    if body.get("top_logprobs") is not None:
+        body["logprobs"] = True
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def in_vocabulary(value: Any) -> Any:
+    """The value with every integer in it made the id of a token."""
+    if isinstance(value, list):
+        return [in_vocabulary(one) for one in value]
+    return value % 4096 if isinstance(value, int) else value
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_invalid_requests(path: str, schema: BaseSchema) -> None:
+    negative = schemathesis.GenerationMode.NEGATIVE
+
+    @settings(max_examples=60, **SETTINGS)
+    @given(case=schema[path]["post"].as_strategy(generation_mode=negative))
+    def attempt(case: schemathesis.Case) -> None:
+        case.call_and_validate(checks=CHECKS, timeout=20)
+
+    attempt()
 
 
 def test_nothing_is_left(server: Server) -> None:
