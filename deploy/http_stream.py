@@ -117,6 +117,7 @@ class _Connection(asyncio.Protocol):
             self._done.set_exception(BrokenStream(f"the server closed the connection{reason}"))
 
     async def exchange(self, message: bytes, on_event: OnEvent | None) -> Answer:
+        self.answering = False
         if self._closed or self._transport is None:
             raise BrokenStream("the server closed the connection")
         self._done = asyncio.get_running_loop().create_future()
@@ -126,7 +127,6 @@ class _Connection(asyncio.Protocol):
         self._body = b""  # of the answer, or of an event that is not complete
         self._length = 0  # of the body that is missing, without chunks
         self._chunked = self._until_close = self._events = False
-        self.answering = False
         self._transport.write(message)
         return await self._done
 

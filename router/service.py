@@ -309,7 +309,8 @@ def room_for_output(model: ServedModel, prompt: Prompt, asked: int | None, param
         wanted = f" and {asked} of output were asked for" if asked is not None else ""
         raise wrong(
             f"This model's maximum context length is {most} tokens. However, the {param} has"
-            f" {length} tokens{wanted}. Please reduce the length of the {param} or of the output.",
+            f" {length} tokens{wanted}. Please reduce the length of the {param} or of the output"
+            " (context_length_exceeded).",  # LangChain looks for the code in the text
             param,
             "context_length_exceeded",
         )
