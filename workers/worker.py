@@ -1,7 +1,6 @@
 """One rank: a shard of the model, its tables and its KV blocks. It carries plans out."""
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +11,13 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor import Capacity, ModelFacts
-from engine.plan import Admit, Ints, StepPlan, StepResult, TokenLogprobs, ints
+from engine.plan import Admit, CopyTimes, Ints, StepPlan, StepResult, TokenLogprobs, ints
 from engine.preempt import MeasuredCosts
 from engine.sampling_params import SamplingParams
 from workers import weights
 from workers.attention import choose_backend
 from workers.checkpoint import load_config, resolve_dtype
+from workers.clock import StepClock
 from workers.kv import KVCache
 from workers.messages import Blocks
 from workers.models import attention_shape, build_model, read_traits
@@ -61,7 +61,8 @@ class Pending:
     """A step that was started; its tensors may still be on the way."""
 
     plan: StepPlan
-    started: float
+    clock: StepClock
+    copied: CopyTimes
     sampled: Sampled | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
 
@@ -78,7 +79,8 @@ class Pending:
             failed=failed,
             logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs,
-            seconds=time.perf_counter() - self.started,
+            seconds=self.clock.seconds(),
+            copied=self.copied,
         )
 
 
@@ -189,7 +191,6 @@ class Worker:
         ``tokens`` [n, 3] are (slot, position, token) of what the last stage sampled meanwhile,
         for the first stage; of the rows before ``plan``.
         """
-        started = time.perf_counter()
         if tokens is not None and len(tokens):
             self.slots.learn(tokens)
         for slot in plan.release.tolist():
@@ -199,6 +200,7 @@ class Worker:
         self.slots.update(plan)
         if plan.copies:
             self.kv.copy(plan.copies)
+        copied = self.kv.copied()
         batch = self.slots.batch(plan)
         self.backend.begin(batch)
         hidden = None
@@ -206,11 +208,15 @@ class Worker:
         if pipeline is not None and not self.stage.first:
             shape = plan.num_tokens, self.traits.hidden_size
             hidden = pipeline.receive(shape, self.place.dtype)
+        clock = StepClock(self.device)
         hidden = self.model.forward(batch, self.kv.layers, hidden)
+        found: tuple[Sampled | None, dict[int, list[TokenLogprobs]]] = None, {}
         if pipeline is not None and not self.stage.last:
             pipeline.send(hidden)
-            return Pending(plan, started, None, {})
-        return Pending(plan, started, *self._sample(plan, hidden, batch.query_starts))
+        else:
+            found = self._sample(plan, hidden, batch.query_starts)
+        clock.stop()
+        return Pending(plan, clock, copied, *found)
 
     def _sample(
         self, plan: StepPlan, hidden: Tensor, query_starts: Tensor
