@@ -5,7 +5,7 @@
 
 Sequences decode, at 16, 256 and 2,048 at once; every step some end and others are admitted in
 their place, so that admission, growth and release are among what is measured. ``under pressure``
-has half of the blocks that they come to need, so that some are preempted all the time. Medians
+has a third of the blocks that they come to need, so that some are preempted all the time. Medians
 over steps; planning is ``Scheduler.plan``, applying ``Scheduler.apply``.
 
 ``--share`` runs 32 sequences on a real model instead and gives what planning and applying are of
@@ -81,7 +81,7 @@ class Timed:
 def run(running: int, pressure: bool, steps: int) -> None:
     prompt_len, longest = SHAPES[pressure]
     needed = running * (prompt_len + longest) // BLOCK_SIZE
-    blocks = max(needed // 2, 40) if pressure else 2 * needed
+    blocks = max(needed // 3, 40) if pressure else 2 * needed
     config = EngineConfig.from_options(
         max_num_seqs=running, max_num_batched_tokens=max(2048, 8 * running)
     )
