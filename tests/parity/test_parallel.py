@@ -1,5 +1,5 @@
 """Models split over real processes generate what one process does: tensor parallel, pipeline
-parallel, both, and with fewer key-value heads than ranks; every family and variation."""
+parallel, both, fewer key-value heads than ranks; every family, and what matters for splitting."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -15,11 +15,10 @@ from engine.plan import TokenLogprobs
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
-from tests.parity.tiny_models import TINY_MODELS
 from tests.support.pool import Pool
 from tests.support.tiny_tokenizer import save_tokenizer
 
-NUM_PROMPTS = 14
+NUM_PROMPTS = 10
 LONGEST = 70
 NEW_TOKENS = 28
 OPTIONS = {
@@ -32,15 +31,18 @@ OPTIONS = {
     "swap_space": 0.01,
     "use_tqdm_on_load": False,
 }
-FAMILIES = ["llama", "llama-mqa", "llama-tied", "mistral", "qwen2-sliding", "qwen3", "opt"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt"]
+VARIATIONS = [
+    "llama-mqa", "llama-tied", "llama-biases", "llama-odd", "qwen2-sliding", "qwen3-tied-biases",
+    "opt-post-norm", "opt-untied-gelu", "opt-odd",
+]  # fmt: skip
 CASES = [
-    *[
-        (name, tensor, pipeline)
-        for tensor, pipeline in ((2, 1), (1, 2), (4, 1))
-        for name in FAMILIES
-    ],
-    ("opt-post-norm", 1, 3),
-    *[(model.name, 2, 2) for model in TINY_MODELS],
+    *[(name, *shape) for name in FAMILIES for shape in ((2, 1), (1, 2), (2, 2))],
+    *[(name, 2, 2) for name in VARIATIONS],
+    ("llama", 4, 1),  # two key-value heads: each is held twice
+    ("llama-mqa", 4, 1),  # one: four times
+    ("qwen3", 4, 1),
+    ("opt", 1, 3),
 ]
 
 
