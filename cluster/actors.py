@@ -170,7 +170,7 @@ class RayLauncher:
                 except RayTaskError as error:
                     ended[rank] = str(error)
                 except RayActorError as error:
-                    ended[rank] = _first_lines(str(error))
+                    ended[rank] = _reason(str(error))
         return ended
 
     # ---- ending ----
@@ -216,6 +216,7 @@ def _amounts(need: dict[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}" for name, amount in need.items())
 
 
-def _first_lines(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:3])
+def _reason(text: str) -> str:
+    """What Ray says of an actor's death, without the identifiers around it."""
+    lines = [line.strip() for line in text.splitlines() if "because" in line or "exit" in line]
+    return " ".join(lines[:2]) or "its process ended"

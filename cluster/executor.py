@@ -205,7 +205,7 @@ class Workers:
         except ChannelClosed as error:
             self._lost(error)
 
-    def receive(self, deadline: float) -> bytes:
+    def receive(self, deadline: float) -> bytearray:
         """The next result. Raises EngineError if the replica fails, or at the deadline."""
         asked = False
         while True:

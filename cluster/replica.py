@@ -62,9 +62,11 @@ def start_replica(
     config: EngineConfig,
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
+    launcher: Launcher | None = None,
 ) -> Engine:
     """Load the model, reserve its KV blocks, and say what was done.
 
+    ``launcher`` starts the workers, if there are several; by default what the options say.
     The end tokens are generation_config.json's and the tokenizer's.
     Raises CheckpointError or ConfigError.
     """
@@ -72,7 +74,7 @@ def start_replica(
     if config.parallel.world_size > 1:
         check_split(config, checkpoint.path)
     with LoadBar(checkpoint.weight_bytes, config.log.use_tqdm_on_load) as bar:
-        executor = _make_executor(config, checkpoint, bar)
+        executor = _make_executor(config, checkpoint, bar, launcher)
         facts = executor.load()
     log.info(
         "Loaded %s (%s, %s parameters, %s on %s): %.2f GiB of weights read in %.2f s,"
@@ -136,16 +138,15 @@ def start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineIn
 
 
 def _make_executor(
-    config: EngineConfig, checkpoint: Checkpoint, bar: LoadBar
+    config: EngineConfig, checkpoint: Checkpoint, bar: LoadBar, launcher: Launcher | None
 ) -> LocalExecutor | ParallelExecutor:
     """In this process for one shard; else over workers."""
     parallel = config.parallel
     if parallel.world_size == 1:
         return LocalExecutor(config, checkpoint.path, bar.read)
-    launcher: Launcher
-    if parallel.distributed_executor_backend == "mp":
+    if launcher is None and parallel.distributed_executor_backend == "mp":
         launcher = ProcessLauncher(config)
-    else:
+    elif launcher is None:
         from cluster.actors import RayLauncher  # Ray takes a second to import
 
         launcher = RayLauncher(config)

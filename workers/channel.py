@@ -33,7 +33,7 @@ class ChannelClosed(Exception):
 class Sender(Protocol):
     """The writing end."""
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes | memoryview) -> None:
         """Send one message; raises ChannelClosed."""
         ...
 
@@ -43,7 +43,7 @@ class Sender(Protocol):
 class Receiver(Protocol):
     """The reading end."""
 
-    def receive(self, timeout: float | None = None) -> bytes | None:
+    def receive(self, timeout: float | None = None) -> bytearray | None:
         """The next message; None if there is none within ``timeout`` seconds.
 
         Raises ChannelClosed.
@@ -111,25 +111,30 @@ class RingSender:
         """Where another process of this host and user opens it while this one lives."""
         return f"/proc/{os.getpid()}/fd/{self._file}"
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes | memoryview) -> None:
         if self._closed:
             raise ChannelClosed
         memory, tails, capacity = self._memory, self._tails, self._memory.capacity
-        left = memoryview(_LENGTH.pack(len(data)) + data)
-        while left:
-            room = capacity - (self._head - min(tail.value for tail in tails))
-            if self._closed:
-                raise ChannelClosed
-            if not room:
-                time.sleep(_FULL_PAUSE)
-                continue
-            at = self._head % capacity
-            count = min(room, len(left), capacity - at)
-            memory.data[at : at + count] = left[:count]
-            self._head += count
+        for left in (memoryview(_LENGTH.pack(len(data))), memoryview(data)):
+            while left:
+                room = capacity - (self._head - min(tail.value for tail in tails))
+                if not room:
+                    self._publish(memory)
+                    time.sleep(_FULL_PAUSE)
+                    if self._closed:
+                        raise ChannelClosed
+                    continue
+                at = self._head % capacity
+                count = min(room, len(left), capacity - at)
+                memory.data[at : at + count] = left[:count]
+                self._head += count
+                left = left[count:]
+        self._publish(memory)
+
+    def _publish(self, memory: _Memory) -> None:
+        if memory.head.value != self._head:
             memory.head.value = self._head
             memory.rouse()
-            left = left[count:]
 
     def close(self) -> None:
         """Give up, also a ``send`` that waits in another thread. Readers keep what was sent."""
@@ -155,11 +160,10 @@ class RingReceiver:
         self._spin = spin
         self._at = 0
         self._length: int | None = None
-        self._parts: list[bytes] = []
-        self._got = 0
+        self._data = bytearray()
         self._closed = False
 
-    def receive(self, timeout: float | None = None) -> bytes | None:
+    def receive(self, timeout: float | None = None) -> bytearray | None:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             ready = self._wait(deadline)
@@ -169,15 +173,13 @@ class RingReceiver:
                 if ready < _LENGTH.size:  # the writer is in the middle of it
                     continue
                 self._length = _LENGTH.unpack(self._take(_LENGTH.size))[0]
+                self._data = bytearray()
                 ready -= _LENGTH.size
-            if ready:
-                part = self._take(min(ready, self._length - self._got))
-                self._parts.append(part)
-                self._got += len(part)
-            if self._got == self._length:
-                data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-                self._length, self._parts, self._got = None, [], 0
-                return data
+            more = self._take(min(ready, self._length - len(self._data)))
+            self._data = self._data + more if self._data else more
+            if len(self._data) == self._length:
+                self._length = None
+                return self._data
 
     def _wait(self, deadline: float | None) -> int:
         """How many bytes are there; 0 after the deadline."""
@@ -197,15 +199,15 @@ class RingReceiver:
                 return 0
             memory.sleep(seen, left)
 
-    def _take(self, count: int) -> bytes:
+    def _take(self, count: int) -> bytearray:
         memory = self._memory
         at = self._at % memory.capacity
-        first = bytes(memory.data[at : at + min(count, memory.capacity - at)])
-        if len(first) < count:
-            first += bytes(memory.data[: count - len(first)])
+        taken = bytearray(memory.data[at : at + count])
+        if len(taken) < count:
+            taken += memory.data[: count - len(taken)]
         self._at += count
         self._tail.value = self._at
-        return first
+        return taken
 
     def close(self) -> None:
         """Give up, also a ``receive`` that waits in another thread."""
@@ -234,20 +236,20 @@ class SocketChannel:
         """The other end's address."""
         return str(self._socket.getpeername()[0])
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes | memoryview) -> None:
         try:
             self._socket.sendall(_LENGTH.pack(len(data)) + data)
         except OSError as error:
             raise ChannelClosed(str(error)) from error
 
-    def receive(self, timeout: float | None = None) -> bytes | None:
+    def receive(self, timeout: float | None = None) -> bytearray | None:
         deadline = None if timeout is None else time.monotonic() + timeout
         buffer = self._buffer
         while True:
             if len(buffer) >= _LENGTH.size:
                 end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
                 if len(buffer) >= end:
-                    data = bytes(buffer[_LENGTH.size : end])
+                    data = buffer[_LENGTH.size : end]
                     del buffer[:end]
                     return data
             left = None if deadline is None else max(0, deadline - time.monotonic()) * 1e3

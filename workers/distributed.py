@@ -1,9 +1,11 @@
 """Groups of ranks over torch.distributed, and the pipeline between stages.
 
-NCCL where every rank has a GPU of its own; else Gloo, with tensors of a GPU staged through the
-host. Nothing is global: process groups are made from a store, each under its own prefix.
+NCCL where every rank has a GPU of its own; else shared memory between ranks of one host (see
+shared.py) and Gloo between hosts, with tensors of a GPU staged through the host. Nothing is global:
+process groups are made from a store, each under its own prefix.
 """
 
+import contextlib
 import socket
 from collections import deque
 from dataclasses import dataclass, field
@@ -15,7 +17,10 @@ import torch.distributed
 from torch import Tensor
 
 from engine.errors import EngineError
+from workers.channel import RingReceiver, RingSender, rings_work
+from workers.kernels.build import library
 from workers.parallel import Group, Pipeline, Ranks
+from workers.shared import PIPELINE_BYTES, SPINS, RingPipeline, SharedGroup, SharedMemory
 
 dist: Any = torch.distributed  # its stores and groups have no types
 # A rank that dies is seen by the executor, which ends the others; nothing waits for this.
@@ -85,14 +90,62 @@ def join(grid: Grid, rank: int, store_address: tuple[str, int], device: torch.de
         group = dist.ProcessGroupGloo(prefixed, rank, size, options)
         return _Backend(group, staged=device.type == "cuda")
 
-    group, pipeline = Group(), None
+    group = Group()
+    pipeline: Pipeline | None = None
     if grid.tensor > 1:
-        group = ProcessGroup(
-            grid.tensor, inner, backend=backend(f"stage-{stage}", inner, grid.tensor)
+        name = f"stage-{stage}"
+        shared = None if grid.nccl else _share_group(grid, rank, dist.PrefixStore(name, store))
+        group = shared or ProcessGroup(
+            grid.tensor, inner, backend=backend(name, inner, grid.tensor)
         )
     if grid.pipeline > 1:
-        pipeline = ProcessPipeline(backend(f"column-{inner}", stage, grid.pipeline), stage, device)
+        name = f"column-{inner}"
+        if not grid.nccl:
+            pipeline = _share_pipeline(grid, rank, dist.PrefixStore(name, store), device)
+        if pipeline is None:
+            pipeline = ProcessPipeline(backend(name, stage, grid.pipeline), stage, device)
     return Ranks(group, stage, grid.pipeline, pipeline)
+
+
+def _share_group(grid: Grid, rank: int, store: Any) -> SharedGroup | None:
+    """The group in shared memory, if all of its ranks can have that."""
+    stage, inner = grid.place(rank)
+    hosts = grid.hosts[stage * grid.tensor : (stage + 1) * grid.tensor]
+    kernels = library() if len(set(hosts)) == 1 and rings_work() else None
+    memory = None
+    if kernels is not None and inner == 0:
+        memory = SharedMemory(grid.tensor, inner)
+    if inner == 0:
+        store.set("path", memory.path if memory else "")
+    elif (path := store.get("path").decode()) and kernels is not None:
+        with contextlib.suppress(OSError):
+            memory = SharedMemory(grid.tensor, inner, path)
+    if not _all_have(memory is not None, inner, grid.tensor, store):
+        return None
+    assert memory is not None and kernels is not None
+    return SharedGroup(grid.tensor, inner, memory=memory, library=kernels)
+
+
+def _share_pipeline(grid: Grid, rank: int, store: Any, device: torch.device) -> RingPipeline | None:
+    """The pipeline of this rank's column in rings, if all of its stages can have that."""
+    stage, inner = grid.place(rank)
+    possible = len(set(grid.hosts[inner :: grid.tensor])) == 1 and rings_work()
+    before, after = None, None
+    if possible and stage + 1 < grid.pipeline:
+        after = RingSender(1, PIPELINE_BYTES)
+        store.set(f"path-{stage}", after.path)
+    if possible and stage > 0:
+        with contextlib.suppress(OSError):
+            before = RingReceiver(store.get(f"path-{stage - 1}").decode(), 0, SPINS)
+    possible = possible and (before is not None or stage == 0)
+    if not _all_have(possible, stage, grid.pipeline, store):
+        return None
+    return RingPipeline(before, after, device)
+
+
+def _all_have(mine: bool, rank: int, size: int, store: Any) -> bool:
+    store.set(f"has-{rank}", str(int(mine)))
+    return all(store.get(f"has-{other}") == b"1" for other in range(size))
 
 
 class _Backend:

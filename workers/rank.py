@@ -75,6 +75,7 @@ class _Executor:
             self.plans = self.results = steps = connect(call.host, call.port)
             steps.send(wire.encode(hello))
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self._over = False
         threading.Thread(target=self._listen, daemon=True).start()
 
     def report(self, report: Report) -> None:
@@ -93,7 +94,13 @@ class _Executor:
                 else:
                     self._orders.put(order)
         except ChannelClosed:
-            os._exit(1)
+            if not self._over:
+                os._exit(1)
+
+    def leave(self) -> None:
+        """Told to stop: the executor may go."""
+        self._over = True
+        self._control.close()
 
 
 def serve(rank: int, own_host: str, call: Call, cpus: float | None = None) -> None:
@@ -108,6 +115,7 @@ def serve(rank: int, own_host: str, call: Call, cpus: float | None = None) -> No
         raise SystemExit(f"rank {rank}: cannot reach {call.host}:{call.port}: {error}") from error
     try:
         _run(executor, _take_place(executor, rank, cpus))
+        executor.leave()
     except BaseException as error:
         name = type(error).__name__
         with contextlib.suppress(ChannelClosed):
@@ -162,9 +170,9 @@ def _run(executor: _Executor, worker: Worker) -> None:
     pending: deque[Pending] = deque()
     while True:
         data = executor.plans.receive(0 if pending else None)
-        if data == b"":
-            return
         if data is not None:
+            if not data:
+                return  # told to stop
             step = _step_decoder.decode(data)
             started = worker.run(step.plan, step.tokens)
             if worker.sampler is None:

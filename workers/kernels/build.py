@@ -55,6 +55,17 @@ class Library:
             POINTER, I64, I64, POINTER, I64, I64, POINTER, POINTER, I64, INT, POINTER, INT,
         )  # fmt: skip
         self.gemm_pack.restype = self.gemm.restype = None
+        self.group_reduce = {
+            torch.float32: library.manta_group_reduce_fp32,
+            torch.bfloat16: library.manta_group_reduce_bf16,
+        }
+        self.group_gather = library.manta_group_gather
+        self.group_broadcast = library.manta_group_broadcast
+        for reduce in self.group_reduce.values():
+            reduce.argtypes, reduce.restype = (POINTER, POINTER, I64), None
+        self.group_gather.argtypes = (POINTER, POINTER, I64, I64, POINTER)
+        self.group_broadcast.argtypes = (POINTER, POINTER, I64)
+        self.group_gather.restype = self.group_broadcast.restype = None
         library.manta_init.argtypes = (POINTER,)
         library.manta_init(_openmp())
 

@@ -1,7 +1,7 @@
 // manta's CPU kernels: matrix products (gemm.h), paged attention, rotary embedding, norms, SiLU,
-// argmax.
+// argmax, sums over the ranks of a host (group.h).
 //
-// Plain C ABI, no headers but the standard library's. Vectors are GCC/Clang vector extensions, so
+// Plain C ABI, no headers but the standard library's and the system's. Vectors are GCC/Clang vector extensions, so
 // the same source is right on any CPU; a few primitives have faster forms under #if. The loop over
 // threads borrows the OpenMP runtime that torch uses (manta_init), since a second pool of
 // threads would spin against torch's.
@@ -18,6 +18,13 @@
 #include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#endif
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -32,6 +39,7 @@ namespace {
 #include "vectors.h"
 #include "attention.h"
 #include "rows.h"
+#include "group.h"
 
 }  // namespace
 
@@ -102,6 +110,21 @@ namespace {
 
 FOR_TYPE(bf16, BF16)
 FOR_TYPE(fp32, F32)
+
+// group points to a GroupMemory whose fields the caller keeps between calls.
+extern "C" void manta_group_reduce_fp32(void* group, float* x, int64_t n) {
+    group_reduce(*static_cast<GroupMemory*>(group), x, n);
+}
+extern "C" void manta_group_reduce_bf16(void* group, uint16_t* x, int64_t n) {
+    group_reduce(*static_cast<GroupMemory*>(group), x, n);
+}
+extern "C" void manta_group_gather(void* group, const uint8_t* x, int64_t rows, int64_t width,
+                                   uint8_t* out) {
+    group_gather(*static_cast<GroupMemory*>(group), x, rows, width, out);
+}
+extern "C" void manta_group_broadcast(void* group, uint8_t* x, int64_t bytes) {
+    group_broadcast(*static_cast<GroupMemory*>(group), x, bytes);
+}
 
 extern "C" void manta_init(void* gomp) { gomp_parallel = reinterpret_cast<ParallelFn>(gomp); }
 

@@ -1,0 +1,152 @@
+"""Models split over real processes generate what one process does: tensor parallel, pipeline
+parallel, both, fewer key-value heads than ranks; every family, and what matters for splitting."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+
+import pytest
+
+from cluster.replica import open_checkpoint, start_replica
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.plan import TokenLogprobs
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+from tests.support.pool import Pool
+from tests.support.tiny_tokenizer import save_tokenizer
+
+NUM_PROMPTS = 10
+LONGEST = 70
+NEW_TOKENS = 28
+OPTIONS = {
+    "dtype": "float32",
+    "max_num_seqs": 9,
+    "max_num_batched_tokens": 32,  # so prompts are cut into chunks
+    "max_model_len": LONGEST + NEW_TOKENS + 1,
+    "num_gpu_blocks_override": 14,  # so running requests are preempted
+    "preemption_mode": "swap",
+    "swap_space": 0.01,
+    "use_tqdm_on_load": False,
+}
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt"]
+VARIATIONS = [
+    "llama-mqa", "llama-tied", "llama-biases", "llama-odd", "qwen2-sliding", "qwen3-tied-biases",
+    "opt-post-norm", "opt-untied-gelu", "opt-odd",
+]  # fmt: skip
+CASES = [
+    *[(name, *shape) for name in FAMILIES for shape in ((2, 1), (1, 2), (2, 2))],
+    *[(name, 2, 2) for name in VARIATIONS],
+    ("llama", 4, 1),  # two key-value heads: each is held twice
+    ("llama-mqa", 4, 1),  # one: four times
+    ("qwen3", 4, 1),
+    ("opt", 1, 3),
+]
+
+
+@dataclass
+class Collected:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt: dict[int, TokenLogprobs] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return Tokenizer.load(save_tokenizer(tmp_path_factory.mktemp("words"), 128))
+
+
+def make_prompts() -> list[list[int]]:
+    """Ragged, some with a common beginning."""
+    rng = random.Random(0)
+    stem = [rng.randrange(3, 128) for _ in range(40)]
+    lengths = [1, 2, 16, 17, LONGEST, *(rng.randint(1, LONGEST) for _ in range(NUM_PROMPTS - 5))]
+    return [
+        ((stem if i % 3 == 0 else []) + [rng.randrange(3, 128) for _ in range(n)])[:n]
+        for i, n in enumerate(lengths)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint, tokenizer: Tokenizer) -> Callable[[str], list[Collected]]:
+    """``alone(name)`` is what one process gives."""
+
+    @cache
+    def alone(name: str) -> list[Collected]:
+        config = EngineConfig.from_options(model=str(checkpoint(name)), **OPTIONS)
+        return run(start_replica(config, open_checkpoint(config), tokenizer), make_prompts(), "one")
+
+    return alone
+
+
+def run(engine: Engine, prompts: list[list[int]], name: str) -> list[Collected]:
+    """Greedy completions; every third has a prompt's logprobs, every fourth penalties."""
+    collected: dict[str, Collected] = {}
+    for number, prompt in enumerate(prompts):
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=NEW_TOKENS,
+            ignore_eos=True,
+            logprobs=2,
+            prompt_logprobs=1 if number % 3 == 1 else None,
+            repetition_penalty=1.3 if number % 4 == 1 else 1.0,
+        )
+        request_id = f"{name}-{number}"
+        engine.add(Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
+        collected[request_id] = Collected()
+    while engine.has_work:
+        for delta in engine.step():
+            record = collected[delta.request_id]
+            if delta.token is not None:
+                record.tokens.append(delta.token)
+                record.logprobs.append(delta.logprobs)
+            if delta.prompt_logprobs is not None:
+                first, entries = delta.prompt_logprobs
+                record.prompt.update(enumerate(entries, first))
+    return list(collected.values())
+
+
+def assert_same(many: list[Collected], one: list[Collected]) -> None:
+    for ours, expected in zip(many, one, strict=True):
+        assert ours.tokens == expected.tokens
+        assert ours.prompt.keys() == expected.prompt.keys()
+        pairs = [*zip(ours.logprobs, expected.logprobs, strict=True)]
+        pairs += [(ours.prompt[at], expected.prompt[at]) for at in expected.prompt]
+        for mine, theirs in pairs:
+            assert abs(mine.logprobs - theirs.logprobs).max() < 1e-3
+            assert mine.ids[0] == theirs.ids[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "pipeline"), CASES, ids=[f"{n}-tp{t}-pp{p}" for n, t, p in CASES]
+)
+def test_ranks_generate_what_one_process_does(
+    name: str, tensor: int, pipeline: int, checkpoint, pool: Pool, tokenizer: Tokenizer, alone
+) -> None:
+    expected, prompts = alone(name), make_prompts()
+    config = EngineConfig.from_options(
+        model=str(checkpoint(name)),
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=pipeline,
+        **OPTIONS,
+    )
+    pool.size = tensor * pipeline
+    engine = start_replica(config, open_checkpoint(config), tokenizer, pool)
+    try:
+        assert engine.capacity.num_device_blocks == OPTIONS["num_gpu_blocks_override"]
+        assert_same(run(engine, prompts, "first"), expected)
+        hits = engine.scheduler.kv.stats.prefix_hits
+        assert_same(run(engine, prompts, "again"), expected)
+        assert engine.scheduler.kv.stats.prefix_hits > hits
+        assert engine.scheduler.stats.preemptions_swap > 0
+    finally:
+        engine.stop()
