@@ -36,10 +36,16 @@ def run(settings: Settings) -> int:
         server.start()
         server.wait_for_signal()
         server.drain()
+    except _StoppedEarly:
+        log.info("Stopped before it was ready")
     finally:
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
     return 0
+
+
+class _StoppedEarly(BaseException):
+    """A signal came while the server was starting."""
 
 
 class _Server:
@@ -48,6 +54,7 @@ class _Server:
         self._folder = folder
         self._started = time.monotonic()
         self._signalled = threading.Event()
+        self._ready = False
         self._own_ray = not os.environ.get("RAY_ADDRESS")
         self._own_serve = False
         self._deployed = False
@@ -56,6 +63,7 @@ class _Server:
         router = self._settings.router
         _check_port(router.host, router.port)
         os.environ.update(self._environment())
+        self._catch_signals()
         import ray
 
         ray.init(
@@ -63,6 +71,7 @@ class _Server:
             logging_level=logging.WARNING,
             log_to_driver=True,
         )
+        self._catch_signals()  # Ray has set handlers of its own
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -78,9 +87,8 @@ class _Server:
             serve.run(build(self._settings.options), name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
             raise EngineError(f"the application did not start: {error}") from error
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
         self._wait_until_healthy()
+        self._ready = True
         scheme = "https" if router.ssl_certfile else "http"
         host = "localhost" if router.host in ("0.0.0.0", "::") else router.host
         seconds = time.monotonic() - self._started
@@ -135,6 +143,7 @@ class _Server:
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM),
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(LONGEST_STREAM),
@@ -156,7 +165,7 @@ class _Server:
         """Serve says that the application runs; wait until the way through HAProxy is open too."""
         router = self._settings.router
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(router.host, router.host)
-        while not self._signalled.is_set():
+        while True:
             connection: http.client.HTTPConnection
             if router.ssl_certfile is not None:
                 context = ssl._create_unverified_context()
@@ -171,12 +180,18 @@ class _Server:
                     return
             time.sleep(0.02)
 
+    def _catch_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signalled.is_set():
             _kill_descendants()
             shutil.rmtree(self._folder, ignore_errors=True)
             os._exit(128 + number)
         self._signalled.set()
+        if not self._ready:
+            raise _StoppedEarly
 
 
 async def _drain_engines(timeout: float) -> None:

@@ -1,0 +1,253 @@
+"""``manta serve``: one server for the module, real processes, HTTP through HAProxy."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+PORT = 8123
+URL = f"http://127.0.0.1:{PORT}"
+OPTIONS = [
+    "--host", "127.0.0.1", "--port", str(PORT), "--shutdown-timeout", "20", "--max-num-seqs", "4",
+    "--num-gpu-blocks-override", "140", "--swap-space", "0.2", "--preemption-mode", "swap",
+    "--max-model-len", "2048",
+]  # fmt: skip
+
+
+def start_server(*options, log):
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy.cli", "serve", *options],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait_ready(process, log, url=URL, timeout=120, **client):
+    deadline = time.monotonic() + timeout
+    while True:
+        assert process.poll() is None, Path(log.name).read_text()
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", **client).status_code == 200:
+                return
+        assert time.monotonic() < deadline, Path(log.name).read_text()
+        time.sleep(0.1)
+
+
+def left_of(session):
+    """Processes of a session, and of those that its members started, by their environment."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{entry}/environ").read_bytes()
+            if f"MANTA_TEST={session}\0".encode() in environment:
+                words = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if words:  # no zombie
+                    found.append(f"{entry} {words[:100]}")
+    return found
+
+
+def gone(session, timeout=10.0):
+    deadline = time.monotonic() + timeout
+    while left := left_of(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The server's process and its log; its last test stops it."""
+    log = (tmp_path_factory.mktemp("serve") / "log").open("w")
+    os.environ["MANTA_TEST"] = session = f"serve-{os.getpid()}"
+    process = start_server(*OPTIONS, log=log)
+    try:
+        wait_ready(process, log)
+        yield process, log, session
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+def body(**fields):
+    return {"model": "manta-demo", "prompt": "Hello", "temperature": 0, **fields}
+
+
+def metric(name, labels=""):
+    """The sum of a metric's series whose labels match."""
+    text = httpx.get(f"{URL}/metrics", timeout=10).text
+    lines = re.findall(rf"^manta:{name}(?:{{([^}}]*)}})? (\S+)$", text, re.M)
+    assert lines, f"no {name} in {text[:2000]}"
+    return sum(float(value) for found, value in lines if labels in found)
+
+
+def until(condition, timeout=20.0):
+    """Seconds until it holds."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < timeout
+        time.sleep(0.005)
+    return time.monotonic() - start
+
+
+def idle():
+    return not (
+        metric("num_requests_running") or metric("num_requests_waiting")
+        or metric("kv_blocks_used") or metric("cpu_kv_blocks_used")
+    )  # fmt: skip
+
+
+class Reading:
+    """A streamed request that a thread reads until it ends or is closed."""
+
+    def __init__(self, **fields):
+        self.text = ""
+        self.done = False
+        self.error = None
+        self._socket = None
+        self._fields = body(stream=True, ignore_eos=True, **fields)
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self):
+        try:
+            with httpx.stream("POST", f"{URL}/v1/completions", json=self._fields, timeout=60) as r:
+                assert r.status_code == 200, r.read()
+                self._socket = r.extensions["network_stream"].get_extra_info("socket")
+                for line in r.iter_lines():
+                    if line == "data: [DONE]":
+                        self.done = True
+                    elif line.startswith("data: "):
+                        event = json.loads(line[6:])
+                        if "error" in event:
+                            self.error = event["error"]
+                        else:
+                            self.text += event["choices"][0]["text"]
+        except Exception as error:
+            self.error = self.error or error
+
+    def vanish(self):
+        self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def test_it_answers_through_haproxy(server):
+    answer = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=8)).json()
+    assert answer["usage"]["completion_tokens"] == 8
+    reading = Reading(max_tokens=8)
+    reading.thread.join()
+    assert reading.done and reading.text == answer["choices"][0]["text"]
+    assert httpx.get(f"{URL}/v1/models").json()["data"][0]["id"] == "manta-demo"
+
+
+def test_a_client_that_vanishes_frees_its_blocks_in_any_state(server):
+    """Streams of which some run, some are swapped out, some wait; and one that does not stream."""
+    readings = [Reading(max_tokens=1500, seed=i) for i in range(8)]
+    until(lambda: metric("cpu_kv_blocks_used") and metric("num_requests_running"))
+    assert metric("num_requests_waiting")
+    for reading in readings:
+        if reading._socket is not None:
+            reading.vanish()
+    waiting = [reading for reading in readings if reading._socket is None]
+    seconds = until(lambda: metric("num_requests_running") + metric("num_requests_waiting")
+                    <= len(waiting))  # fmt: skip
+    for reading in waiting:  # those that were in the queue have come to run by now
+        until(lambda reading=reading: reading._socket is not None)
+        reading.vanish()
+    until(idle)
+    for reading in readings:
+        reading.thread.join()
+        assert not reading.done
+    print(f"freed {seconds * 1e3:.0f} ms after the clients went")
+
+    connection = socket.create_connection(("127.0.0.1", PORT))
+    data = json.dumps(body(max_tokens=1500, ignore_eos=True)).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+    until(lambda: metric("num_requests_running") == 1)
+    connection.close()
+    seconds = until(idle)
+    print(f"freed {seconds * 1e3:.0f} ms after the client of a whole answer went")
+
+
+def engine_pid(session):
+    for entry in left_of(session):
+        if "ServeReplica:manta:Engine" in entry:
+            return int(entry.split()[0])
+    raise AssertionError("no engine")
+
+
+def test_an_engine_that_is_killed_is_named_and_replaced(server):
+    process, log, session = server
+    readings = [Reading(max_tokens=1500, seed=i) for i in range(3)]
+    until(lambda: metric("num_requests_running") == 3)
+    os.kill(engine_pid(session), signal.SIGKILL)
+    for reading in readings:
+        reading.thread.join(20)
+        assert not reading.done and "is gone" in str(reading.error), reading.error
+    assert httpx.get(f"{URL}/health").status_code == 503
+    wait_ready(process, log)
+    assert httpx.post(f"{URL}/v1/completions", json=body(max_tokens=4)).status_code == 200
+
+
+def test_a_port_that_is_taken_is_said_at_once(server):
+    again = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "serve", *OPTIONS], capture_output=True, text=True
+    )
+    assert again.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{PORT}: Address already in use" in again.stderr
+
+
+def test_a_signal_drains_and_nothing_is_left(server):
+    """The last of the module: it stops the server."""
+    process, log, session = server
+    readings = [Reading(max_tokens=900, seed=i) for i in range(3)]
+    until(lambda: metric("num_requests_running") == 3)
+    process.terminate()
+    refused = None
+    deadline = time.monotonic() + 10
+    while refused is None or refused.status_code == 200:
+        assert time.monotonic() < deadline
+        refused = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=1))
+    assert refused.status_code == 503 and refused.headers["retry-after"]
+    for reading in readings:
+        reading.thread.join(60)
+        assert reading.done, reading.error
+    assert process.wait(60) == 0
+    gone(session)
+    text = Path(log.name).read_text()
+    folder = re.search(r"Ready at http://127.0.0.1:8123", text)
+    assert folder, text
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    os.environ["MANTA_TEST"] = session = f"second-{os.getpid()}"
+    with (tmp_path / "log").open("w") as log:
+        process = start_server(*OPTIONS, log=log)
+        wait_ready(process, log)
+        reading = Reading(max_tokens=2000)
+        until(lambda: metric("num_requests_running") == 1)
+        process.terminate()
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.terminate()
+        start = time.monotonic()
+        assert process.wait(10) == 128 + signal.SIGTERM
+        print(f"ended {time.monotonic() - start:.2f} s after the second signal")
+        gone(session)
+        reading.thread.join()
+        assert not reading.done
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", PORT))
