@@ -1,23 +1,26 @@
 # make demo: what manta does, on the model inside the package. make test: the tests.
-# Each sets up what it needs in .venv the first time.
+# make serve: a server with that model, until Ctrl-C. Each sets up what it needs the first time.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak-scheduler check format clean
+.PHONY: demo serve test soak-scheduler soak-serve check format clean
 
 demo: .venv/ready
-	$(BIN)/manta generate --temperature 0.8 --top-p 0.95 --max-tokens 48 --seed 0 manta-demo \
-	  "Hello, my name is" "The president of the United States is" \
-	  "The capital of France is" "The future of AI is"
-	$(BIN)/manta generate --chat --temperature 0 --max-tokens 100 manta-demo \
-	  "What is manta?" "What is the capital of France?" "Tell me a joke."
+	$(BIN)/python tools/demo.py
 
-test: .venv/ready
+serve: .venv/ready
+	$(BIN)/manta serve
+
+test: .venv/ready tests/node/node_modules/.ready
 	$(BIN)/python -m pytest
 
 # 100,000 requests through the scheduler, without a model; some minutes.
 soak-scheduler: .venv/ready
 	$(BIN)/python -m tests.soak.scheduler
+
+# Two minutes of 64 streams on a server, with clients that vanish.
+soak-serve: .venv/ready
+	$(BIN)/python -m tests.soak.server
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -32,5 +35,10 @@ format: .venv/ready
 	PYTHON=$(PYTHON) tools/setup_venv.sh .venv
 	touch $@
 
+# The OpenAI client for Node, for the tests.
+tests/node/node_modules/.ready: tests/node/package-lock.json
+	npm ci --no-audit --no-fund --prefix tests/node
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist *.egg-info tests/node/node_modules

@@ -1,8 +1,8 @@
 """``manta serve`` beside ``vllm serve``: the same checkpoint, the same load, in turns.
 
-    python benchmarks/serving.py round MODEL FILE --vllm-python VENV/bin/python --seed 1
-    python benchmarks/serving.py offline MODEL FILE
-    python benchmarks/serving.py table FILE
+    python -m benchmarks.serving round MODEL FILE --vllm-python VENV/bin/python --seed 1
+    python -m benchmarks.serving offline MODEL FILE
+    python -m benchmarks.serving table FILE
 
 ``round`` starts each server on an idle machine (which of them first depends on the seed), waits
 until it answers a request, loads it with benchmarks/load_generator.py at 1, 8 and 32 streams, and
@@ -28,60 +28,18 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import cpu_seconds
+
 HERE = Path(__file__).resolve().parent
 STREAMS = {1: 6, 8: 32, 32: 96}  # number of streams: requests in a run
 MAX_MODEL_LEN = 2048
 INPUT_LEN, OUTPUT_LEN = 128, 64
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-# ---- processes ----
-
-
-def processes() -> dict[int, float]:
-    """CPU seconds of every process, user and system, with all of its threads."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it has ended
-        found[int(stat.parent.name)] = (int(fields[11]) + int(fields[12])) / TICKS
-    return found
-
-
-def threads(pid: int) -> dict[str, float]:
-    """CPU seconds of a process's threads, by name."""
-    found: dict[str, float] = defaultdict(float)
-    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
-        try:
-            head, _, rest = stat.read_text().rpartition(")")
-        except OSError:
-            continue
-        fields = rest.split()
-        found[head.partition("(")[2]] += (int(fields[11]) + int(fields[12])) / TICKS
-    return found
-
-
-def title(pid: int) -> str:
-    """What a process is called: Ray's title for its workers, else the program."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return "ended"
-    words = [word for word in words if word]
-    if not words:
-        return "kernel"
-    if words[0].startswith(("ray::", "VLLM::")):
-        return words[0].split("#")[0].split(".")[0]
-    names = [os.path.basename(word) for word in words[:3] if not word.startswith("-")]
-    return names[0] if not names[0].startswith("python") or len(names) < 2 else names[1]
 
 
 class Server:
     """A server in processes of its own, from its start to its end."""
 
-    def __init__(self, name: str, model: str, vllm_python: str | None) -> None:
+    def __init__(self, name: str, model: str, vllm_python: str | None, options: list[str]) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -91,14 +49,13 @@ class Server:
         common += ["--max-model-len", str(MAX_MODEL_LEN)]
         environment = dict(os.environ)
         if name == "manta":
-            command = [sys.executable, "-m", "deploy.cli", "serve", model, *common]
+            command = [sys.executable, "-m", "deploy.cli", "serve", model, *common, *options]
         else:
             assert vllm_python
             environment["VLLM_CPU_KVCACHE_SPACE"] = "4"
             environment["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{(os.cpu_count() or 1) - 1}"
             module = "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs
             command = [vllm_python, "-m", module, "--model", model, *common]
-        self._before = set(processes())
         self._log = open(f"/tmp/serving-{name}.log", "w")  # noqa: SIM115  # closed by stop
         started = time.perf_counter()
         self._process = subprocess.Popen(
@@ -124,23 +81,9 @@ class Server:
                 time.sleep(0.05)
         raise SystemExit(f"{self.name} ended: see {self._log.name}")
 
-    def cpu(self) -> dict[str, float]:
-        """CPU seconds so far of what came with the server, by title; threads after a slash."""
-        found: dict[str, float] = defaultdict(float)
-        own = {os.getpid()}
-        for pid, seconds in processes().items():
-            if pid in self._before or pid in own:
-                continue
-            name = title(pid)
-            found[name] += seconds
-            if name.startswith(("ray::", "VLLM::")):
-                for thread, spent in threads(pid).items():
-                    found[f"{name}/{thread}"] += spent
-        return found
-
     def load(self, streams: int, requests: int, seed: int) -> dict[str, Any]:
         """One run of the load generator, with the CPU time that the server spent on it."""
-        before = self.cpu()
+        before = cpu_seconds(self._process.pid)
         command = [
             sys.executable, str(HERE / "load_generator.py"), "--url", self.url, "--model",
             self.model, "--streams", str(streams), "--requests", str(requests), "--seed",
@@ -150,7 +93,8 @@ class Server:
         if done.returncode:
             raise SystemExit(f"{self.name}, {streams} streams: {done.stderr}")
         figures: dict[str, Any] = json.loads(done.stdout)
-        spent = {name: now - before.get(name, 0.0) for name, now in self.cpu().items()}
+        after = cpu_seconds(self._process.pid)
+        spent = {name: seconds - before.get(name, 0.0) for name, seconds in after.items()}
         figures["cpu_us_per_token"] = {
             name: round(1e6 * seconds / figures["tokens"], 1)
             for name, seconds in sorted(spent.items(), key=lambda item: -item[1])
@@ -173,7 +117,7 @@ def one_round(args: argparse.Namespace) -> None:
     if args.only:
         names = [args.only]
     for name in names if args.seed % 2 else names[::-1]:
-        server = Server(name, args.model, args.vllm_python)
+        server = Server(name, args.model, args.vllm_python, (args.options or "").split())
         try:
             server.load(8, 8, 10**6)  # warms up
             for streams, requests in STREAMS.items():
@@ -201,12 +145,13 @@ def offline(args: argparse.Namespace) -> None:
     params = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True)
     for turn in range(args.rounds + 1):
         prompts = make_prompts(turn, STREAMS[streams], INPUT_LEN)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         llm.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         if turn:  # the first warms up
-            speed = len(prompts) * OUTPUT_LEN / seconds
-            append(args.file, {"server": "offline", "streams": streams, "output_tok_s": speed})
+            tokens = len(prompts) * OUTPUT_LEN
+            figures = {"output_tok_s": tokens / seconds, "cpu_us_per_token": 1e6 * cpu / tokens}
+            append(args.file, {"server": "offline", "streams": streams, "round": turn} | figures)
 
 
 def append(file: str, figures: dict[str, Any]) -> None:
@@ -270,6 +215,7 @@ def main() -> None:
             command.add_argument("--vllm-python", help="interpreter of an environment with vLLM")
             command.add_argument("--seed", type=int, default=1)
             command.add_argument("--only", choices=["manta", "vllm"])
+            command.add_argument("--options", help="further ones of manta serve, in one word")
         if name == "offline":
             command.add_argument("--rounds", type=int, default=3)
         command.set_defaults(run=run)

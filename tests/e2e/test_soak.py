@@ -1,0 +1,20 @@
+"""A short soak: many streams, clients that vanish. ``make soak-serve`` is the long one."""
+
+import asyncio
+
+from tests.soak.server import OPTIONS, Footprint, growth, leftovers, soak, wrong_answers
+from tests.support.served import serve
+
+
+def test_nothing_leaks_and_every_answer_is_right() -> None:
+    with serve(*OPTIONS) as served:
+        asyncio.run(soak(served, 3, 64))  # connections and buffers that stay are made
+        before = Footprint.of(served)
+        found = asyncio.run(soak(served, 7, 64, seed=1))
+    assert not found.errors
+    assert len(found.answers) > 100 and found.vanished > 50
+    assert not leftovers(found.load)
+    for what, most in (("files", 16), ("threads", 8), ("memory", 64 << 20)):
+        for name, then, now in growth(found, before, what):
+            assert now - then <= most, (what, name, then, now)
+    assert not wrong_answers(found)
