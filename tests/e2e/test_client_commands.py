@@ -192,6 +192,8 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_not_the_program(server: Served
     terminal.wait_for("error: there is no command /nonsense")
     terminal.wait_for("> ")
     terminal.write("half a li")
+    terminal.wait_for("half a li")
+    time.sleep(0.3)  # readline loses a signal that comes while it takes in a character
     terminal.interrupt()
     terminal.wait_for("(/exit or Ctrl-D leaves)")
     terminal.write("/undo\n")
