@@ -53,6 +53,9 @@ class NoModel:
         self.result = lambda: StepResult(plan.step, slots, tokens, failed, {}, {}, 1e-3)
         return self
 
+    def check(self) -> None:
+        pass
+
 
 class Timed:
     """The scheduler's two verbs, with a stopwatch."""
