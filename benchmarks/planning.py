@@ -6,7 +6,8 @@
 Sequences decode, at 16, 256 and 2,048 at once; every step some end and others are admitted in
 their place, so that admission, growth and release are among what is measured. ``under pressure``
 has a third of the blocks that they come to need, so that some are preempted all the time. Medians
-over steps; planning is ``Scheduler.plan``, applying ``Scheduler.apply``.
+over steps; planning is ``Scheduler.plan``, applying ``Scheduler.apply``. A second table has what a
+schedule log adds to a step.
 
 ``--share`` runs 32 sequences on a real model instead and gives what planning and applying are of
 a step.
@@ -16,6 +17,7 @@ import argparse
 import random
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from engine.plan import StepPlan, StepResult  # noqa: E402
 from engine.preempt import MeasuredCosts  # noqa: E402
 from engine.request import Request  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
+from engine.schedule_log import Header, RecordingExecutor  # noqa: E402
 
 RUNNING = [16, 256, 2048]
 BLOCK_SIZE = 16
@@ -49,6 +52,9 @@ class NoModel:
         failed = np.zeros(len(slots), np.bool_)
         self.result = lambda: StepResult(plan.step, slots, tokens, failed, {}, {}, 1e-3)
         return self
+
+    def check(self) -> None:
+        pass
 
 
 class Timed:
@@ -123,6 +129,28 @@ def run(running: int, pressure: bool, steps: int) -> None:
     )
 
 
+def logged(running: int, steps: int) -> None:
+    """What ``--schedule-log`` adds to a step of ``running`` decodes: microseconds and bytes."""
+    costs = MeasuredCosts(1e-5, 1e-5, 1e-4)
+    capacity = Capacity(1, 1, BLOCK_SIZE, 1, "none", costs)
+    facts = ModelFacts("none", 30_000, 4096, 0, 0, 0.0, "", "")
+    header = Header({}, EngineConfig(), "", facts, capacity)
+    slots = np.arange(running, dtype=np.int32)
+    plan = StepPlan(1, slots, 100 * slots, slots, slots * 0 + 1, np.zeros((9, 3), np.int32))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log"
+        seconds = []
+        bare, executor = NoModel(), RecordingExecutor(NoModel(), path, header)  # type: ignore
+        for _ in range(steps):
+            started = time.perf_counter()
+            bare.run(plan).result()
+            between = time.perf_counter()
+            executor.run(plan).result()
+            seconds.append(time.perf_counter() - between - (between - started))
+        size = path.stat().st_size / steps
+    print(f"| {running:,} | {1e6 * statistics.median(seconds):.0f} | {size:.0f} |")
+
+
 def share(model: str) -> None:
     from manta import LLM
 
@@ -161,6 +189,10 @@ def main() -> None:
     for pressure in (False, True):
         for running in RUNNING:
             run(running, pressure, args.steps)
+    print("| running | schedule log, us a step | bytes a step |")
+    print("| --- | --- | --- |")
+    for running in RUNNING:
+        logged(running, args.steps)
 
 
 if __name__ == "__main__":

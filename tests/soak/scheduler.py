@@ -28,7 +28,9 @@ MODES = ["auto", "swap", "recompute"]
 POLICIES = ["fcfs", "priority"]
 AGEING_SECONDS = 0.02  # a run takes seconds, not hours: priorities age accordingly
 OUTSTANDING = 250  # requests that are in the engine at most
-LONGEST_WAIT = 10_000  # steps; all that is ahead of a request takes less
+# Steps. All that may be ahead of a request: OUTSTANDING times 1.4 completions of 60 tokens, of
+# which a pipeline of 4 stages with 16 slots runs 4 in a step, and blocks may allow but half.
+LONGEST_WAIT = 12_000
 
 
 @dataclass

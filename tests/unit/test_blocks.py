@@ -128,6 +128,8 @@ class KVMachine(RuleBasedStateMachine):
     later than the plans that follow them.
     """
 
+    done: Counter[str] = Counter()  # what all of its runs did
+
     @initialize(
         num_device=st.integers(3, 10),
         num_cpu=st.sampled_from([3, 6, 20, 0]),
@@ -375,6 +377,7 @@ class KVMachine(RuleBasedStateMachine):
                 self.kv.release(seq)
             self.kv.drain()
             assert self.kv.device.num_held == self.kv.cpu.num_held == 0, "a block has leaked"
+            KVMachine.done.update(vars(self.kv.stats))
             self.kv.device.check()
             self.kv.cpu.check()
 
@@ -384,7 +387,10 @@ def test_block_pool_agrees_with_a_plain_model():
 
 
 def test_kv_blocks_hold_what_they_should():
+    KVMachine.done.clear()
     run_state_machine_as_test(KVMachine, settings=settings(COMMON, max_examples=150))
+    for name, count in KVMachine.done.items():  # it did everything, and often
+        assert count > 100, name
 
 
 def test_a_prefix_is_held_whole_before_a_part_of_it_is_promoted():

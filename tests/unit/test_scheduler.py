@@ -105,6 +105,33 @@ def test_what_is_cached_is_not_recomputed():
     assert_empty(engine)
 
 
+def test_a_swapped_sequence_takes_the_cpu_blocks_of_cached_prefixes():
+    """Prefixes that were demoted fill the CPU blocks; who gives way is copied there all the same,
+    and nothing that is swapped out is given up for a prefix."""
+    rng = random.Random(0)
+    engine = make_engine(num_blocks=24, num_cpu_blocks=24, preemption_mode="swap",
+                         max_num_batched_tokens=64)  # fmt: skip
+    for number in range(8):
+        add(engine, f"old{number}", random_prompt(rng, 40), 2)
+        drain(engine)
+    kv = engine.scheduler.kv
+    assert len(kv.cpu._cached) == 24 and kv.cpu.num_held == 0, "prefixes fill the CPU blocks"
+    prompts = [random_prompt(rng, 9) for _ in range(6)]
+    for number, prompt in enumerate(prompts):
+        add(engine, f"{number}", prompt, 40)
+    held, outputs = 0, {}
+    while engine.has_work:
+        for delta in engine.step():
+            outputs.setdefault(delta.request_id, []).append(delta.token)
+        swapped = {block for seq in engine.scheduler.waiting() for block in seq.swapped}
+        assert len(swapped) == kv.cpu.num_held
+        held = max(held, len(swapped))
+    stats = engine.scheduler.stats
+    assert stats.preemptions_swap > 0 and stats.preemptions_recompute == 0 and held > 3
+    assert outputs == {str(i): foretell(p, 0, 40) for i, p in enumerate(prompts)}
+    assert_empty(engine)
+
+
 def test_costs_follow_what_is_seen():
     """Copies that turn out slow make auto recompute, where at first it swaps."""
     engine = make_engine(num_blocks=64, num_cpu_blocks=64, costs=MeasuredCosts(1e-6, 1e-6, 1e-3))
