@@ -220,9 +220,7 @@ class Workers:
                 self._lost(error)
             if data is not None:
                 return data
-            if not asked and time.monotonic() >= deadline - _PATIENCE = 1.0  # seconds that a worker has to end when told to
-_LAST_PATIENCE = 10.0  # and when killed by a signal, sent from its own node
-_PING_TIME:
+            if not asked and time.monotonic() >= deadline - _PING_TIME:
                 asked = True
                 self._ping()
             elif time.monotonic() >= deadline:
