@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test soak-scheduler soak-serve check format clean
+.PHONY: demo serve test soak-scheduler soak-serve soak-faults soak-hosts check format clean
 
 demo: .venv/ready
 	$(BIN)/python tools/demo.py
@@ -21,6 +21,14 @@ soak-scheduler: .venv/ready
 # Two minutes of 64 streams on a server, with clients that vanish.
 soak-serve: .venv/ready
 	$(BIN)/python -m tests.soak.server
+
+# Workers killed, stopped and spoilt, 20 times each; half an hour.
+soak-faults: .venv/ready
+	$(BIN)/python -m tests.soak.faults
+
+# As root: two hosts with their own addresses, as network namespaces.
+soak-hosts: .venv/ready
+	$(BIN)/python -m tests.soak.hosts
 
 check: .venv/ready
 	$(BIN)/ruff check .

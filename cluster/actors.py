@@ -1,17 +1,22 @@
 """The ranks of a replica as Ray actors, in one placement group. Ray starts, places and watches;
 plans and results travel beside it."""
 
+import contextlib
 import logging
 import os
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from cluster.placement import Node, describe, fits, place, splits_a_stage
 from engine.config import EngineConfig
@@ -21,9 +26,7 @@ from workers.rank import Call, serve
 
 log = get_logger("actors")
 
-_PATIENCE = 2.0  # seconds that a worker that was told to stop may take
-_INSIST_AFTER = 0.5  # seconds until a process that Ray was told to kill is killed by signal
-_GONE_TIMEOUT = 10.0  # seconds in which what is ended must be gone
+_GONE_TIMEOUT = 10.0  # seconds in which a placement group that is removed must be gone
 
 
 class RankActor:
@@ -175,32 +178,30 @@ class RayLauncher:
 
     # ---- ending ----
 
-    def stop(self, gently: bool) -> None:
+    def kill(self, ranks: Sequence[int], hard: bool) -> None:
         if not ray.is_initialized():
-            return
-        if gently and self._serving:
-            ray.wait(self._serving, num_returns=len(self._serving), timeout=_PATIENCE)
-        for actor in self._actors:
-            ray.kill(actor)
-        here = ray.get_runtime_context().get_node_id()
-        local = [pid for node, pid in self._pids if node == here]
-        deadline = time.monotonic() + _GONE_TIMEOUT
-        for pid in local:
-            _end_process(pid, deadline)
-        if self._group is not None:
+            return  # Ray has ended them
+        for rank in ranks:
+            if rank >= len(self._actors):
+                continue
+            if not hard:
+                ray.kill(self._actors[rank])
+            elif rank < len(
+                self._pids
+            ):  # Ray's kill is a request that a stopped process never sees
+                node, pid = self._pids[rank]
+                here = NodeAffinitySchedulingStrategy(node, soft=False)
+                ray.remote(_kill).options(num_cpus=0, scheduling_strategy=here).remote(pid)
+
+    def release(self) -> None:
+        if self._group is not None and ray.is_initialized():
             _remove(self._group)
         self._actors, self._serving, self._pids, self._group = [], [], [], None
 
 
-def _end_process(pid: int, deadline: float) -> None:
-    """Ray's kill is a request that a stopped process never sees: insist after a while."""
-    patient = time.monotonic() + _INSIST_AFTER
-    while time.monotonic() < deadline:
-        try:
-            os.kill(pid, 0 if time.monotonic() < patient else signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        time.sleep(0.01)
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _remove(group: PlacementGroup) -> None:
@@ -217,6 +218,6 @@ def _amounts(need: dict[str, float]) -> str:
 
 
 def _reason(text: str) -> str:
-    """What Ray says of an actor's death, without the identifiers around it."""
-    lines = [line.strip() for line in text.splitlines() if "because" in line or "exit" in line]
-    return " ".join(lines[:2]) or "its process ended"
+    """What Ray says of an actor's death, without the identifiers and guesses around it."""
+    lines = [line.strip() for line in text.splitlines() if "because" in line]
+    return lines[0].split(". ")[0].rstrip(".") if lines else "its process ended"

@@ -32,6 +32,8 @@ log = get_logger("executor")
 
 PLAN_RING_BYTES = 4 << 20
 START_TIMEOUT = 180.0  # seconds in which every worker's process must have called
+_PATIENCE = 1.0  # seconds that a worker has to end when told to
+_LAST_PATIENCE = 10.0  # and when killed by a signal, sent from its own node
 _PING_TIME = 0.5  # seconds that workers have to answer, before the time of a step is up
 _GRACE = 0.2  # seconds in which the cause of a failure may follow its consequences
 _reports: wire.Decoder[Report] = wire.Decoder(Report)
@@ -296,12 +298,15 @@ class Workers:
             self._failure = cause
             self._end(gently=False)
 
-    def stop(self) -> None:
-        """End every worker; later calls find nothing to do."""
+    def stop(self, gently: bool = True) -> None:
+        """End every worker, ``gently`` if they run plans; later calls find nothing to do."""
         with self._lock:
             if self._stopped:
                 return
             self._failure = "the replica was stopped"
+            if not gently:
+                self._end(gently)
+                return
             try:
                 for steps in (w.steps for w in self._workers if w.steps is not None):
                     steps.send(b"")
@@ -310,6 +315,19 @@ class Workers:
                 pass
             self._end(gently=True)
 
+    def _await_ends(self, ranks: list[int], seconds: float) -> list[int]:
+        """Which of the ranks still live after so long: a process that ends closes its socket."""
+        deadline = time.monotonic() + seconds
+        while True:
+            left = [
+                rank
+                for rank in ranks
+                if rank >= len(self._workers) or not self._workers[rank].control.ended
+            ]
+            if not left or time.monotonic() >= deadline:
+                return left
+            time.sleep(0.005)
+
     def _end(self, gently: bool) -> None:
         self._stopped = True
         self._ring.close()
@@ -317,7 +335,15 @@ class Workers:
             self._results.close()
             self._results = None
         self._store = None
-        self._launcher.stop(gently)
+        left = list(range(self.size))
+        if gently:
+            left = self._await_ends(left, _PATIENCE)
+        self._launcher.kill(left, hard=False)
+        left = self._await_ends(left, _PATIENCE if self._workers else 0.0)
+        if left:
+            self._launcher.kill(left, hard=True)
+            self._await_ends(left, _LAST_PATIENCE if self._workers else 0.0)
+        self._launcher.release()
         for worker in self._workers:
             worker.control.close()
             if worker.steps is not None:
@@ -378,7 +404,7 @@ class ParallelExecutor:
             self._workers.start(self._path, self._is_folder)
             reports = self._workers.ask(None, "facts", self._progress)
         except BaseException:
-            self.stop()
+            self._workers.stop(gently=False)
             raise
         facts = [report.facts for report in reports if report.facts is not None]
         return ModelFacts(
@@ -400,7 +426,7 @@ class ParallelExecutor:
             blocks = Blocks(min(b.device for b in fits if b), min(b.cpu for b in fits if b))
             reports = workers.ask(Order(reserve=blocks), "capacity", self._progress)
         except BaseException:
-            self.stop()
+            self._workers.stop(gently=False)
             raise
         capacities = [report.capacity for report in reports if report.capacity is not None]
         workers.watch(

@@ -1,10 +1,10 @@
 """What starts, watches and ends the processes of a replica's ranks; here as plain processes."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,6 @@ from engine.errors import ConfigError
 from workers.rank import Call
 
 ROOT = Path(__file__).resolve().parent.parent
-_PATIENCE = 2.0  # seconds that a worker that was told to stop may take
 
 
 class Launcher(Protocol):
@@ -32,8 +31,12 @@ class Launcher(Protocol):
         """Which ranks' processes have ended, and how, after at most ``patience`` seconds."""
         ...
 
-    def stop(self, gently: bool) -> None:
-        """End all processes and give back what they held; ``gently`` if they were told to."""
+    def kill(self, ranks: Sequence[int], hard: bool) -> None:
+        """End processes, without waiting; ``hard`` also those that hear nothing any more."""
+        ...
+
+    def release(self) -> None:
+        """Give back what the processes held, once they were killed."""
         ...
 
 
@@ -89,11 +92,12 @@ class ProcessLauncher:
                 ended[rank] = how
         return ended
 
-    def stop(self, gently: bool) -> None:
+    def kill(self, ranks: Sequence[int], hard: bool) -> None:
+        for rank in ranks:
+            if rank < len(self._processes):
+                self._processes[rank].kill()
+
+    def release(self) -> None:
         for process in self._processes:
-            if gently:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_PATIENCE)
-            process.kill()
             process.wait()
         self._processes = []

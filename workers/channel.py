@@ -23,6 +23,7 @@ _LINE = 64
 MAX_READERS = _HEADER // _LINE - 2
 _FUTEX = {"x86_64": 202}
 _WAIT, _WAKE = 0, 1
+_CLOSED = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 _FULL_PAUSE = 20e-6  # seconds between looks at a full ring
 
 
@@ -235,6 +236,13 @@ class SocketChannel:
     def peer(self) -> str:
         """The other end's address."""
         return str(self._socket.getpeername()[0])
+
+    @property
+    def ended(self) -> bool:
+        """Whether the other end is closed, whatever it sent before."""
+        poll = select.poll()
+        poll.register(self._socket, _CLOSED)
+        return bool(poll.poll(0))
 
     def send(self, data: bytes | memoryview) -> None:
         try:

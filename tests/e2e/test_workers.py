@@ -79,7 +79,9 @@ def test_stages_land_on_different_nodes_and_the_run_is_right(start) -> None:
 
 def test_what_can_never_be_placed_is_refused_at_once(start) -> None:
     asked = r"tensor_parallel_size=2 × pipeline_parallel_size=3 asks for 6 workers of 1 CPU each"
-    with pytest.raises(ConfigError, match=asked + r".* never has that: .*: 2 of 2 CPU free; .*: 2"):
+    with pytest.raises(
+        ConfigError, match=asked + r".* never has that: .*: \d of 2 CPU free; .*: \d"
+    ):
         start(tensor_parallel_size=2, pipeline_parallel_size=3)
 
 
@@ -183,7 +185,9 @@ def test_a_weight_file_that_one_rank_cannot_read_is_named(checkpoint, tokenizer,
     assert not leftovers([])
 
 
-def test_a_workers_failure_to_start_comes_with_its_traceback(start, checkpoint, tmp_path) -> None:
+def test_a_workers_failure_to_start_comes_with_its_traceback(
+    start, checkpoint, tokenizer, tmp_path
+) -> None:
     with pytest.raises(EngineError, match=r"(?s)worker \d .* failed to start:.*Traceback.*mmap"):
         start(tensor_parallel_size=2, num_gpu_blocks_override=10**12, kv_cache_memory_bytes=None)
     folder = tmp_path / "damaged"
@@ -192,5 +196,5 @@ def test_a_workers_failure_to_start_comes_with_its_traceback(start, checkpoint, 
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(CheckpointError, match=r"damaged or truncated.*\(worker \d "):
-        LLM(folder, **(BASE | {"tensor_parallel_size": 2}), tokenizer=str(checkpoint("llama")))
+        LLM(folder, **(BASE | {"tensor_parallel_size": 2}), tokenizer=tokenizer)
     assert not leftovers([])

@@ -1,6 +1,6 @@
 """Faults, made on purpose: a replica on real workers, one of them killed, stopped or spoilt.
 
-Used by the test suite (each once) and by ``benchmarks/faults.py`` (each many times).
+Used by the test suite (each once) and by ``tests/soak/faults.py`` (each many times).
 """
 
 import os

@@ -4,6 +4,7 @@ import torch again for each. Everything in them is the real thing: ``workers.ran
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,14 @@ class Pool:
         codes = enumerate(process.poll() for process in self._processes)
         return {rank: f"exit code {code}" for rank, code in codes if code is not None}
 
-    def stop(self, gently: bool) -> None:
-        for process in self._processes[: self.size]:
-            if gently and process.stdout is not None:
-                assert process.stdout.readline() == "done\n"
-            else:
-                process.kill()
-        if not gently:
+    def kill(self, ranks: Sequence[int], hard: bool) -> None:
+        for rank in ranks:
+            self._processes[rank].kill()
+
+    def release(self) -> None:
+        """They are to serve the next replica, if all ended as they should."""
+        serving = self._processes[: self.size]
+        if any(process.stdout and process.stdout.readline() != "done\n" for process in serving):
             self.close()
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Faults, again and again: time to notice, what the caller saw, what was left behind.
 
-python -m benchmarks.faults [--repeats 20] [--only NAME ...]
+python -m tests.soak.faults [--repeats 20] [--only NAME ...]
 
 Each repeat starts a replica of two workers on a local Ray cluster (two tensor-parallel ranks and
 two pipeline stages in turn), does the harm, and looks for what is left. ``make soak-faults``.
