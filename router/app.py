@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from cluster.client import EngineClient
+from engine.errors import MantaError
 from router import responses
 from router.chat import answer_chat, render
 from router.completions import answer_completion
@@ -39,7 +40,7 @@ def build_app(
         redirect_slashes=False,
     )
     app.state.service = service
-    for kind in (ApiError, HTTPException, Exception):
+    for kind in (ApiError, MantaError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     if config.api_key:
         app.add_middleware(KeyGuard, keys=config.api_key)

@@ -110,7 +110,9 @@ def _responses(path: str, answer: Any, errors: tuple[int, ...], keys: bool) -> d
     if answer is not None:
         good["content"] = {"application/json": {"schema": answer}}
     if path in _STREAMS:
-        good["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        data = {"type": "string", "description": "a chunk as JSON; [DONE] at the end"}
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        good["content"]["text/event-stream"] = {"schema": event}
     described: dict[str, Any] = {"200": good}
     if keys and path not in _OPEN:
         errors = (*errors, 401)

@@ -21,6 +21,7 @@ from engine.tokenizer import Tokenizer
 from router.balance import Balancer, Ticket
 from router.config import RouterConfig
 from router.errors import ApiError, unavailable, wrong
+from router.schema import Sampling
 from router.stages import Stages
 
 INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the event loop
@@ -149,7 +150,7 @@ class Service:
     def check_admission(self) -> None:
         """Raises ApiError 503 while draining."""
         if self.draining:
-            raise unavailable("the server is shutting down", "draining")
+            raise _draining()
 
     async def encode(
         self, model: ServedModel, texts: list[str], add_special_tokens: bool
@@ -204,7 +205,9 @@ class Service:
 
     async def _submit(self, request: Request) -> tuple[Ticket, RequestStream]:
         """Queue a request with the engine that suits it, or the next if that one will not."""
-        refusal: Exception = unavailable("no engine is ready", "starting")
+        refusal: Exception = unavailable("no engine is ready yet", "starting")
+        if any(engine.load.draining for engine in self.engines):
+            refusal = _draining()
         tried: set[str] = set()
         while True:
             candidates = [
@@ -237,6 +240,10 @@ class Service:
                 self.stages.observe("queue", queued)
             if (first := metrics.time_to_first_token) is not None:
                 self.stages.observe("first_token", first)
+
+
+def _draining() -> ApiError:
+    return unavailable("the server is shutting down", "draining")
 
 
 async def merged(
@@ -273,7 +280,21 @@ async def merged(
             reader.cancel()
 
 
-def sampling_of(body: Any, defaults: SamplingParams, **own: Any) -> SamplingParams:
+def refuse_contradictions(body: Sampling, info: EngineInfo) -> None:
+    """Raises ApiError for fields that are right, but not with each other or with this engine."""
+    if body.stream_options is not None and not body.stream:
+        raise wrong("stream_options needs stream to be true", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise wrong("prompt_logprobs: a stream has none", "prompt_logprobs")
+    if body.priority and info.scheduling_policy != "priority":
+        raise wrong(
+            "priority needs a server with --scheduling-policy priority; this one's is"
+            f" {info.scheduling_policy}",
+            "priority",
+        )
+
+
+def sampling_of(body: Sampling, defaults: SamplingParams, **own: Any) -> SamplingParams:
     """The sampling parameters of a request's common fields, and ``own`` ones.
 
     Raises RequestError, naming the field.
