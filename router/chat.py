@@ -81,7 +81,7 @@ async def render(
         variables["documents"] = body.documents
 
     def rendered() -> str:
-        with service.stages.time("template"):
+        with service.stats.time("template"):
             return model.tokenizer.render_chat(
                 messages,
                 template,
