@@ -12,8 +12,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from cluster.actors import connect_ray
 from cluster.directory import Directory
+from cluster.joining import connect_ray, own_host
 from cluster.loop import EngineLoop
 from cluster.transport import Server
 from engine.config import EngineConfig
@@ -44,8 +44,7 @@ class EngineHost:
         engine, info = start_engine(config, self.engine_id)
         self._hang_after = info.step_timeout
         self.loop = EngineLoop(engine, self._on_failure)
-        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        server = Server(self.loop, info, secrets.token_hex(16), host)
+        server = Server(self.loop, info, secrets.token_hex(16), own_host())
         self.address = server.address
         self.loop.start()
         self._directory = Directory(name)

@@ -251,6 +251,9 @@ class EngineHandle:
     """A named engine, for programs without asyncio; made by ``connect``. Threads may share it."""
 
     def __init__(self, name: str, timeout: float) -> None:
+        from cluster.joining import connect_ray
+
+        connect_ray()  # here, in the program's thread: Ray sets signal handlers in the main one
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="manta-handle", daemon=True
