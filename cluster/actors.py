@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+from cluster.joining import connect_ray, own_host
 from cluster.placement import Node, describe, fits, place, splits_a_stage
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError
@@ -38,18 +39,7 @@ class RankActor:
 
     def serve(self, rank: int, call: Call, cpus: float | None) -> None:
         """Be a rank until told to stop; raises what made it fail."""
-        serve(rank, _own_host(), call, cpus)
-
-
-def connect_ray() -> None:
-    """Join the cluster of RAY_ADDRESS or of this machine, or start one for this process."""
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level=logging.WARNING)
-
-
-def _own_host() -> str:
-    host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    return host
+        serve(rank, own_host(), call, cpus)
 
 
 def cluster_nodes() -> list[Node]:
@@ -70,7 +60,7 @@ class RayLauncher:
     def __init__(self, config: EngineConfig) -> None:
         connect_ray()
         self._parallel = parallel = config.parallel
-        self.host = _own_host()
+        self.host = own_host()
         self.device = config.device.device
         if self.device == "auto":
             gpus = ray.cluster_resources().get("GPU")  # type: ignore[no-untyped-call]

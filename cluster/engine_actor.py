@@ -1,42 +1,50 @@
-"""An engine that others use: a replica, its loop and its server in one process."""
+"""An engine that others use: a replica, its loop and its server in one process; and such a
+process as a named Ray actor that outlives whoever started it."""
 
+import contextlib
 import os
 import secrets
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from cluster.directory import Directory
+from cluster.joining import connect_ray, own_host
 from cluster.loop import EngineLoop
 from cluster.transport import Server
 from engine.config import EngineConfig
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError, MantaError
 from engine.log import get_logger
 
 log = get_logger("engine")
 
 LAST_WORDS = 0.5  # seconds in which a failed engine tells its clients, before its process ends
+NAMESPACE = "manta"
 
 
 class EngineHost:
     """Builds a replica in this process and serves it until ``stop``.
 
-    ``name`` is that of the application, in whose ``Directory`` it can be found. An engine that
-    fails takes its process along, once its clients know why: whoever started it starts another.
+    ``name`` is that of the application, in whose ``Directory`` it can be found. ``share`` is how
+    many engines divide this machine's cores. An engine that fails takes its process along, once
+    its clients know why: whoever started it starts another.
     """
 
-    def __init__(self, config: EngineConfig, name: str, threads: int | None = None) -> None:
-        if threads is not None:  # Ray set one for each CPU that was asked for
-            os.environ["OMP_NUM_THREADS"] = str(threads)
+    def __init__(self, config: EngineConfig, name: str, share: int = 1) -> None:
+        if config.parallel.world_size == 1:  # it computes here; Ray has set a thread for each CPU
+            cpus = config.parallel.worker_cpus or (os.cpu_count() or 1) // share
+            os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
         from cluster.replica import start_engine  # imports torch, which reads the environment
 
         self.engine_id = secrets.token_hex(4)
         engine, info = start_engine(config, self.engine_id)
         self._hang_after = info.step_timeout
         self.loop = EngineLoop(engine, self._on_failure)
-        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        server = Server(self.loop, info, secrets.token_hex(16), host)
+        server = Server(self.loop, info, secrets.token_hex(16), own_host())
         self.address = server.address
         self.loop.start()
         self._directory = Directory(name)
@@ -66,3 +74,127 @@ class EngineHost:
     def _die(self) -> None:
         self._directory.remove("engine", self.engine_id, self.address)
         os._exit(1)
+
+
+def needed(config: EngineConfig) -> dict[str, float]:
+    """The CPUs and GPUs that the process of an engine asks Ray for.
+
+    That of a split model asks for none: its workers do. Ray must be initialised.
+    """
+    parallel = config.parallel
+    if parallel.world_size > 1:
+        return {"num_cpus": 0}
+    device = config.device.device
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if device == "cuda" or (device == "auto" and resources.get("GPU")):
+        return {"num_cpus": parallel.worker_cpus or 0, "num_gpus": parallel.worker_gpus}
+    return {"num_cpus": 1 if parallel.worker_cpus is None else parallel.worker_cpus}
+
+
+class _EngineActor:
+    """The actor of a named engine."""
+
+    def __init__(self) -> None:
+        self._started = threading.Event()
+        self._host: EngineHost | None = None
+
+    def ping(self) -> None:
+        """Answers once it has been placed."""
+
+    def start(self, options: Mapping[str, Any], name: str) -> None:
+        """Load the model and serve it."""
+        self._host = EngineHost(EngineConfig.from_options(**options), f"engine:{name}")
+        self._started.set()
+
+    def address(self) -> str:
+        """Where it listens, once it does."""
+        self._started.wait()
+        assert self._host is not None
+        return self._host.address
+
+    def stop(self, drain_seconds: float) -> None:
+        """Stop serving."""
+        if self._host is not None:
+            self._host.stop(drain_seconds)
+
+
+def start_actor(name: str, options: Mapping[str, Any]) -> None:
+    """Start a detached engine called ``name``; returns when it is ready.
+
+    Raises ConfigError, CheckpointError or EngineError; then nothing of it stays.
+    """
+    config = EngineConfig.from_options(**options)
+    connect_ray()
+    if _actor(name) is not None:
+        raise ConfigError(f"an engine called {name!r} runs already")
+    need = needed(config)
+    timeout = config.parallel.placement_timeout
+    actor_class: Any = ray.remote(_EngineActor)
+    actor = actor_class.options(
+        name=name, namespace=NAMESPACE, lifetime="detached", max_concurrency=16, **need
+    ).remote()
+    try:
+        try:
+            ray.get(actor.ping.remote(), timeout=timeout)
+        except GetTimeoutError:
+            there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            free = ray.available_resources()  # type: ignore[no-untyped-call]
+            has = ", ".join(
+                f"{free.get(k, 0):g} of {there.get(k, 0):g} {k}" for k in ("CPU", "GPU")
+            )
+            asked = ", ".join(f"{value:g} {key[4:].upper()[:-1]}" for key, value in need.items())
+            raise ConfigError(
+                f"no room for engine {name!r} within placement_timeout ({timeout:g} s): it needs"
+                f" {asked}; of the cluster are free {has}"
+            ) from None
+        ray.get(actor.start.remote(dict(options), name))
+    except RayTaskError as error:
+        _end(actor)
+        if isinstance(error.cause, MantaError):
+            raise error.cause from None
+        raise EngineError(f"engine {name!r} did not start: {error}") from error
+    except RayActorError as error:
+        raise EngineError(f"engine {name!r} died while it started: {error}") from error
+    except BaseException:
+        _end(actor)
+        raise
+
+
+def find_actor(name: str, timeout: float) -> str:
+    """The address of the engine called ``name``. Raises EngineError if it is not there in time."""
+    connect_ray()
+    actor = _actor(name)
+    if actor is None:
+        raise EngineError(f"there is no engine called {name!r}")
+    try:
+        address: str = ray.get(actor.address.remote(), timeout=timeout)
+    except GetTimeoutError:
+        raise EngineError(f"engine {name!r} is not ready within {timeout:g} s") from None
+    except RayActorError as error:
+        raise EngineError(f"engine {name!r} died: {error}") from error
+    return address
+
+
+def stop_actor(name: str, drain_seconds: float) -> None:
+    """End the engine called ``name``. Raises EngineError if there is none."""
+    connect_ray()
+    actor = _actor(name)
+    if actor is None:
+        raise EngineError(f"there is no engine called {name!r}")
+    with contextlib.suppress(RayActorError):
+        ray.get(actor.stop.remote(drain_seconds))
+    _end(actor)
+
+
+def _actor(name: str) -> Any:
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _end(actor: Any) -> None:
+    """Kill an actor and wait until its name is free."""
+    ray.kill(actor, no_restart=True)
+    with contextlib.suppress(RayActorError, GetTimeoutError):
+        ray.get(actor.ping.remote(), timeout=10)

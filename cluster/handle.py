@@ -1,103 +1,411 @@
-"""Finding engines and keeping hold of them."""
+"""Handles: programs on a cluster share an engine that lives on its own, found by its name.
+
+    manta.start_engine("shared", "path/or/hub-id", max_model_len=4096)    # once, anywhere
+
+    engine = manta.connect("shared")                                      # in any driver
+    outputs = engine.generate(["Hello", "The sky is"])
+    for piece in engine.stream("Once upon a time"):                       # leaving it cancels
+        print(piece.text, end="")
+
+``connect_async`` gives the same with ``await`` and ``async for``. The engine goes on when its
+drivers end, and frees what they had in flight; ``stop_engine`` ends it.
+"""
 
 import asyncio
+import concurrent.futures
 import contextlib
-import time
-from collections.abc import Collection, Iterator
+import threading
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from cluster.client import EngineClient
-from cluster.directory import Directory
+from cluster.client import EngineInfo, EngineLoad, RequestStream
+from cluster.prompts import (
+    Message,
+    Prompt,
+    Tokenized,
+    chat_prompts,
+    checked_priority,
+    one_for_each,
+    text_prompts,
+)
 from cluster.transport import RemoteClient
-from engine.errors import EngineError
-from engine.log import get_logger
+from engine.chat import load_template
+from engine.errors import RequestError
+from engine.output import RequestText
+from engine.outputs import RequestOutput
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.stats import Metric
+from engine.tokenizer import Tokenizer
 
-log = get_logger("handle")
-
-LOOK_EVERY = 0.25  # seconds between two looks into the directory
-LOOK_AT_FIRST = 0.03  # while no engine is known
-FORGET_AFTER = 30.0  # seconds without an answer, after which an entry is dead
+T = TypeVar("T")
 
 
-class Engines(Collection[EngineClient]):
-    """The engines of an application that can be reached now, kept current while it is open.
+@dataclass(frozen=True)
+class Piece:
+    """What a stream brings for one completion: new text, its tokens, and at the end why it ended.
 
-    An engine comes in when it is found in the directory and answers, and goes when its connection
-    breaks. Belongs to one asyncio loop.
+    ``text`` may be empty while a character or a stop string could still be incomplete.
     """
 
-    def __init__(self, name: str) -> None:
-        self._directory = Directory(name)
-        self._clients: dict[str, RemoteClient] = {}
-        self._silent_since: dict[str, float] = {}  # by address
-        self._task: asyncio.Task[None] | None = None
-        self._waiting: asyncio.Event = asyncio.Event()
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
 
-    def __len__(self) -> int:
-        return len(self._clients)
 
-    def __iter__(self) -> Iterator[EngineClient]:
-        return iter(list(self._clients.values()))
+class AsyncEngineHandle:
+    """A named engine, for one asyncio loop; made by ``connect_async``."""
 
-    def __contains__(self, client: object) -> bool:
-        return client in self._clients.values()
+    def __init__(self, client: RemoteClient, tokenizer: Tokenizer) -> None:
+        self._client = client
+        self.tokenizer = tokenizer
+        template = client.info.chat_template
+        self._chat_template = None if template is None else load_template(template)
 
-    async def open(self) -> None:
-        """Start keeping the set current."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._keep_current())
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine serves."""
+        return self._client.info
 
-    async def wait(self, timeout: float) -> None:
-        """Wait until there is an engine. Raises EngineError if none comes in time."""
-        try:
-            await asyncio.wait_for(self._waiting.wait(), timeout)
-        except TimeoutError:
-            raise EngineError(f"no engine came within {timeout:g} s") from None
+    @property
+    def load(self) -> EngineLoad:
+        """What it has to do now."""
+        return self._client.load
 
-    def drain(self) -> None:
-        """Have every engine admit nothing any longer; their ``load`` says when they are done."""
-        for client in self._clients.values():
-            client.drain()
+    @property
+    def healthy(self) -> bool:
+        """Whether it answers and makes progress."""
+        return self._client.healthy
+
+    async def metrics(self) -> list[Metric]:
+        """What it has counted."""
+        return await self._client.stats()
+
+    async def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        timeout: float | None = None,
+    ) -> list[RequestOutput]:
+        """As ``LLM.generate``. If the caller is cancelled, so are its requests.
+
+        Raises RequestError for a wrong prompt or parameter, EngineError if the engine dies.
+        """
+        return await self._run(
+            text_prompts(self.tokenizer, prompts), sampling_params, priority, timeout
+        )
+
+    async def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        timeout: float | None = None,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """As ``LLM.chat``."""
+        prompts = self._render(messages, template_options)
+        return await self._run(prompts, sampling_params, priority, timeout)
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Piece, None]:
+        """The completions of one prompt, piece by piece as they come.
+
+        Closing the iterator cancels the request.
+        """
+        async with contextlib.aclosing(
+            self._stream(
+                text_prompts(self.tokenizer, prompt), sampling_params, priority, timeout
+            )
+        ) as pieces:  # fmt: skip
+            async for piece in pieces:
+                yield piece
+
+    async def stream_chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        **template_options: Any,
+    ) -> AsyncGenerator[Piece, None]:
+        """The answers to one conversation, piece by piece."""
+        prompts = self._render(messages, template_options)
+        async with contextlib.aclosing(
+            self._stream(prompts, sampling_params, priority, timeout)
+        ) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def close(self) -> None:
-        """Close every connection; requests in flight end."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
-        for client in self._clients.values():
-            await client.close()
-        self._clients.clear()
+        """Leave the engine; what this handle has in flight there ends."""
+        await self._client.close()
 
-    async def _keep_current(self) -> None:
-        while True:
-            try:
-                found = await asyncio.to_thread(self._directory.find, "engine")
-                await self._update(found)
-            except Exception as error:  # the GCS is away for a moment: go on with what is known
-                log.warning("The directory cannot be read: %s", error)
-                await asyncio.sleep(LOOK_EVERY)
-            await asyncio.sleep(LOOK_EVERY if self._clients else LOOK_AT_FIRST)
+    # ---- inside ----
 
-    async def _update(self, found: dict[str, str]) -> None:
-        for id, client in list(self._clients.items()):
-            if not client.connected:
-                del self._clients[id]
-        new = [(id, address) for id, address in found.items() if id not in self._clients]
-        await asyncio.gather(*(self._connect(id, address) for id, address in new))
-        if self._clients:
-            self._waiting.set()
-        else:
-            self._waiting.clear()
+    def _render(self, messages: Any, options: dict[str, Any]) -> list[Tokenized]:
+        template = options.pop("chat_template", None)
+        options |= options.pop("chat_template_kwargs", None) or {}
+        return chat_prompts(
+            self.tokenizer,
+            messages,
+            self._chat_template if template is None else load_template(template),
+            **options,
+        )
 
-    async def _connect(self, id: str, address: str) -> None:
+    def _request(
+        self, prompt: Tokenized, sampling: SamplingParams, priority: int, timeout: float | None
+    ) -> Request:
+        return Request(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=prompt[1],
+            sampling=sampling,
+            bad_words=tuple(map(tuple, self.tokenizer.bad_words_ids(sampling.bad_words))),
+            priority=priority,
+            timeout=timeout,
+        )
+
+    async def _run(
+        self,
+        prompts: list[Tokenized],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        timeout: float | None,
+    ) -> list[RequestOutput]:
+        params = one_for_each(sampling_params, self.info.default_sampling, len(prompts))
+        priorities = checked_priority(priority, self.info.scheduling_policy, len(prompts))
+        requests = [
+            self._request(*values, timeout)
+            for values in zip(prompts, params, priorities, strict=True)
+        ]
+        streams: list[RequestStream] = []
         try:
-            self._clients[id] = await RemoteClient.connect(address, timeout=2.0)
-            self._silent_since.pop(address, None)
-        except EngineError as error:
-            if address not in self._silent_since:
-                log.warning("Engine %s: %s", id, error)
-            since = self._silent_since.setdefault(address, time.monotonic())
-            if time.monotonic() - since > FORGET_AFTER:
-                del self._silent_since[address]
-                await asyncio.to_thread(self._directory.remove, "engine", id, address)
+            for number, request in enumerate(requests):
+                try:
+                    streams.append(await self._client.submit(request))
+                except RequestError as error:
+                    raise type(error)(f"prompt {number}: {error}") from None
+            texts = []
+            for request, stream, (text, _) in zip(requests, streams, prompts, strict=True):
+                output = RequestText(request, text, self.tokenizer, stream.metrics)
+                async for deltas in stream:
+                    for delta in deltas:
+                        _, stopped = output.take(delta)
+                        if stopped is not None:
+                            stream.stop_at_text(delta.index)
+                texts.append(output.output)
+            return texts
+        finally:
+            for stream in streams:
+                stream.cancel()
+
+    async def _stream(
+        self,
+        prompts: list[Tokenized],
+        sampling_params: SamplingParams | None,
+        priority: int,
+        timeout: float | None,
+    ) -> AsyncGenerator[Piece, None]:
+        if len(prompts) != 1:
+            raise RequestError(f"a stream has one prompt, got {len(prompts)}")
+        if priority:
+            checked_priority([priority], self.info.scheduling_policy, 1)
+        (sampling,) = one_for_each(sampling_params, self.info.default_sampling, 1)
+        request = self._request(prompts[0], sampling, priority, timeout)
+        stream = await self._client.submit(request)
+        text = RequestText(request, prompts[0][0], self.tokenizer, stream.metrics, streaming=True)
+        try:
+            async for deltas in stream:
+                for delta in deltas:
+                    output = text.output.outputs[delta.index]
+                    before = len(output.token_ids)
+                    new, stopped = text.take(delta)
+                    if stopped is not None:
+                        stream.stop_at_text(delta.index)
+                    yield Piece(
+                        delta.index,
+                        new,
+                        output.token_ids[before:],
+                        output.finish_reason,
+                        output.stop_reason,
+                    )
+        finally:
+            stream.cancel()
+
+
+class EngineHandle:
+    """A named engine, for programs without asyncio; made by ``connect``. Threads may share it."""
+
+    def __init__(self, name: str, timeout: float) -> None:
+        from cluster.joining import connect_ray
+
+        connect_ray()  # here, in the program's thread: Ray sets signal handlers in the main one
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="manta-handle", daemon=True
+        )
+        self._thread.start()
+        try:
+            self._handle = self._call(connect_async(name, timeout))
+        except BaseException:
+            self._stop()
+            raise
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine serves."""
+        return self._handle.info
+
+    @property
+    def load(self) -> EngineLoad:
+        """What it has to do now."""
+        return self._handle.load
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it answers and makes progress."""
+        return self._handle.healthy
+
+    def metrics(self) -> list[Metric]:
+        """What it has counted."""
+        return self._call(self._handle.metrics())
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        timeout: float | None = None,
+    ) -> list[RequestOutput]:
+        """As ``LLM.generate``; an interrupt cancels. Raises EngineError if the engine dies."""
+        return self._call(
+            self._handle.generate(prompts, sampling_params, priority=priority, timeout=timeout)
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """As ``LLM.chat``."""
+        return self._call(self._handle.chat(messages, sampling_params, **options))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Iterator[Piece]:
+        """The completions of one prompt, piece by piece; leaving the loop cancels the request."""
+        return self._pieces(
+            self._handle.stream(prompt, sampling_params, priority=priority, timeout=timeout)
+        )
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        **options: Any,
+    ) -> Iterator[Piece]:
+        """The answers to one conversation, piece by piece."""
+        return self._pieces(self._handle.stream_chat(messages, sampling_params, **options))
+
+    def close(self) -> None:
+        """Leave the engine; what this handle has in flight there ends."""
+        if self._thread.is_alive():
+            self._call(self._handle.close())
+            self._stop()
+
+    def __enter__(self) -> "EngineHandle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- inside ----
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except (KeyboardInterrupt, concurrent.futures.CancelledError):
+            future.cancel()
+            raise
+
+    def _pieces(self, pieces: AsyncGenerator[Piece, None]) -> Iterator[Piece]:
+        async def following() -> Piece | None:
+            return await anext(pieces, None)
+
+        try:
+            while (piece := self._call(following())) is not None:
+                yield piece
+        finally:
+            self._call(pieces.aclose())
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def start_engine(name: str, model: str, **options: Any) -> EngineHandle:
+    """Start an engine of its own life under ``name``, and connect to it.
+
+    ``options`` are those of ``LLM``. Raises ConfigError or CheckpointError as it does, and if the
+    name is taken or the cluster has no room.
+    """
+    from cluster.engine_actor import start_actor
+
+    start_actor(name, {"model": model, **options})
+    return connect(name)
+
+
+def connect(name: str, timeout: float = 60.0) -> EngineHandle:
+    """A handle on the engine called ``name``, from any driver of the cluster.
+
+    Raises EngineError if there is none, or it is not ready within ``timeout`` seconds.
+    """
+    return EngineHandle(name, timeout)
+
+
+async def connect_async(name: str, timeout: float = 60.0) -> AsyncEngineHandle:
+    """``connect`` for programs on asyncio; the handle belongs to the running loop."""
+    from cluster.engine_actor import find_actor
+
+    address = await asyncio.to_thread(find_actor, name, timeout)
+    client = await RemoteClient.connect(address, timeout)
+    info = client.info
+    try:
+        tokenizer = await asyncio.to_thread(Tokenizer.load, info.tokenizer, info.revision)
+    except BaseException:
+        await client.close()
+        raise
+    return AsyncEngineHandle(client, tokenizer)
+
+
+def stop_engine(name: str, drain_seconds: float = 0.0) -> None:
+    """End the engine called ``name``, after at most ``drain_seconds`` for what runs.
+
+    Raises EngineError if there is none.
+    """
+    from cluster.engine_actor import stop_actor
+
+    stop_actor(name, drain_seconds)

@@ -1,7 +1,6 @@
 """``LLM``: offline batched inference in this process."""
 
 import itertools
-import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -9,6 +8,14 @@ from typing import Any
 
 from cluster.interrupts import interrupts_held
 from cluster.progress import PromptBar
+from cluster.prompts import (
+    Message,
+    Prompt,
+    chat_prompts,
+    checked_priority,
+    one_for_each,
+    text_prompts,
+)
 from cluster.replica import default_sampling, open_checkpoint, start_replica
 from engine.chat import load_template
 from engine.config import EMBEDDED_MODEL, EngineConfig
@@ -21,9 +28,6 @@ from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 
 log = get_logger("llm")
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-Message = Mapping[str, Any]
 
 
 class LLM:
@@ -79,7 +83,9 @@ class LLM:
 
         Raises RequestError, naming the prompt and field, before anything runs if one is wrong.
         """
-        return self._run(self._prompts(prompts), sampling_params, use_tqdm, priority, timeout)
+        return self._run(
+            text_prompts(self.tokenizer, prompts), sampling_params, use_tqdm, priority, timeout
+        )
 
     def chat(
         self,
@@ -100,60 +106,18 @@ class LLM:
         option ``chat_template``); ``timeout`` is that of ``generate``. Raises RequestError for
         messages that the template refuses.
         """
-        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-            raise RequestError("messages must be a non-empty list of messages, or of such lists")
-        one = isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if one else messages
-        prompts: list[tuple[str | None, list[int]]] = []
-        for conversation in conversations:
-            text = self.tokenizer.render_chat(
-                conversation,
-                self._chat_template if chat_template is None else load_template(chat_template),
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                **(chat_template_kwargs or {}),
-            )
-            prompts.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
+        prompts = chat_prompts(
+            self.tokenizer,
+            messages,
+            self._chat_template if chat_template is None else load_template(chat_template),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **(chat_template_kwargs or {}),
+        )
         return self._run(prompts, sampling_params, use_tqdm, None, timeout)
 
     # ---- inside ----
-
-    def _prompts(self, prompts: Any) -> list[tuple[str | None, list[int]]]:
-        """(text, token ids) of each prompt."""
-        if isinstance(prompts, str | Mapping) or (_is_ids(prompts) and len(prompts)):
-            prompts = [prompts]
-        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-            raise RequestError(
-                f"prompts must be a prompt or a list of prompts, got {reprlib.repr(prompts)}"
-            )
-        texts: list[str | None] = []
-        for number, prompt in enumerate(prompts):
-            text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-            texts.append(text if isinstance(text, str) else None)
-            self._check_prompt(number, prompt)
-        ids = iter(self.tokenizer.encode([t for t in texts if t is not None]))
-        return [
-            (text, next(ids))
-            if text is not None
-            else (None, list(p["prompt_token_ids"] if isinstance(p, Mapping) else p))
-            for text, p in zip(texts, prompts, strict=True)
-        ]
-
-    @staticmethod
-    def _check_prompt(number: int, prompt: Any) -> None:
-        if isinstance(prompt, Mapping):
-            keys = set(prompt)
-            if keys == {"prompt"} and isinstance(prompt["prompt"], str):
-                return
-            if keys == {"prompt_token_ids"} and _is_ids(prompt["prompt_token_ids"]):
-                return
-        elif isinstance(prompt, str) or _is_ids(prompt):
-            return
-        raise RequestError(
-            f"prompt {number} must be a string, a list of token ids, or a dict with 'prompt' or"
-            f" 'prompt_token_ids', got {reprlib.repr(prompt)}"
-        )
 
     def _run(
         self,
@@ -163,13 +127,9 @@ class LLM:
         priority: Sequence[int] | None,
         timeout: float | None,
     ) -> list[RequestOutput]:
-        params = self._params(sampling_params, len(prompts))
-        if priority is None:
-            priority = [0] * len(prompts)
-        elif self.config.scheduler.scheduling_policy != "priority":
-            raise RequestError("priority needs scheduling_policy='priority'")
-        elif not isinstance(priority, Sequence) or len(priority) != len(prompts):
-            raise RequestError(f"priority must be a list of {len(prompts)}, one for each prompt")
+        defaults = self.get_default_sampling_params()
+        params = one_for_each(sampling_params, defaults, len(prompts))
+        priority = checked_priority(priority, self.config.scheduler.scheduling_policy, len(prompts))
         texts: dict[str, RequestText] = {}
         with interrupts_held() as check_interrupt:
             try:
@@ -216,26 +176,3 @@ class LLM:
                     bar.finished(text.output)
             if unfinished and not self.engine.has_work:
                 raise EngineError(f"{unfinished} requests are unfinished but nothing can run")
-
-    def _params(
-        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
-        if given is None:
-            given = self.get_default_sampling_params()
-        if isinstance(given, SamplingParams):
-            return [given] * count
-        params = list(given) if isinstance(given, Sequence) else []
-        if len(params) != count or not all(isinstance(p, SamplingParams) for p in params):
-            raise RequestError(
-                f"sampling_params must be one SamplingParams or {count} of them, one for each"
-                " prompt"
-            )
-        return params
-
-
-def _is_ids(value: Any) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str | bytes)
-        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    )

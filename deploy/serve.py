@@ -5,14 +5,13 @@ runs the same application.
 """
 
 import asyncio
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
 
-from cluster.engine_actor import EngineHost
-from cluster.handle import Engines
+from cluster.engine_actor import EngineHost, needed
+from cluster.engines import Engines
 from deploy.settings import Settings
 from manta import __version__
 from router.app import build_app
@@ -46,10 +45,11 @@ class Router:
 class Engine:
     """An engine replica. Serve replaces it when it fails or hangs."""
 
-    def __init__(self, options: Mapping[str, Any], application: str, threads: int | None) -> None:
+    def __init__(self, options: Mapping[str, Any], application: str) -> None:
         settings = Settings.from_options(options)
-        self._grace = settings.router.shutdown_timeout
-        self._host = EngineHost(settings.engine, application, threads)
+        router = settings.router
+        self._grace = router.shutdown_timeout
+        self._host = EngineHost(settings.engine, application, share=router.num_replicas)
 
     def check_health(self) -> None:
         """Serve asks this every few seconds."""
@@ -69,7 +69,6 @@ def build(options: Mapping[str, Any]) -> serve.Application:
     settings = Settings.from_options({k.replace("-", "_"): v for k, v in options.items()})
     router = settings.router
     stop_seconds = router.shutdown_timeout + STOP_BUFFER
-    threads = max(1, (os.cpu_count() or 1) // router.num_replicas)
     engine = serve.deployment(
         name="Engine",
         num_replicas=router.num_replicas,
@@ -78,7 +77,7 @@ def build(options: Mapping[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2.0,
         health_check_timeout_s=30.0,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=needed(settings.engine),
     )(Engine)
     ingress = serve.deployment(
         name="Router",
@@ -88,6 +87,4 @@ def build(options: Mapping[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={"num_cpus": 0},
     )(Router)
-    return ingress.bind(
-        router, APPLICATION, engine.bind(dict(settings.options), APPLICATION, threads)
-    )
+    return ingress.bind(router, APPLICATION, engine.bind(dict(settings.options), APPLICATION))

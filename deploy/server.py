@@ -195,7 +195,7 @@ class _Server:
 
 
 async def _drain_engines(timeout: float) -> None:
-    from cluster.handle import Engines
+    from cluster.engines import Engines
     from deploy.serve import APPLICATION
 
     engines = Engines(APPLICATION)

@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cluster.handle import AsyncEngineHandle as AsyncEngineHandle
+    from cluster.handle import EngineHandle as EngineHandle
+    from cluster.handle import Piece as Piece
+    from cluster.handle import connect as connect
+    from cluster.handle import connect_async as connect_async
+    from cluster.handle import start_engine as start_engine
+    from cluster.handle import stop_engine as stop_engine
     from cluster.llm import LLM as LLM
     from engine.errors import CheckpointError as CheckpointError
     from engine.errors import ConfigError as ConfigError
@@ -28,6 +35,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "cluster.llm",
+    "start_engine": "cluster.handle",
+    "connect": "cluster.handle",
+    "connect_async": "cluster.handle",
+    "stop_engine": "cluster.handle",
+    "EngineHandle": "cluster.handle",
+    "AsyncEngineHandle": "cluster.handle",
+    "Piece": "cluster.handle",
     "SamplingParams": "engine.sampling_params",
     "RequestOutput": "engine.outputs",
     "CompletionOutput": "engine.outputs",

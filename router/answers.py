@@ -97,7 +97,7 @@ class Answer(ABC):
                 yield data
             if not unfinished:
                 break
-        self.service.stages.observe("stream", spent)
+        self.service.stats.observe("stream", spent)
 
     def _frame(self) -> tuple[bytes, bytes]:
         """What stands before and after the choices of a chunk."""

@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from cluster.client import EngineClient
+from engine.errors import MantaError
 from router import responses
 from router.chat import answer_chat, render
 from router.completions import answer_completion
@@ -18,19 +19,28 @@ from router.config import RouterConfig
 from router.errors import ApiError, api_error, unavailable, wrong
 from router.fields import read
 from router.guard import KeyGuard
+from router.metrics import CONTENT_TYPE
 from router.openapi import describe
 from router.replies import Reply
 from router.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from router.service import Service, engines_by_id
+from router.service import Others, Service, engines_by_id
+from router.stats import AnswerCounter
 
 T = TypeVar("T")
 
 
 def build_app(
-    config: RouterConfig, engines: Collection[EngineClient], version: str = "unknown"
+    config: RouterConfig,
+    engines: Collection[EngineClient],
+    version: str = "unknown",
+    others: Others | None = None,
 ) -> FastAPI:
-    """The application over a live set of engines. ``app.state.service`` is its state."""
-    service = Service(config, engines)
+    """The application over a live set of engines. ``app.state.service`` is its state.
+
+    others: gives the metrics (``Service.metrics``) of the application's other ingress processes,
+        by their ids.
+    """
+    service = Service(config, engines, others)
     app = FastAPI(
         title="manta",
         version=version,
@@ -39,7 +49,7 @@ def build_app(
         redirect_slashes=False,
     )
     app.state.service = service
-    for kind in (ApiError, HTTPException, Exception):
+    for kind in (ApiError, MantaError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     if config.api_key:
         app.add_middleware(KeyGuard, keys=config.api_key)
@@ -49,6 +59,7 @@ def build_app(
         allow_methods=["*"],
         allow_headers=["*"],
     )
+    app.add_middleware(AnswerCounter, stats=service.stats)
     _Routes(service, version).add_to(app)
     describe(app, keys=bool(config.api_key))
     return app
@@ -78,6 +89,7 @@ class _Routes:
             ("GET", "/health", self.health),
             ("GET", "/load", self.load),
             ("GET", "/version", self.version),
+            ("GET", "/metrics", self.metrics),
         ]
         for method, path, endpoint in routes:
             app.add_api_route(path, endpoint, methods=[method], response_model=None)
@@ -172,11 +184,15 @@ class _Routes:
             )
             for engine in engines_by_id(self._service.engines)
         ]
-        return _json(responses.Load(server_load=self._service.in_flight, engines=states))
+        return _json(responses.Load(server_load=self._service.stats.in_flight, engines=states))
 
     async def version(self) -> Response:
         """The server's version."""
         return _json(responses.Version(self._version))
+
+    async def metrics(self) -> Response:
+        """Prometheus text of every engine and ingress process."""
+        return Response(await self._service.scrape(), media_type=CONTENT_TYPE)
 
     async def _body(self, request: Request, kind: type[T]) -> T:
         """The request's body, checked. Raises ApiError 413, 415 or 400."""
@@ -194,7 +210,7 @@ class _Routes:
             else:
                 started = time.perf_counter()
                 body = read(bytes(data), kind, self._service.config.allow_unknown_fields)
-                self._service.stages.observe("validate", time.perf_counter() - started)
+                self._service.stats.observe("validate", time.perf_counter() - started)
                 return body
         raise ApiError(
             413,

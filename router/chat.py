@@ -26,6 +26,7 @@ from router.service import (
     Prompt,
     ServedModel,
     Service,
+    refuse_contradictions,
     room_for_output,
     sampling_of,
 )
@@ -37,6 +38,7 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
     Raises ApiError and RequestError, naming what is wrong.
     """
     model = await service.model(body.model)
+    refuse_contradictions(body, model.info)
     if body.top_logprobs is not None and not body.logprobs:
         raise wrong("top_logprobs needs logprobs to be true", "top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and (
@@ -79,7 +81,7 @@ async def render(
         variables["documents"] = body.documents
 
     def rendered() -> str:
-        with service.stages.time("template"):
+        with service.stats.time("template"):
             return model.tokenizer.render_chat(
                 messages,
                 template,

@@ -15,6 +15,7 @@ from router.service import (
     Prompt,
     ServedModel,
     Service,
+    refuse_contradictions,
     room_for_output,
     sampling_of,
 )
@@ -28,6 +29,7 @@ async def answer_completion(service: Service, body: CompletionRequest) -> "Compl
     Raises ApiError and RequestError, naming what is wrong.
     """
     model = await service.model(body.model)
+    refuse_contradictions(body, model.info)
     if body.max_tokens == 0 and not body.echo:
         raise wrong("max_tokens must be at least 1, but with echo", "max_tokens")
     prompts = await _prompts(service, model, body)

@@ -7,8 +7,11 @@ from starlette.responses import Response
 
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from engine.log import get_logger
+from router.schema import ChatRequest, CompletionRequest
 
 log = get_logger("router")
+
+_FIELDS = frozenset(CompletionRequest.__struct_fields__ + ChatRequest.__struct_fields__)
 
 RETRY_AFTER = {"retry-after": "1"}
 
@@ -89,8 +92,5 @@ def api_error(error: BaseException) -> ApiError:
 
 def _field(message: str) -> str | None:
     """The field that a RequestError names, which is the message's first word."""
-    match = re.match(r"[a-z_]+[a-z](?=[\[. ])", message)
-    return match[0] if match and "_" in match[0] or match and match[0] in _SHORT else None
-
-
-_SHORT = ("n", "stop", "seed", "temperature", "prompt", "messages", "priority", "logprobs", "tools")
+    match = re.match(r"[a-z_]+", message)
+    return match[0] if match and match[0] in _FIELDS else None

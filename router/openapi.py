@@ -45,6 +45,7 @@ _PATHS: Mapping[str, tuple[str, Any, Any, tuple[int, ...]]] = {
     "/health": ("get", None, None, (503,)),
     "/load": ("get", None, responses.Load, ()),
     "/version": ("get", None, responses.Version, ()),
+    "/metrics": ("get", None, None, ()),
 }  # fmt: skip
 _STREAMS = ("/v1/completions", "/v1/chat/completions")
 _OPEN = ("/health", "/metrics")
@@ -109,8 +110,12 @@ def _responses(path: str, answer: Any, errors: tuple[int, ...], keys: bool) -> d
     good: dict[str, Any] = {"description": "Done."}
     if answer is not None:
         good["content"] = {"application/json": {"schema": answer}}
+    if path == "/metrics":
+        good["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if path in _STREAMS:
-        good["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        data = {"type": "string", "description": "a chunk as JSON; [DONE] at the end"}
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        good["content"]["text/event-stream"] = {"schema": event}
     described: dict[str, Any] = {"200": good}
     if keys and path not in _OPEN:
         errors = (*errors, 401)

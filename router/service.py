@@ -5,7 +5,15 @@ import contextlib
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +25,20 @@ from engine.output import RequestText
 from engine.outputs import CompletionOutput
 from engine.request import Request
 from engine.sampling_params import SamplingParams
+from engine.stats import Metric
 from engine.tokenizer import Tokenizer
 from router.balance import Balancer, Ticket
 from router.config import RouterConfig
 from router.errors import ApiError, unavailable, wrong
-from router.stages import Stages
+from router.metrics import scrape
+from router.schema import Sampling
+from router.stats import RouterStats
 
 INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the event loop
+
+
+# Gives the metrics of other ingress processes by their ids.
+Others = Callable[[], Awaitable[Mapping[str, list[Metric]]]]
 
 
 @dataclass(frozen=True)
@@ -94,12 +109,18 @@ class Prompt:
 class Service:
     """The state of one ingress process. ``engines`` is live: engines come and go in it."""
 
-    def __init__(self, config: RouterConfig, engines: Collection[EngineClient]) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        engines: Collection[EngineClient],
+        others: Others | None = None,
+    ) -> None:
+        self.id = uuid.uuid4().hex[:8]
         self.config = config
         self.engines = engines
-        self.stages = Stages()
+        self._others = others
+        self.stats = RouterStats()
         self.draining = False
-        self.in_flight = 0  # requests that an engine has now, of this process
         self.balancer = Balancer()
         self._model: ServedModel | None = None
         self._loading = asyncio.Lock()
@@ -149,13 +170,13 @@ class Service:
     def check_admission(self) -> None:
         """Raises ApiError 503 while draining."""
         if self.draining:
-            raise unavailable("the server is shutting down", "draining")
+            raise _draining()
 
     async def encode(
         self, model: ServedModel, texts: list[str], add_special_tokens: bool
     ) -> list[list[int]]:
         """The token ids of texts; long ones do not hold up the other requests' streams."""
-        with self.stages.time("tokenize"):
+        with self.stats.time("tokenize"):
             if sum(map(len, texts)) <= INLINE_CHARACTERS:
                 return model.tokenizer.encode(texts, add_special_tokens)
             return await asyncio.to_thread(model.tokenizer.encode, texts, add_special_tokens)
@@ -189,7 +210,7 @@ class Service:
             text = RequestText(request, prompt.text, model.tokenizer, stream.metrics, streaming)
             started.append(Generation(text, stream, ticket, number * sampling.n))
 
-        self.in_flight += 1
+        self.stats.in_flight += 1
         try:
             starts = [start(number, prompt) for number, prompt in enumerate(prompts)]
             for result in await asyncio.gather(*starts, return_exceptions=True):
@@ -197,14 +218,16 @@ class Service:
                     raise result
             yield sorted(started, key=lambda generation: generation.first_choice)
         finally:
-            self.in_flight -= 1
+            self.stats.in_flight -= 1
             for generation in started:
                 generation.end()
             self._observe(started)
 
     async def _submit(self, request: Request) -> tuple[Ticket, RequestStream]:
         """Queue a request with the engine that suits it, or the next if that one will not."""
-        refusal: Exception = unavailable("no engine is ready", "starting")
+        refusal: Exception = unavailable("no engine is ready yet", "starting")
+        if any(engine.load.draining for engine in self.engines):
+            refusal = _draining()
         tried: set[str] = set()
         while True:
             candidates = [
@@ -230,13 +253,30 @@ class Service:
                 ticket.ended()
                 raise
 
+    # ---- metrics ----
+
+    def metrics(self) -> list[Metric]:
+        """What this process has counted."""
+        return self.stats.metrics()
+
+    async def scrape(self) -> bytes:
+        """The whole application's metrics as Prometheus text."""
+        ingress = {} if self._others is None else dict(await self._others())
+        ingress[self.id] = self.metrics()
+        names = self.config.served_model_name
+        return await scrape(list(engines_by_id(self.engines)), names[0] if names else None, ingress)
+
     def _observe(self, generations: list[Generation]) -> None:
         for generation in generations:
             metrics = generation.output.metrics
             if (queued := metrics.time_in_queue) is not None:
-                self.stages.observe("queue", queued)
+                self.stats.observe("queue", queued)
             if (first := metrics.time_to_first_token) is not None:
-                self.stages.observe("first_token", first)
+                self.stats.observe("first_token", first)
+
+
+def _draining() -> ApiError:
+    return unavailable("the server is shutting down", "draining")
 
 
 async def merged(
@@ -273,7 +313,21 @@ async def merged(
             reader.cancel()
 
 
-def sampling_of(body: Any, defaults: SamplingParams, **own: Any) -> SamplingParams:
+def refuse_contradictions(body: Sampling, info: EngineInfo) -> None:
+    """Raises ApiError for fields that are right, but not with each other or with this engine."""
+    if body.stream_options is not None and not body.stream:
+        raise wrong("stream_options needs stream to be true", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise wrong("prompt_logprobs: a stream has none", "prompt_logprobs")
+    if body.priority and info.scheduling_policy != "priority":
+        raise wrong(
+            "priority needs a server with --scheduling-policy priority; this one's is"
+            f" {info.scheduling_policy}",
+            "priority",
+        )
+
+
+def sampling_of(body: Sampling, defaults: SamplingParams, **own: Any) -> SamplingParams:
     """The sampling parameters of a request's common fields, and ``own`` ones.
 
     Raises RequestError, naming the field.

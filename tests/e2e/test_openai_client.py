@@ -58,10 +58,10 @@ def test_chat_equals_offline(client: openai.OpenAI, llm: LLM) -> None:
 
 @pytest.mark.parametrize("seed", [7, 2**62])
 def test_seeded_samples_equal_offline(seed: int, client: openai.OpenAI, llm: LLM) -> None:
-    params = SamplingParams(n=3, seed=seed, temperature=0.9, top_p=0.95, top_k=50, max_tokens=12)
-    (expected,) = llm.generate(FRANCE, params)
+    params = SamplingParams(n=3, seed=seed, temperature=1.5, top_p=0.95, top_k=50, max_tokens=12)
+    (expected,) = llm.generate("Hello", params)
     fields: dict[str, Any] = dict(
-        model=MODEL, prompt=FRANCE, n=3, seed=seed, temperature=0.9, top_p=0.95, max_tokens=12
+        model=MODEL, prompt="Hello", n=3, seed=seed, temperature=1.5, top_p=0.95, max_tokens=12
     )
     answer = client.completions.create(**fields, extra_body={"top_k": 50})
     texts = [output.text for output in expected.outputs]
@@ -316,8 +316,10 @@ def test_sampling_fields_reach_the_engine(client: openai.OpenAI, llm: LLM) -> No
     assert ids(temperature=0, stop_token_ids=[paris]) == [paris]
     assert len(ids(temperature=0, stop_token_ids=[paris], min_tokens=3)) >= 3
     assert ids(top_k=1) == ids(temperature=0) == ids(min_p=1.0)
-    assert ids(temperature=0, repetition_penalty=50.0) != ids(temperature=0)
     assert ids(temperature=0, max_tokens=2) == ids(temperature=0)[:2]
+    fields |= {"prompt": "Hello", "temperature": 0, "max_tokens": 40}
+    for penalty in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
+        assert ids(**{penalty: 2.0}) != ids() == ids()
 
 
 ERRORS: list[tuple[type[openai.APIStatusError], dict[str, Any], str, str | None, str]] = [
@@ -405,19 +407,23 @@ def test_a_wrong_key(server: Server) -> None:
 
 def test_a_full_queue(client: openai.OpenAI, server: Server) -> None:
     """8 run, 8 wait; one more is refused, and all the others are answered."""
-    with client.completions.create(
-        model=MODEL,
-        prompt=FRANCE,
-        n=16,
-        max_tokens=400,
-        stream=True,
+    fields: dict[str, Any] = dict(
+        model=MODEL, prompt=FRANCE, n=8, max_tokens=200, stream=True, temperature=1,
         extra_body={"ignore_eos": True},
-    ) as stream:
-        next(iter(stream))
-        with pytest.raises(openai.RateLimitError) as caught:
-            client.completions.create(model=MODEL, prompt=FRANCE, n=8)
-        assert caught.value.code == "rate_limit_exceeded"
-        assert caught.value.response.headers["retry-after"] == "1"
+    )  # fmt: skip
+    with (
+        client.completions.create(**fields) as first,
+        client.completions.create(**fields) as second,
+    ):
+        next(iter(first))
+        for stream in (True, False):
+            with pytest.raises(openai.RateLimitError) as caught:
+                client.completions.create(model=MODEL, prompt=FRANCE, stream=stream)
+            assert caught.value.code == "rate_limit_exceeded"
+            assert caught.value.response.headers["retry-after"] == "1"
+        for stream in (first, second):
+            ends = [part.finish_reason for chunk in stream for part in chunk.choices]
+            assert ends.count("length") == 8
     server.assert_idle()
 
 

@@ -94,6 +94,13 @@ def test_the_engine_loads_neither_torch_nor_ray() -> None:
     assert not loaded & {"torch", "ray", "fastapi", "workers", "cluster", "manta", "transformers"}
 
 
+def test_the_router_loads_neither_torch_nor_ray() -> None:
+    modules = [module_of(file) for file in SOURCES if module_of(file).split(".")[0] == "router"]
+    assert "router.app" in modules
+    loaded = loaded_by("import " + ", ".join(modules))
+    assert not loaded & {"torch", "ray", "workers", "transformers"}
+
+
 def test_manta_and_the_command_line_load_little_at_first() -> None:
     heavy = {"torch", "ray", "transformers", "numpy"}
     assert not loaded_by("import manta") & heavy
@@ -165,7 +172,7 @@ def test_every_public_name_can_be_imported() -> None:
     for name in manta.__all__:
         value = getattr(manta, name)
         if name != "__version__":
-            assert inspect.isclass(value) and value.__doc__
+            assert callable(value) and value.__doc__
     errors = {
         name for name, value in vars(importlib.import_module("engine.errors")).items()
         if inspect.isclass(value)

@@ -58,10 +58,12 @@ class Server:
         while time.monotonic() < deadline:
             kv = self.engine.scheduler.kv
             held = kv.device.num_held + kv.cpu.num_held + self.engine.num_unfinished
-            if not held and not self.service.in_flight:
+            if not held and not self.service.stats.in_flight:
                 return
             time.sleep(0.01)
-        raise AssertionError(f"{held} blocks and requests are held, {self.service.in_flight} here")
+        raise AssertionError(
+            f"{held} blocks and requests are held, {self.service.stats.in_flight} here"
+        )
 
     def start(self) -> None:
         self._thread.start()

@@ -1,0 +1,103 @@
+"""Finding engines and keeping hold of them."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Collection, Iterator
+
+from cluster.client import EngineClient
+from cluster.directory import Directory
+from cluster.transport import RemoteClient
+from engine.errors import EngineError
+from engine.log import get_logger
+
+log = get_logger("engines")
+
+LOOK_EVERY = 0.25  # seconds between two looks into the directory
+LOOK_AT_FIRST = 0.03  # while no engine is known
+FORGET_AFTER = 30.0  # seconds without an answer, after which an entry is dead
+
+
+class Engines(Collection[EngineClient]):
+    """The engines of an application that can be reached now, kept current while it is open.
+
+    An engine comes in when it is found in the directory and answers, and goes when its connection
+    breaks. Belongs to one asyncio loop.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._directory = Directory(name)
+        self._clients: dict[str, RemoteClient] = {}
+        self._silent_since: dict[str, float] = {}  # by address
+        self._task: asyncio.Task[None] | None = None
+        self._waiting: asyncio.Event = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def __iter__(self) -> Iterator[EngineClient]:
+        return iter(list(self._clients.values()))
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._clients.values()
+
+    async def open(self) -> None:
+        """Start keeping the set current."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._keep_current())
+
+    async def wait(self, timeout: float) -> None:
+        """Wait until there is an engine. Raises EngineError if none comes in time."""
+        try:
+            await asyncio.wait_for(self._waiting.wait(), timeout)
+        except TimeoutError:
+            raise EngineError(f"no engine came within {timeout:g} s") from None
+
+    def drain(self) -> None:
+        """Have every engine admit nothing any longer; their ``load`` says when they are done."""
+        for client in self._clients.values():
+            client.drain()
+
+    async def close(self) -> None:
+        """Close every connection; requests in flight end."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        for client in self._clients.values():
+            await client.close()
+        self._clients.clear()
+
+    async def _keep_current(self) -> None:
+        while True:
+            try:
+                found = await asyncio.to_thread(self._directory.find, "engine")
+                await self._update(found)
+            except Exception as error:  # the GCS is away for a moment: go on with what is known
+                log.warning("The directory cannot be read: %s", error)
+                await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(LOOK_EVERY if self._clients else LOOK_AT_FIRST)
+
+    async def _update(self, found: dict[str, str]) -> None:
+        for id, client in list(self._clients.items()):
+            if not client.connected:
+                del self._clients[id]
+        new = [(id, address) for id, address in found.items() if id not in self._clients]
+        await asyncio.gather(*(self._connect(id, address) for id, address in new))
+        if self._clients:
+            self._waiting.set()
+        else:
+            self._waiting.clear()
+
+    async def _connect(self, id: str, address: str) -> None:
+        try:
+            self._clients[id] = await RemoteClient.connect(address, timeout=2.0)
+            self._silent_since.pop(address, None)
+        except EngineError as error:
+            if address not in self._silent_since:
+                log.warning("Engine %s: %s", id, error)
+            since = self._silent_since.setdefault(address, time.monotonic())
+            if time.monotonic() - since > FORGET_AFTER:
+                del self._silent_since[address]
+                await asyncio.to_thread(self._directory.remove, "engine", id, address)

@@ -1,0 +1,206 @@
+"""Named engines: started, found and shared by several drivers of one Ray cluster."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+import manta
+from engine.config import EMBEDDED_MODEL
+from manta import ConfigError, EngineError, RequestError, SamplingParams
+
+OPTIONS = {
+    "num_gpu_blocks_override": 200,
+    "swap_space": 0.1,
+    "max_num_seqs": 8,
+    "worker_cpus": 0.5,
+}
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+DRIVER = """
+import sys, manta
+from manta import SamplingParams
+engine = manta.connect("shared")
+print("ready", flush=True)
+sampling = SamplingParams(temperature=0, max_tokens=int(sys.argv[1]), ignore_eos=True)
+try:
+    for piece in engine.stream("Once upon a time", sampling):
+        pass
+    print(piece.finish_reason)
+except manta.EngineError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    yield
+    del os.environ["RAY_ADDRESS"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engine(cluster):
+    with manta.start_engine("shared", EMBEDDED_MODEL, **OPTIONS) as handle:
+        yield handle
+
+
+def drivers(count, tokens):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(tokens)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(count)
+    ]
+    for driver in started:
+        assert driver.stdout.readline() == "ready\n"
+    return started
+
+
+def value(engine, name):
+    metric = next(m for m in engine.metrics() if m.name == name)
+    return sum(sample.value for sample in metric.samples)
+
+
+def until(condition, timeout=20.0):
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < timeout
+        time.sleep(0.005)
+    return time.monotonic() - start
+
+
+def idle(engine):
+    names = ("num_requests_running", "num_requests_waiting", "kv_blocks_used")
+    return not any(value(engine, name) for name in names)
+
+
+def test_text_and_chat_are_the_offline_engines(engine):
+    llm = manta.LLM(kv_cache_memory_bytes=16 << 20, swap_space=0.1)
+    prompts = ["The capital of France is", [5, 6, 7], {"prompt": "Hello"}]
+    expected = llm.generate(prompts, GREEDY, use_tqdm=False)
+    outputs = engine.generate(prompts, GREEDY)
+    assert [o.outputs[0] for o in outputs] == [o.outputs[0] for o in expected]
+    messages = [{"role": "user", "content": "Tell me a joke."}]
+    answer = llm.chat(messages, GREEDY, use_tqdm=False)[0].outputs[0]
+    assert engine.chat(messages, GREEDY)[0].outputs[0] == answer
+    pieces = list(engine.stream_chat(messages, GREEDY))
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert [t for piece in pieces for t in piece.token_ids] == answer.token_ids
+    assert pieces[-1].finish_reason == answer.finish_reason
+    stop = SamplingParams(temperature=0, max_tokens=12, stop=answer.text[8:12])
+    (stopped,) = engine.chat(messages, stop)
+    assert stopped.outputs[0].text == answer.text[:8]
+    assert stopped.outputs[0].finish_reason == "stop"
+    assert idle(engine)
+
+
+def test_asyncio_programs_have_a_handle_of_their_own(engine):
+    async def main():
+        handle = await manta.connect_async("shared")
+
+        async def text(prompt):
+            return "".join([p.text async for p in handle.stream(prompt, GREEDY)])
+
+        prompts = ["Hello", "The sky is", "One, two,"]
+        streamed = await asyncio.gather(*map(text, prompts))
+        outputs = await handle.generate(prompts, GREEDY)
+        assert streamed == [output.outputs[0].text for output in outputs]
+        assert handle.healthy and handle.info.model == EMBEDDED_MODEL
+        long = SamplingParams(max_tokens=1500, ignore_eos=True)
+        task = asyncio.create_task(handle.generate(["Hello"] * 4, long))
+        while not handle.load.running:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await handle.close()
+
+    asyncio.run(main())
+    until(lambda: idle(engine))
+
+
+def test_what_is_wrong_is_said(engine):
+    with pytest.raises(RequestError, match=r"prompt 1: prompt .* max_model_len"):
+        engine.generate(["a", [1] * 5000], GREEDY)
+    with pytest.raises(RequestError, match="priority needs scheduling_policy"):
+        engine.generate("a", GREEDY, priority=[1])
+    with pytest.raises(RequestError, match="a stream has one prompt, got 2"):
+        next(engine.stream(["a", "b"], GREEDY))
+    with pytest.raises(EngineError, match="there is no engine called 'nobody'"):
+        manta.connect("nobody")
+    with pytest.raises(ConfigError, match="an engine called 'shared' runs already"):
+        manta.start_engine("shared", EMBEDDED_MODEL)
+    with pytest.raises(ConfigError, match="did you mean max_num_seqs"):
+        manta.start_engine("other", EMBEDDED_MODEL, max_num_seq=1)
+    with pytest.raises(manta.CheckpointError, match="no/such/model"):
+        manta.start_engine("other", "./no/such/model", worker_cpus=0.5)
+    with pytest.raises(ConfigError, match="no room for engine 'other' .* it needs 64 CPU; .* CPU"):
+        manta.start_engine("other", EMBEDDED_MODEL, worker_cpus=64, placement_timeout=0.5)
+    with pytest.raises(EngineError, match="there is no engine called 'other'"):
+        manta.connect("other")
+
+
+def test_leaving_a_stream_cancels_it(engine):
+    long = SamplingParams(max_tokens=1500, ignore_eos=True)
+    for piece in engine.stream("Hello", long):
+        assert piece.finish_reason is None
+        break
+    until(lambda: idle(engine))
+
+
+def test_many_drivers_and_one_that_is_killed(engine):
+    others = drivers(3, 1500)
+    until(lambda: value(engine, "num_requests_running") == 3)
+    others[0].kill()
+    seconds = until(lambda: value(engine, "num_requests_running") < 3)
+    print(f"freed {seconds * 1e3:.0f} ms after its driver was killed")
+    for other in others[1:]:
+        assert other.communicate(timeout=60)[0] == "length\n"
+    others[0].communicate()
+    assert idle(engine)
+
+
+def test_an_engine_that_is_killed_is_named_in_every_driver(engine):
+    """The last that uses it."""
+    others = drivers(2, 1500)
+    until(lambda: value(engine, "num_requests_running") == 2)
+    pid = next(
+        int(entry)
+        for entry in os.listdir("/proc")
+        if entry.isdigit() and "EngineActor" in Path(f"/proc/{entry}/cmdline").read_text()
+    )
+    os.kill(pid, signal.SIGKILL)
+    for other in others:
+        out, _ = other.communicate(timeout=30)
+        assert "is gone: its connection broke" in out
+    with pytest.raises(EngineError, match="is gone"):
+        engine.generate("Hello", GREEDY)
+    until(lambda: _free("shared"))
+
+
+def _free(name):
+    try:
+        manta.connect(name, timeout=1)
+    except EngineError as error:
+        return "there is no engine" in str(error)
+    return False
+
+
+def test_an_engine_outlives_its_starter_and_is_stopped_by_name(cluster):
+    program = (
+        f"import manta, sys\nmanta.start_engine('lasting', {EMBEDDED_MODEL!r}, **{OPTIONS!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with manta.connect("lasting") as engine:
+        assert engine.generate("Hello", GREEDY)[0].outputs[0].finish_reason
+    manta.stop_engine("lasting", drain_seconds=1.0)
+    assert _free("lasting")
