@@ -43,9 +43,7 @@ class Peers:
         found.pop(self._id, None)
         answers = await asyncio.gather(*(self._ask(*entry) for entry in found.items()))
         return {
-            id: metrics
-            for id, metrics in zip(found, answers, strict=True)
-            if metrics is not None
+            id: metrics for id, metrics in zip(found, answers, strict=True) if metrics is not None
         }
 
     async def close(self) -> None:
