@@ -24,6 +24,7 @@ from engine import wire
 from engine.plan import StepPlan, StepResult, ints
 from workers.channel import RingReceiver, RingSender, SocketChannel, connect
 from workers.messages import Step
+from workers.rank import SPINS
 
 ROWS = 32
 STEPS: wire.Decoder[Step] = wire.Decoder(Step)
@@ -46,7 +47,7 @@ def answer(data: Any) -> bytes:
 def serve(kind: str, rank: int, where: str) -> None:
     """A worker: take plans until an empty one; rank 0 answers."""
     if kind == "ring":
-        plans: Any = RingReceiver(where, rank, 100)
+        plans: Any = RingReceiver(where, rank, SPINS)
         results: Any = RingSender(1, 1 << 20)
         print(results.path, flush=True)
     else:
@@ -119,6 +120,8 @@ class Actor:
     """A worker as a plain Ray actor."""
 
     def step(self, data: bytes) -> bytes:
+        from benchmarks.step_path import answer  # this module has another name where it is run
+
         return answer(data)
 
 

@@ -146,7 +146,7 @@ class RingSender:
 
 
 class RingReceiver:
-    """Reader number ``reader`` of the ring at ``path``. It spins for ``spin`` looks, then sleeps.
+    """Reader number ``reader`` of the ring at ``path``. It looks ``spin`` times, then sleeps.
 
     Raises OSError if this process cannot open it: another host, user or container.
     """
@@ -194,6 +194,7 @@ class RingReceiver:
                 raise ChannelClosed
             if spins:
                 spins -= 1
+                os.sched_yield()  # whoever is waited for may want this core
                 continue
             left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
             if left <= 0:

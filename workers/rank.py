@@ -36,7 +36,7 @@ from workers.messages import Failure, Hello, Order, Report, Setup, Step
 from workers.worker import Pending, Worker
 
 RESULT_RING_BYTES = 1 << 20
-SPINS = 100  # looks at the ring before a worker sleeps; a few microseconds
+SPINS = 1000  # looks at the ring before a worker sleeps, each giving way to who wants the core
 _order_decoder: wire.Decoder[Order] = wire.Decoder(Order)
 _step_decoder: wire.Decoder[Step] = wire.Decoder(Step)
 
