@@ -167,6 +167,8 @@ class _Routes:
             if engines:
                 raise unavailable("no engine makes progress", "unhealthy")
             raise unavailable("no engine is ready yet", "starting")
+        if all(engine.load.draining for engine in engines):
+            raise unavailable("every engine is shutting down", "draining")
         return Response(status_code=200)
 
     async def load(self) -> Response:

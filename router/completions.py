@@ -33,6 +33,8 @@ async def answer_completion(service: Service, body: CompletionRequest) -> "Compl
     if body.max_tokens == 0 and not body.echo:
         raise wrong("max_tokens must be at least 1, but with echo", "max_tokens")
     prompts = await _prompts(service, model, body)
+    if len(prompts) * body.choices > MOST_PROMPTS:
+        raise wrong(f"n: prompts and n may ask for at most {MOST_PROMPTS} choices together", "n")
     if body.echo:
         for prompt in prompts:
             if prompt.text is None:
