@@ -1,0 +1,227 @@
+"""A real Prometheus scrapes a loaded server: every metric is there, and the counters add up."""
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deploy.http_stream import HttpClient
+from deploy.load import Outcome, Shot, fire
+from tests.support.served import Served, free_port, serve
+
+MODEL = "manta-demo"
+# Few blocks and a short queue: requests are preempted, and refused.
+OPTIONS = [
+    "--num-gpu-blocks-override", "48", "--max-num-seqs", "12", "--max-queued-requests", "24",
+    "--max-model-len", "512", "--swap-space", "0.01",
+]  # fmt: skip
+# What vLLM's dashboards show of a server, under manta's prefix.
+FROM_VLLM = [
+    "prompt_tokens_total", "prompt_tokens_by_source_total", "prompt_tokens_cached_total",
+    "generation_tokens_total", "request_success_total", "num_preemptions_total",
+    "corrupted_requests_total", "admission_rejections_total", "prefix_cache_queries_total",
+    "prefix_cache_hits_total", "num_requests_running", "num_requests_waiting",
+    "num_requests_waiting_by_reason", "kv_cache_usage_perc", "iteration_tokens_total",
+    "time_to_first_token_seconds", "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
+    "request_queue_time_seconds", "request_inference_time_seconds",
+    "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens",
+    "request_generation_tokens", "request_params_max_tokens", "request_params_n",
+    "request_prefill_kv_computed_tokens",
+]  # fmt: skip
+OUR_OWN = [
+    "preemptions_by_kind_total", "swapped_out_bytes_total", "swapped_in_bytes_total",
+    "recomputed_tokens_total", "cpu_kv_blocks_used", "step_time_seconds",
+    "router_stage_seconds", "http_requests_total",
+]  # fmt: skip
+
+
+class Prometheus:
+    """A running Prometheus, and questions to it."""
+
+    def __init__(self, port: int) -> None:
+        self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
+
+    def ask(self, query: str) -> list[dict[str, Any]]:
+        """The series of an instant query; none while it starts."""
+        try:
+            answer = self._http.get("/api/v1/query", params={"query": query}).json()
+        except (httpx.HTTPError, ValueError):
+            return []
+        assert answer["status"] == "success", answer
+        found: list[dict[str, Any]] = answer["data"]["result"]
+        return found
+
+    def sum(self, name: str, **labels: str) -> float:
+        """The sum of a metric's series with these labels, as last scraped."""
+        selector = ",".join(f'{key}="{value}"' for key, value in labels.items())
+        series = self.ask(f"manta:{name}{{{selector}}}")
+        assert series, f"no {name} {labels}"
+        return sum(float(one["value"][1]) for one in series)
+
+    def names(self) -> set[str]:
+        """The names of all series of manta's."""
+        values = self._http.get("/api/v1/label/__name__/values").json()["data"]
+        return {name.removeprefix("manta:") for name in values if name.startswith("manta:")}
+
+    def wait_for_scrape(self) -> None:
+        """Until what it says was counted after this call."""
+        now = time.time()
+        wait_until(lambda: any(
+            float(one["value"][1]) > now for one in self.ask('timestamp(up{job="manta"} == 1)')
+        ))  # fmt: skip
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with serve(*OPTIONS) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def prometheus(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    assert shutil.which("prometheus"), "Prometheus is needed: apt-get install prometheus"
+    folder: Path = tmp_path_factory.mktemp("prometheus")
+    config = {
+        "global": {"scrape_interval": "250ms", "scrape_timeout": "250ms"},
+        "scrape_configs": [
+            {"job_name": "manta", "static_configs": [{"targets": [f"127.0.0.1:{server.port}"]}]}
+        ],
+    }
+    (folder / "prometheus.yml").write_text(json.dumps(config))
+    port = free_port()
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["prometheus", f"--config.file={folder / 'prometheus.yml'}",
+             f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}"],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        yield Prometheus(port)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def load(server: Served) -> list[Outcome]:
+    """48 requests at once, of which the queue refuses some, and wrong ones among them."""
+    shots = []
+    for i in range(48):
+        body = {
+            "model": MODEL, "prompt": f"This is story {i % 40}: " + "once upon a time " * (i % 9),
+            "max_tokens": 20 + 4 * (i % 20), "temperature": 1.0, "seed": i, "stream": True,
+            "stream_options": {"include_usage": True}, "ignore_eos": i % 3 == 0,
+        }  # fmt: skip
+        if i % 12 == 5:
+            body["prompt"] = "word " * 1000
+        shots.append(Shot(at=0.0, body=json.dumps(body).encode()))
+    return asyncio.run(fire(HttpClient(server.url), "/v1/completions", shots))
+
+
+def test_counters_add_up_to_what_clients_received(server: Served, prometheus: Prometheus) -> None:
+    outcomes = load(server)
+    good = [outcome for outcome in outcomes if not outcome.error]
+    refused = Counter(outcome.error[:3] for outcome in outcomes if outcome.error)
+    assert len(good) >= 24 and refused["429"] >= 1 and refused["400"] == 4
+    assert len(good) + refused["429"] + refused["400"] == len(outcomes)
+    prometheus.wait_for_scrape()
+    prompt = sum(outcome.prompt_tokens for outcome in good)
+    output = sum(outcome.output_tokens for outcome in good)
+    assert prometheus.sum("prompt_tokens_total") == prompt
+    assert prometheus.sum("generation_tokens_total") == output
+    assert prometheus.sum("prompt_tokens_by_source_total") == prompt
+    for reason in ("stop", "length", "abort", "error"):
+        received = sum(outcome.finish_reason == reason for outcome in good)
+        assert prometheus.sum("request_success_total", finished_reason=reason) == received
+    for name, sums in (
+        ("request_prompt_tokens", prompt),
+        ("request_generation_tokens", output),
+        ("time_to_first_token_seconds", None),
+        ("e2e_request_latency_seconds", None),
+        ("request_queue_time_seconds", None),
+        ("request_prefill_time_seconds", None),
+        ("request_decode_time_seconds", None),
+        ("request_params_max_tokens", None),
+    ):
+        assert prometheus.sum(f"{name}_count") == len(good), name
+        assert prometheus.sum(f"{name}_bucket", le="+Inf") == len(good)
+        if sums is not None:
+            assert prometheus.sum(f"{name}_sum") == sums
+    assert prometheus.sum("inter_token_latency_seconds_count") == output - len(good)
+    # Times: of the engine, so within what the clients measured.
+    assert 0 < prometheus.sum("e2e_request_latency_seconds_sum") <= sum(o.latency for o in good)
+    assert 0 < prometheus.sum("time_to_first_token_seconds_sum") <= sum(o.ttft for o in good)
+    # The load had what is counted here, and it counts the same thing twice.
+    preemptions = prometheus.sum("num_preemptions_total")
+    assert preemptions > 0 and preemptions == prometheus.sum("preemptions_by_kind_total")
+    assert preemptions == prometheus.sum("request_num_preemptions_sum")
+    for status, count in (("200", len(good)), ("400", refused["400"]), ("429", refused["429"])):
+        labels = {"handler": "/v1/completions", "status": status}
+        assert prometheus.sum("http_requests_total", **labels) == count
+    for name in ("num_requests_running", "num_requests_waiting", "kv_blocks_used"):
+        assert prometheus.sum(name) == 0
+
+
+def test_clients_that_vanish_are_counted(server: Served, prometheus: Prometheus) -> None:
+    prometheus.wait_for_scrape()
+    before = prometheus.sum("request_success_total", finished_reason="abort")
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 400, "stream": True, "ignore_eos": True}
+    for _ in range(3):
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
+            next(answer.iter_raw())
+    wait_until(
+        lambda: prometheus.sum("request_success_total", finished_reason="abort") == before + 3
+    )
+    wait_until(lambda: prometheus.sum("num_requests_running") == 0)
+
+
+def test_every_metric_is_there(server: Served, prometheus: Prometheus) -> None:
+    prometheus.wait_for_scrape()
+    text = httpx.get(f"{server.url}/metrics", timeout=10).text
+    families = dict(re.findall(r"^# TYPE manta:(\S+) (\S+)$", text, re.MULTILINE))
+    assert families.keys() >= {*FROM_VLLM, *OUR_OWN}
+    known = prometheus.names()
+    for family, kind in families.items():
+        suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+        assert {family + suffix for suffix in suffixes} <= known
+    # Buckets resolve inter-token latencies of a millisecond.
+    bounds = sorted(
+        float(one["metric"]["le"])
+        for one in prometheus.ask("manta:inter_token_latency_seconds_bucket")
+    )
+    assert len([bound for bound in bounds if bound <= 0.004]) >= 3
+    for one in prometheus.ask("manta:generation_tokens_total"):
+        assert one["metric"]["model_name"] == MODEL and one["metric"]["engine"]
+
+
+def test_promtool_finds_nothing_but_the_names_of_vllm(server: Served) -> None:
+    """Its lint dislikes a colon in a name, which vLLM's names have, and one name of vLLM's."""
+    text = httpx.get(f"{server.url}/metrics", timeout=10).text
+    for prefix, expected in (("manta:", 3), ("manta_", 3)):
+        done = subprocess.run(
+            ["promtool", "check", "metrics"], input=text.replace("manta:", prefix),
+            capture_output=True, text=True,
+        )  # fmt: skip
+        complaints = [
+            line for line in done.stderr.splitlines() if "should not contain ':'" not in line
+        ]
+        assert complaints == [
+            f'{prefix}iteration_tokens_total non-counter metrics should not have "_total" suffix'
+        ]
+        assert done.returncode == expected  # lint; 1 would be text that cannot be parsed
