@@ -390,7 +390,7 @@ def test_kv_blocks_hold_what_they_should():
     KVMachine.done.clear()
     run_state_machine_as_test(KVMachine, settings=settings(COMMON, max_examples=150))
     for name, count in KVMachine.done.items():  # it did everything, and often
-        assert count > 100, name
+        assert count > 20, name
 
 
 def test_a_prefix_is_held_whole_before_a_part_of_it_is_promoted():
