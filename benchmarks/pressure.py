@@ -6,8 +6,8 @@ vLLM, which recomputes.
 All have the same pool in tokens, and the same prompts; greedy, every output to its full length,
 bf16. Output tokens per second: medians over alternating rounds, and the ratio to the first side,
 median of the rounds' ratios. Recomputed tokens are those whose keys and values were computed,
-given up and computed again; vLLM's are counted in a run of its own, as they need its engine in
-this process.
+given up and computed again; ``--count`` counts vLLM's, in a run of its own, as that needs its
+engine in this process.
 """
 
 import argparse
@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.sides import Side, make_prompts, serve  # noqa: E402
 
-# Requests, prompt, output, and the pool: a tenth of what all need at their ends, but no less than
-# one of them needs.
-SHAPES = {"short": (32, 64, 192), "long": (12, 768, 256)}
+# Requests, prompt and output, and what share of the tokens of all of them the pool holds.
+SHAPES = {"short": (24, 64, 128), "long": (6, 640, 256)}
+SHARES = {"short": 10, "long": 4}
 MANTA_BLOCK, VLLM_BLOCK = 16, 32  # vLLM's CPU build prefers multiples of 32
 MAX_MODEL_LEN = 2048
 
@@ -32,8 +32,7 @@ MAX_MODEL_LEN = 2048
 def pool(shape: str) -> int:
     """Tokens, in whole blocks of either size."""
     count, prompt, output = SHAPES[shape]
-    share = 10 if shape == "short" else 5
-    return count * (prompt + output) // share // VLLM_BLOCK * VLLM_BLOCK
+    return count * (prompt + output) // SHARES[shape] // VLLM_BLOCK * VLLM_BLOCK
 
 
 def manta_side(mode: str, shape: str, model: str) -> Any:
@@ -113,7 +112,7 @@ def count_preemptions(scheduler: Any, seen: dict[str, int]) -> None:
 
 
 def compare(model: str, shape: str, vllm: str | None, rounds: int) -> None:
-    count, prompt, output = SHAPES[shape]
+    num, prompt, output = SHAPES[shape]
     names = [f"manta-{mode}-{shape}" for mode in ("auto", "swap", "recompute")]
     pythons = dict.fromkeys(names, sys.executable)
     if vllm:
@@ -125,19 +124,13 @@ def compare(model: str, shape: str, vllm: str | None, rounds: int) -> None:
             side.run((1, 2, 64, 8))  # warms up
         for turn in range(rounds):
             for side in sides:
-                answers[side.name].append(side.run((turn + 2, count, prompt, output)))
+                answer = side.run((turn + 2, num, prompt, output))
+                answers[side.name].append(answer)
+                print(f"{side.name}, round {turn}: {answer}", file=sys.stderr, flush=True)
     finally:
         for side in sides:
             side.stop()
-    if vllm:
-        counting = Side(__file__, vllm, f"vllmcount-{shape}", model)
-        try:
-            counted = counting.run((2, count, prompt, output))
-        finally:
-            counting.stop()
-        for answer in answers[f"vllm-{shape}"]:
-            answer.update(preemptions=counted["preemptions"], recomputed=counted["recomputed"])
-    print(f"{Path(model).name}, {count} x ({prompt}, {output}), {pool(shape)} tokens of KV cache")
+    print(f"{Path(model).name}, {num} x ({prompt}, {output}), {pool(shape)} tokens of KV cache")
     print("| side | output tok/s | to auto | preemptions | recomputed tokens |")
     print("| --- | --- | --- | --- | --- |")
     first = answers[names[0]]
@@ -149,9 +142,18 @@ def compare(model: str, shape: str, vllm: str | None, rounds: int) -> None:
         preemptions = statistics.median(r["preemptions"] for r in runs)
         recomputed = statistics.median(r["recomputed"] for r in runs)
         print(
-            f"| {name.rsplit('-', 1)[0]} | {count * output / seconds:.1f} | {ratio:.3f} |"
+            f"| {name.rsplit('-', 1)[0]} | {num * output / seconds:.1f} | {ratio:.3f} |"
             f" {preemptions:.0f} | {recomputed:.0f} |", flush=True,
         )  # fmt: skip
+
+
+def count(model: str, shape: str, vllm: str) -> None:
+    """What vLLM preempts and computes again in a run; not timed."""
+    side = Side(__file__, vllm, f"vllmcount-{shape}", model)
+    try:
+        print(shape, side.run((2, *SHAPES[shape])))
+    finally:
+        side.stop()
 
 
 def main() -> None:
@@ -160,6 +162,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", help="interpreter of an environment with vLLM")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--count", action="store_true", help="count vLLM's preemptions instead")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -170,7 +173,10 @@ def main() -> None:
             serve(vllm_side(engine == "vllmcount", shape, args.model))
         return
     for shape in args.shapes:
-        compare(args.model, shape, args.vllm_python, args.rounds)
+        if args.count:
+            count(args.model, shape, args.vllm_python)
+        else:
+            compare(args.model, shape, args.vllm_python, args.rounds)
 
 
 if __name__ == "__main__":

@@ -367,7 +367,7 @@ class EngineLoop:
     def _measure(self) -> EngineLoad:
         scheduler = self.engine.scheduler
         return EngineLoad(
-            running=len(scheduler.running),
+            running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             waiting_tokens=scheduler.waiting_tokens,
             free_blocks=scheduler.kv.device.num_free,

@@ -11,7 +11,7 @@ def scheduler_metrics(scheduler: Scheduler, capacity: Capacity) -> list[Metric]:
     waiting, block = scheduler.num_waiting, capacity.block_bytes
     kinds = dict.fromkeys((("swap", "0"), ("recompute", "0")), 0) | stats.preempted
     return [
-        gauge("num_requests_running", "Sequences that run.", len(scheduler.running)),
+        gauge("num_requests_running", "Sequences that run.", scheduler.num_running),
         gauge("num_requests_waiting", "Sequences that wait.", waiting),
         Metric(
             "num_requests_waiting_by_reason",
