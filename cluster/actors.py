@@ -183,6 +183,7 @@ class RayLauncher:
                 ray.remote(_kill).options(num_cpus=0, scheduling_strategy=here).remote(pid)
 
     def release(self) -> None:
+        self.kill(range(len(self._actors)), hard=False)  # an actor outlives the call that it served
         if self._group is not None and ray.is_initialized():
             _remove(self._group)
         self._actors, self._serving, self._pids, self._group = [], [], [], None

@@ -36,7 +36,7 @@ class Launcher(Protocol):
         ...
 
     def release(self) -> None:
-        """Give back what the processes held, once they were killed."""
+        """Give back what the processes held, once they ended or were killed."""
         ...
 
 
@@ -99,5 +99,6 @@ class ProcessLauncher:
 
     def release(self) -> None:
         for process in self._processes:
+            process.kill()
             process.wait()
         self._processes = []

@@ -77,19 +77,31 @@ def make_prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint, tokenizer: Tokenizer) -> Callable[[str], list[Collected]]:
-    """``alone(name)`` is what one process gives."""
-
+def one_process(checkpoint, tokenizer: Tokenizer) -> Callable[[str], Engine]:
     @cache
-    def alone(name: str) -> list[Collected]:
+    def engine(name: str) -> Engine:
         config = EngineConfig.from_options(model=str(checkpoint(name)), **OPTIONS)
-        return run(start_replica(config, open_checkpoint(config), tokenizer), make_prompts(), "one")
+        return start_replica(config, open_checkpoint(config), tokenizer)
 
-    return alone
+    return engine
 
 
-def run(engine: Engine, prompts: list[list[int]], name: str) -> list[Collected]:
-    """Greedy completions; every third has a prompt's logprobs, every fourth penalties."""
+@pytest.fixture(scope="module")
+def alone(one_process) -> Callable[[str], list[Collected]]:
+    """``alone(name)`` is what one process gives."""
+    return cache(lambda name: run(one_process(name), make_prompts(), "one"))
+
+
+@pytest.fixture(scope="module")
+def plain(one_process) -> Callable[[str], list[Collected]]:
+    """The same without penalties."""
+    return cache(lambda name: run(one_process(name), make_prompts(), "plain", penalty=1.0))
+
+
+def run(
+    engine: Engine, prompts: list[list[int]], name: str, penalty: float = 1.3
+) -> list[Collected]:
+    """Greedy completions; every third has a prompt's logprobs, every fourth a penalty."""
     collected: dict[str, Collected] = {}
     for number, prompt in enumerate(prompts):
         sampling = SamplingParams(
@@ -98,7 +110,7 @@ def run(engine: Engine, prompts: list[list[int]], name: str) -> list[Collected]:
             ignore_eos=True,
             logprobs=2,
             prompt_logprobs=1 if number % 3 == 1 else None,
-            repetition_penalty=1.3 if number % 4 == 1 else 1.0,
+            repetition_penalty=penalty if number % 4 == 1 else 1.0,
         )
         request_id = f"{name}-{number}"
         engine.add(Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
@@ -113,6 +125,31 @@ def run(engine: Engine, prompts: list[list[int]], name: str) -> list[Collected]:
                 first, entries = delta.prompt_logprobs
                 record.prompt.update(enumerate(entries, first))
     return list(collected.values())
+
+
+def run_with_cancels(engine: Engine, expected: list[Collected]) -> None:
+    """Requests come and go at any step, so slots change hands while their rows are in flight."""
+    rng = random.Random(2)
+    prompts, tokens, numbers = make_prompts(), {}, {}
+    for step in range(150):
+        if step < 110 and engine.num_unfinished < 12:
+            number = rng.choice((4, *range(NUM_PROMPTS)))  # the longest more often
+            request_id = f"cancels-{step}"
+            sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+            engine.add(
+                Request(request_id=request_id, prompt_token_ids=prompts[number], sampling=sampling)
+            )
+            tokens[request_id], numbers[request_id] = [], number
+        for delta in engine.step():
+            tokens[delta.request_id].append(delta.token)
+        if step % 2:
+            engine.abort(f"cancels-{step - rng.randrange(12)}")
+    while engine.has_work:
+        for delta in engine.step():
+            tokens[delta.request_id].append(delta.token)
+    for request_id, got in tokens.items():
+        assert got == expected[numbers[request_id]].tokens[: len(got)]
+    assert sum(map(len, tokens.values())) > 200
 
 
 def assert_same(many: list[Collected], one: list[Collected]) -> None:
@@ -130,7 +167,14 @@ def assert_same(many: list[Collected], one: list[Collected]) -> None:
     ("name", "tensor", "pipeline"), CASES, ids=[f"{n}-tp{t}-pp{p}" for n, t, p in CASES]
 )
 def test_ranks_generate_what_one_process_does(
-    name: str, tensor: int, pipeline: int, checkpoint, pool: Pool, tokenizer: Tokenizer, alone
+    name: str,
+    tensor: int,
+    pipeline: int,
+    checkpoint,
+    pool: Pool,
+    tokenizer: Tokenizer,
+    alone,
+    plain,
 ) -> None:
     expected, prompts = alone(name), make_prompts()
     config = EngineConfig.from_options(
@@ -148,5 +192,6 @@ def test_ranks_generate_what_one_process_does(
         assert_same(run(engine, prompts, "again"), expected)
         assert engine.scheduler.kv.stats.prefix_hits > hits
         assert engine.scheduler.stats.preemptions_swap > 0
+        run_with_cancels(engine, plain(name))
     finally:
         engine.stop()
