@@ -2,7 +2,6 @@
 plans and results travel beside it."""
 
 import contextlib
-import logging
 import os
 import signal
 import time

@@ -12,7 +12,9 @@ from ray import serve
 
 from cluster.engine_actor import EngineHost, needed
 from cluster.engines import Engines
+from cluster.peers import Peers
 from deploy.settings import Settings
+from engine.stats import Metric
 from manta import __version__
 from router.app import build_app
 from router.config import RouterConfig
@@ -29,17 +31,23 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: RouterConfig, application: str, engine: Any
     ) -> None:
-        self._config = config
         self._engines = Engines(application)
+        self._peers = Peers(application, self._metrics)
+        self._app = build_app(config, self._engines, __version__, self._peers.others)
         await self._engines.open()
+        await self._peers.open(self._app.state.service.id)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_app(self._config, self._engines, __version__)
+        return self._app
+
+    def _metrics(self) -> list[Metric]:
+        metrics: list[Metric] = self._app.state.service.metrics()
+        return metrics
 
     async def __del__(self) -> None:
-        engines = getattr(self, "_engines", None)
-        if engines is not None:
-            await engines.close()
+        for part in (getattr(self, name, None) for name in ("_peers", "_engines")):
+            if part is not None:
+                await part.close()
 
 
 class Engine:
