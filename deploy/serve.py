@@ -53,11 +53,15 @@ class Router:
 class Engine:
     """An engine replica. Serve replaces it when it fails or hangs."""
 
-    def __init__(self, options: Mapping[str, Any], application: str) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, options: Mapping[str, Any], application: str
+    ) -> None:
         settings = Settings.from_options(options)
         router = settings.router
         self._grace = router.shutdown_timeout
-        self._host = EngineHost(settings.engine, application, share=router.num_replicas)
+        self._host = await asyncio.to_thread(
+            EngineHost, settings.engine, application, share=router.num_replicas
+        )
 
     def check_health(self) -> None:
         """Serve asks this every few seconds."""
@@ -85,6 +89,7 @@ def build(options: Mapping[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2.0,
         health_check_timeout_s=30.0,
+        max_constructor_retry_count=2,
         ray_actor_options=needed(settings.engine),
     )(Engine)
     ingress = serve.deployment(
