@@ -46,6 +46,9 @@ class Sleeper:
         failed = np.zeros(len(slots), np.bool_)
         return StepResult(self.plan.step, slots, slots + 7, failed, {}, {}, self.seconds)
 
+    def check(self) -> None:
+        pass
+
     def stop(self) -> None:
         pass
 

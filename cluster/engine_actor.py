@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from cluster.directory import Directory
 from cluster.joining import connect_ray, own_host
 from cluster.loop import EngineLoop
+from cluster.ray_metrics import RayMetrics
 from cluster.transport import Server
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError, MantaError
@@ -23,6 +24,7 @@ from engine.log import get_logger
 log = get_logger("engine")
 
 LAST_WORDS = 0.5  # seconds in which a failed engine tells its clients, before its process ends
+STOP_SECONDS = 5.0  # in which it gives back what its workers hold
 NAMESPACE = "manta"
 
 
@@ -49,6 +51,9 @@ class EngineHost:
         self.loop.start()
         self._directory = Directory(name)
         self._directory.add("engine", self.engine_id, self.address)
+        labels = {"model_name": info.model, "engine": self.engine_id}
+        self._metrics = RayMetrics(self.loop.metrics, labels)
+        self._metrics.start()
 
     def check_health(self) -> None:
         """Raises EngineError if the engine failed, or its step hangs."""
@@ -61,6 +66,7 @@ class EngineHost:
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Take no further request, give those in flight time to end, and stop."""
         self._directory.remove("engine", self.engine_id, self.address)
+        self._metrics.stop()
         if drain_seconds > 0 and self.loop.alive:
             self.loop.drain()
             if not self.loop.wait_idle(drain_seconds):
@@ -73,6 +79,9 @@ class EngineHost:
 
     def _die(self) -> None:
         self._directory.remove("engine", self.engine_id, self.address)
+        stopping = threading.Thread(target=self.loop.stop, daemon=True)  # its workers too
+        stopping.start()
+        stopping.join(STOP_SECONDS)
         os._exit(1)
 
 

@@ -7,6 +7,7 @@ there is nothing to do, and wakes at once.
 
 import asyncio
 import contextlib
+import queue
 import selectors
 import socket
 import threading
@@ -113,6 +114,15 @@ class EngineLoop:
             with contextlib.suppress(BlockingIOError, OSError):  # full: it will wake anyhow
                 self._waker.send(b"\0")
 
+    def metrics(self, timeout: float = 5.0) -> list[Metric]:
+        """What the engine has counted. Raises EngineError if it does not say so in time."""
+        answer: queue.SimpleQueue[list[Metric]] = queue.SimpleQueue()
+        self.post(lambda: answer.put(self.engine.metrics()))
+        try:
+            return answer.get(timeout=timeout)
+        except queue.Empty:
+            raise EngineError(f"the engine gave no metrics within {timeout:g} s") from None
+
     def drain(self) -> None:
         """Admit nothing any longer; what is queued or runs goes on to its end."""
         self.post(self._start_drain)
@@ -195,7 +205,7 @@ class EngineLoop:
                 busy = self.engine.has_work and self.failure is None
                 self._poll(0.0 if busy else self._patience())
                 self._flush()  # who was queued or refused hears of it before a long step
-                if self.engine.has_work and self.failure is None and not self._stopping:
+                if self.failure is None and not self._stopping:
                     self._step()
                 elif self.failure is None:
                     self._check()
@@ -247,9 +257,14 @@ class EngineLoop:
             self._fail(str(error))
 
     def _step(self) -> None:
-        self._step_since = time.monotonic()
+        """Run a step if there is work; without any, see that the workers still live."""
+        deltas: list[Delta] = []
         try:
-            deltas = self.engine.step()
+            if self.engine.has_work:
+                self._step_since = time.monotonic()
+                deltas = self.engine.step()
+            else:
+                self.engine.check()
         except Exception as error:
             self._fail(str(error) if isinstance(error, EngineError) else repr(error))
             return
@@ -426,7 +441,7 @@ class LocalClient:
 
     @property
     def healthy(self) -> bool:
-        return self._loop.alive
+        return self._loop.alive and self._loop.step_seconds < self.info.step_timeout
 
     async def submit(self, request: Request) -> Stream:
         return await self._table.submit(request)

@@ -22,16 +22,17 @@ class Peers:
     Whoever connects and gives the key is sent the metrics, and the connection ends.
     """
 
-    def __init__(self, application: str, id: str, metrics: Callable[[], list[Metric]]) -> None:
+    def __init__(self, application: str, metrics: Callable[[], list[Metric]]) -> None:
         self._directory = Directory(application)
-        self._id = id
+        self._id = ""
         self._metrics = metrics
         self._key = secrets.token_hex(_KEY_BYTES // 2)
         self._server: asyncio.Server | None = None
         self._address = ""
 
-    async def open(self) -> None:
-        """Listen, and say where."""
+    async def open(self, id: str) -> None:
+        """Listen, and say where, as ``id``."""
+        self._id = id
         self._server = await asyncio.start_server(self._answer, own_host(), 0)
         host, port = self._server.sockets[0].getsockname()[:2]
         self._address = f"{host} {port} {self._key}"

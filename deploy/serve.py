@@ -12,7 +12,9 @@ from ray import serve
 
 from cluster.engine_actor import EngineHost, needed
 from cluster.engines import Engines
+from cluster.peers import Peers
 from deploy.settings import Settings
+from engine.stats import Metric
 from manta import __version__
 from router.app import build_app
 from router.config import RouterConfig
@@ -29,27 +31,37 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: RouterConfig, application: str, engine: Any
     ) -> None:
-        self._config = config
         self._engines = Engines(application)
+        self._peers = Peers(application, self._metrics)
+        self._app = build_app(config, self._engines, __version__, self._peers.others)
         await self._engines.open()
+        await self._peers.open(self._app.state.service.id)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_app(self._config, self._engines, __version__)
+        return self._app
+
+    def _metrics(self) -> list[Metric]:
+        metrics: list[Metric] = self._app.state.service.metrics()
+        return metrics
 
     async def __del__(self) -> None:
-        engines = getattr(self, "_engines", None)
-        if engines is not None:
-            await engines.close()
+        for part in (getattr(self, name, None) for name in ("_peers", "_engines")):
+            if part is not None:
+                await part.close()
 
 
 class Engine:
     """An engine replica. Serve replaces it when it fails or hangs."""
 
-    def __init__(self, options: Mapping[str, Any], application: str) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, options: Mapping[str, Any], application: str
+    ) -> None:
         settings = Settings.from_options(options)
         router = settings.router
         self._grace = router.shutdown_timeout
-        self._host = EngineHost(settings.engine, application, share=router.num_replicas)
+        self._host = await asyncio.to_thread(
+            EngineHost, settings.engine, application, share=router.num_replicas
+        )
 
     def check_health(self) -> None:
         """Serve asks this every few seconds."""
@@ -77,6 +89,7 @@ def build(options: Mapping[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2.0,
         health_check_timeout_s=30.0,
+        max_constructor_retry_count=2,
         ray_actor_options=needed(settings.engine),
     )(Engine)
     ingress = serve.deployment(

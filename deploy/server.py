@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import logging
 import os
@@ -22,6 +23,7 @@ from engine.log import get_logger
 
 log = get_logger("serve")
 
+OBJECT_STORE_BYTES = 100 << 20  # nothing of ours passes through Ray's object store
 LONGEST_STREAM = 24 * 3600  # seconds that an HAProxy which was replaced goes on with its streams
 
 
@@ -56,21 +58,18 @@ class _Server:
         self._signalled = threading.Event()
         self._ready = False
         self._own_ray = not os.environ.get("RAY_ADDRESS")
+        if not self._own_ray and settings.router.ssl_certfile is not None:
+            raise ConfigError(
+                "ssl_certfile and ssl_keyfile need a Ray that manta starts itself; on a cluster"
+                " (RAY_ADDRESS) put a proxy that has the certificate before it"
+            )
         self._own_serve = False
         self._deployed = False
 
     def start(self) -> None:
         router = self._settings.router
-        _check_port(router.host, router.port)
-        os.environ.update(self._environment())
         self._catch_signals()
-        import ray
-
-        ray.init(
-            include_dashboard=False if self._own_ray else None,
-            logging_level=logging.WARNING,
-            log_to_driver=True,
-        )
+        self._start_ray()
         self._catch_signals()  # Ray has set handlers of its own
         from ray import serve
 
@@ -86,7 +85,9 @@ class _Server:
         try:
             serve.run(build(self._settings.options), name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
-            raise EngineError(f"the application did not start: {error}") from error
+            deployments = serve.status().applications[APPLICATION].deployments
+            causes = [d.message for d in deployments.values() if d.message]
+            raise EngineError("\n".join(["the server did not start", *causes])) from error
         self._wait_until_healthy()
         self._ready = True
         scheme = "https" if router.ssl_certfile else "http"
@@ -115,15 +116,46 @@ class _Server:
             if ray.is_initialized():
                 from ray import serve
 
+                from cluster.directory import Directory
                 from deploy.serve import APPLICATION
 
                 if self._own_serve:
                     serve.shutdown()  # type: ignore[no-untyped-call]
                 elif self._deployed:
                     serve.delete(APPLICATION)
+                if self._deployed:
+                    Directory(APPLICATION).clear()
                 ray.shutdown()
 
     # ---- inside ----
+
+    def _start_ray(self) -> None:
+        """Start Ray on this machine, or join the cluster of RAY_ADDRESS."""
+        common = {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM),
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(LONGEST_STREAM),
+            # ``drain`` does this better.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        }
+        os.environ.update(common)
+        if not self._own_ray:
+            import ray
+
+            ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": common})
+            return
+        _check_port(self._settings.router.host, self._settings.router.port)
+        os.environ.update(self._environment())
+        import ray
+
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+        )
+        _check_room(self._settings, ray.cluster_resources())  # type: ignore[no-untyped-call]
 
     def _environment(self) -> dict[str, str]:
         """What Ray's processes on this machine are to find in their environment."""
@@ -132,8 +164,6 @@ class _Server:
         router = self._settings.router
         folder = self._folder
         variables = {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.program(folder)),
             "MANTA_HAPROXY": get_haproxy_binary(),
             # Several servers on one machine must not share these.
@@ -145,10 +175,6 @@ class _Server:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM),
-            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(LONGEST_STREAM),
-            # ``drain`` does this better.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }
         if router.ssl_certfile is not None and router.ssl_keyfile is not None:
             pem = folder / "tls.pem"
@@ -222,6 +248,25 @@ def _serve_runs() -> bool:
     except RayServeException:
         return False
     return True
+
+
+def _check_room(settings: Settings, there: dict[str, float]) -> None:
+    """Raises ConfigError if this machine has not what the engines ask for: Serve would wait."""
+    from cluster.engine_actor import needed
+
+    parallel, router = settings.engine.parallel, settings.router
+    need = needed(settings.engine)
+    if parallel.world_size > 1:  # its workers ask, not the engine; see RayLauncher
+        alone = dataclasses.replace(parallel, tensor_parallel_size=1, pipeline_parallel_size=1)
+        need = needed(dataclasses.replace(settings.engine, parallel=alone))
+    count = router.num_replicas * parallel.world_size
+    for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+        if need.get(key, 0) * count > there.get(name, 0):
+            raise ConfigError(
+                f"{router.num_replicas} engines of {parallel.world_size} workers need"
+                f" {need[key] * count:g} {name}; this machine has {there.get(name, 0):g}"
+                " (--worker-cpus and --worker-gpus say what a worker asks for)"
+            )
 
 
 def _check_port(host: str, port: int) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 import ray
 
@@ -40,7 +41,13 @@ except manta.EngineError as error:
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        logging_level="WARNING",
+        log_to_driver=False,
+        _system_config={"metrics_report_interval_ms": 500},
+    )
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield
     del os.environ["RAY_ADDRESS"]
@@ -147,6 +154,20 @@ def test_what_is_wrong_is_said(engine):
         manta.start_engine("other", EMBEDDED_MODEL, worker_cpus=64, placement_timeout=0.5)
     with pytest.raises(EngineError, match="there is no engine called 'other'"):
         manta.connect("other")
+
+
+def test_rays_own_agent_has_the_metrics(engine):
+    engine.generate("Hello", GREEDY)
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    name = "ray_manta_generation_tokens_total"
+
+    def told():
+        lines = [line for line in httpx.get(url).text.splitlines() if line.startswith(name)]
+        return [float(line.rsplit(" ", 1)[1]) for line in lines]
+
+    until(lambda: told() == [value(engine, "generation_tokens")])
+    assert 'le="0.0015"' in httpx.get(url).text
 
 
 def test_leaving_a_stream_cancels_it(engine):

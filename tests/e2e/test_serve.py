@@ -18,6 +18,7 @@ import pytest
 PORT = 8123
 URL = f"http://127.0.0.1:{PORT}"
 OPTIONS = [
+    "--num-ingress-replicas", "2",
     "--host", "127.0.0.1", "--port", str(PORT), "--shutdown-timeout", "20", "--max-num-seqs", "4",
     "--num-gpu-blocks-override", "140", "--swap-space", "0.2", "--preemption-mode", "swap",
     "--max-model-len", "2048",
@@ -112,7 +113,9 @@ def idle():
 class Reading:
     """A streamed request that a thread reads until it ends or is closed."""
 
-    def __init__(self, **fields):
+    def __init__(self, url=URL, client=None, **fields):
+        self._url = url
+        self._client = client or {}
         self.text = ""
         self.done = False
         self.error = None
@@ -123,7 +126,13 @@ class Reading:
 
     def _run(self):
         try:
-            with httpx.stream("POST", f"{URL}/v1/completions", json=self._fields, timeout=60) as r:
+            with httpx.stream(
+                "POST",
+                f"{self._url}/v1/completions",
+                json=self._fields,
+                timeout=60,
+                **self._client,
+            ) as r:
                 assert r.status_code == 200, r.read()
                 self._socket = r.extensions["network_stream"].get_extra_info("socket")
                 for line in r.iter_lines():
@@ -173,7 +182,10 @@ def test_a_client_that_vanishes_frees_its_blocks_in_any_state(server):
 
     connection = socket.create_connection(("127.0.0.1", PORT))
     data = json.dumps(body(max_tokens=1500, ignore_eos=True)).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
     connection.sendall(head.encode() + data)
     until(lambda: metric("num_requests_running") == 1)
     connection.close()
@@ -195,7 +207,7 @@ def test_an_engine_that_is_killed_is_named_and_replaced(server):
     os.kill(engine_pid(session), signal.SIGKILL)
     for reading in readings:
         reading.thread.join(20)
-        assert not reading.done and "is gone" in str(reading.error), reading.error
+        assert "is gone" in str(reading.error), reading.error
     assert httpx.get(f"{URL}/health").status_code == 503
     wait_ready(process, log)
     assert httpx.post(f"{URL}/v1/completions", json=body(max_tokens=4)).status_code == 200
@@ -231,13 +243,36 @@ def test_a_signal_drains_and_nothing_is_left(server):
     assert folder, text
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path):
+def certificate(folder):
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    subprocess.run([*command, *names, *files], check=True, capture_output=True)
+
+
+def test_https_a_key_and_a_config_file_and_a_second_signal_that_ends_it_at_once(tmp_path):
+    certificate(tmp_path)
+    (tmp_path / "config.yaml").write_text(
+        f"model: manta-demo\nhost: 127.0.0.1\nport: {PORT}\nssl-keyfile: {tmp_path}/key.pem\n"
+        f"ssl_certfile: {tmp_path}/cert.pem\nserved-model-name: [demo, other]\n"
+        "num-gpu-blocks-override: 140\nswap_space: 0.1\n"
+    )
     os.environ["MANTA_TEST"] = session = f"second-{os.getpid()}"
+    os.environ["MANTA_API_KEY"] = "sesame"
+    url = f"https://127.0.0.1:{PORT}"
+    trust = {"verify": str(tmp_path / "cert.pem")}
+    client = trust | {"headers": {"Authorization": "Bearer sesame"}}
     with (tmp_path / "log").open("w") as log:
-        process = start_server(*OPTIONS, log=log)
-        wait_ready(process, log)
-        reading = Reading(max_tokens=2000)
-        until(lambda: metric("num_requests_running") == 1)
+        try:
+            process = start_server("--config", str(tmp_path / "config.yaml"), log=log)
+        finally:
+            del os.environ["MANTA_API_KEY"]
+        wait_ready(process, log, url, **trust)
+        assert httpx.get(f"{url}/v1/models", **trust).status_code == 401
+        models = httpx.get(f"{url}/v1/models", **client).json()["data"]
+        assert [model["id"] for model in models] == ["demo", "other"]
+        reading = Reading(url, client, model="demo", max_tokens=1900)
+        until(lambda: reading.text)
         process.terminate()
         time.sleep(0.3)
         assert process.poll() is None
@@ -251,3 +286,69 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", PORT))
+
+
+def test_the_printed_config_is_one_that_serve_runs(tmp_path):
+    os.environ["MANTA_TEST"] = session = f"config-{os.getpid()}"
+    printed = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "serve", "--print-serve-config", *OPTIONS],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (tmp_path / "serve.yaml").write_text(printed.stdout)
+    haproxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    quick = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("serve"), "run", str(tmp_path / "serve.yaml")],
+            env=os.environ | haproxy | quick,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            wait_ready(process, log)
+            answer = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=3)).json()
+            assert answer["usage"]["completion_tokens"] == 3
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+    gone(session, 30)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--max-model-length", "5"], "unknown option --max-model-length; did you mean --max-mod"),
+        (["--config", "no.yaml"], "--config: cannot read no.yaml: No such file"),
+        (["--ssl-keyfile", "k"], "ssl_keyfile and ssl_certfile must be given together"),
+        (["--ssl-keyfile", "k", "--ssl-certfile", "c"], "there is no file 'c'"),
+        (["--ssl-keyfile", "k", "--ssl-certfile", "c", "--print-serve-config"], "are for `manta"),
+        (["--num-replicas", "0"], "num_replicas must be an integer of at least 1, got 0"),
+        (["--port", "x"], "argument --port: must be an integer"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(options, error):
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "serve", *options], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and error in done.stderr, done.stderr
+
+
+def test_a_config_file_is_checked(tmp_path):
+    file = tmp_path / "c.yaml"
+    for text, error in (
+        ("max-num-seq: 4", "unknown option max_num_seq; did you mean max_num_seqs?"),
+        ("a: [", "is not YAML"),
+        ("- a", "must be a map of options"),
+        ("max-num-seqs: 4\nmax_num_seqs: 5", "has max_num_seqs twice"),
+        ("port: http", "port must be an integer"),
+    ):
+        file.write_text(text)
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.cli", "serve", "--config", str(file)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and error in done.stderr, done.stderr

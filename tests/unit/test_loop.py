@@ -36,6 +36,10 @@ class Gated(SimulatedExecutor):
         time.sleep(0.001)
         return super().run(plan)
 
+    def check(self):
+        if self.error is not None:
+            raise EngineError(str(self.error))
+
     def stop(self):
         self.stopped = True
 
@@ -219,6 +223,17 @@ def test_a_failing_step_reaches_every_stream_with_its_cause():
                 await reader
         assert not client.healthy
         with pytest.raises(EngineError, match="the disk is on fire"):
+            await client.submit(request("late"))
+
+    run(scenario)
+
+
+def test_a_worker_that_dies_while_all_is_idle_is_noticed():
+    async def scenario(client, loop, executor):
+        await tokens_of(await client.submit(request("r", max_tokens=2)))
+        executor.error = OSError("worker 1 was killed")
+        await until(lambda: not client.healthy)
+        with pytest.raises(EngineError, match="worker 1 was killed"):
             await client.submit(request("late"))
 
     run(scenario)
