@@ -8,11 +8,12 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import serve
 
 from cluster.engine_actor import EngineHost, needed
 from cluster.engines import Engines
-from deploy.settings import Settings
+from deploy.settings import Settings, with_step_budget
 from manta import __version__
 from router.app import build_app
 from router.config import RouterConfig
@@ -46,7 +47,8 @@ class Engine:
     """An engine replica. Serve replaces it when it fails or hangs."""
 
     def __init__(self, options: Mapping[str, Any], application: str) -> None:
-        settings = Settings.from_options(options)
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        settings = Settings.from_options(with_step_budget(options, resources.get("GPU", 0)))
         router = settings.router
         self._grace = router.shutdown_timeout
         self._host = EngineHost(settings.engine, application, share=router.num_replicas)
