@@ -8,12 +8,13 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import serve
 
 from cluster.engine_actor import EngineHost, needed
 from cluster.engines import Engines
 from cluster.peers import Peers
-from deploy.settings import Settings
+from deploy.settings import Settings, with_step_budget
 from engine.stats import Metric
 from manta import __version__
 from router.app import build_app
@@ -56,7 +57,8 @@ class Engine:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, options: Mapping[str, Any], application: str
     ) -> None:
-        settings = Settings.from_options(options)
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        settings = Settings.from_options(with_step_budget(options, resources.get("GPU", 0)))
         router = settings.router
         self._grace = router.shutdown_timeout
         self._host = await asyncio.to_thread(

@@ -12,6 +12,8 @@ from engine.config import EngineConfig, declared_options, refuse_unknown
 from engine.errors import ConfigError
 from router.config import RouterConfig
 
+CPU_STEP_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,6 +37,20 @@ class Settings:
             RouterConfig.from_options(**{k: v for k, v in options.items() if k in router}),
             dict(options),
         )
+
+
+def with_step_budget(options: Mapping[str, Any], num_gpus: float) -> dict[str, Any]:
+    """A server's options with a smaller ``max_num_batched_tokens`` where a CPU computes.
+
+    A CPU reads about a thousand tokens of prompts a second, however many at once: with large steps
+    the first of many prompts waits for the last. On GPUs, and where it is given, it stays.
+    """
+    computes_on_gpu = num_gpus > 0 and options.get("device") != "cpu"
+    whole_prompts = options.get("enable_chunked_prefill") is False
+    if computes_on_gpu or whole_prompts or "max_num_batched_tokens" in options:
+        return dict(options)
+    budget = max(CPU_STEP_TOKENS, options.get("max_num_seqs", 0))
+    return {**options, "max_num_batched_tokens": budget}
 
 
 def server_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -125,8 +125,8 @@ def load(server: Served) -> list[Outcome]:
     for i in range(48):
         body = {
             "model": MODEL, "prompt": f"This is story {i % 40}: " + "once upon a time " * (i % 9),
-            "max_tokens": 20 + 4 * (i % 20), "temperature": 1.0, "seed": i, "stream": True,
-            "stream_options": {"include_usage": True}, "ignore_eos": i % 3 == 0,
+            "max_tokens": 100 + 8 * (i % 20), "temperature": 1.0, "seed": i, "stream": True,
+            "stream_options": {"include_usage": True}, "ignore_eos": i % 3 != 0,
         }  # fmt: skip
         if i % 12 == 5:
             body["prompt"] = "word " * 1000

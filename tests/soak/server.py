@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -34,7 +35,7 @@ PROMPTS = [
 ]  # fmt: skip
 VARIANTS = 320  # different requests; each comes many times, in ever other company
 VANISHING = 1 / 3
-KV_BLOCKS = 640  # 64 sequences of 40 blocks would need four times as many
+KV_BLOCKS = 160  # 48 sequences of some ten blocks would need three times as many
 OPTIONS = [
     "--max-num-seqs", "48", "--num-gpu-blocks-override", str(KV_BLOCKS), "--swap-space", "0.02",
 ]  # fmt: skip
@@ -110,6 +111,7 @@ class Soak:
     errors: Counter[str] = field(default_factory=Counter)
     footprints: list[Footprint] = field(default_factory=list)
     load: dict[str, Any] = field(default_factory=dict)
+    preemptions: float = 0.0  # since the server started
 
 
 def token_ids(events: list[bytes], body: bytes) -> tuple[int, ...]:
@@ -171,6 +173,10 @@ async def soak(served: Served, seconds: float, streams: int, seed: int = 0) -> S
         client.close()
         if not leftovers(found.load):
             break
+    text = (await client.request("GET", "/metrics")).body.decode()
+    client.close()
+    counts = re.findall(r"^manta:num_preemptions_total.* (\S+)$", text, re.MULTILINE)
+    found.preemptions = sum(map(float, counts))
     await asyncio.sleep(1)  # connections that were closed are forgotten
     found.footprints.append(Footprint.of(served))
     return found
@@ -237,6 +243,7 @@ def main() -> int:
         f" {sum(len(ids) for _, ids in found.answers)} tokens; {found.vanished} clients vanished;"
         f" {sum(found.errors.values())} errors {dict(found.errors)}"
     )
+    print(f"preemptions: {found.preemptions:g}")
     print(f"answers that differ from the offline engine's: {len(wrong)}")
     for variant, served_ids, ids in wrong[:3]:
         print(f"  {variant}\n    served  {served_ids}\n    offline {ids}")
