@@ -6,8 +6,9 @@ vLLM, which recomputes.
 All have the same pool in tokens, and the same prompts; greedy, every output to its full length,
 bf16. Output tokens per second: medians over alternating rounds, and the ratio to the first side,
 median of the rounds' ratios. Recomputed tokens are those whose keys and values were computed,
-given up and computed again; ``--count`` counts vLLM's, in a run of its own, as that needs its
-engine in this process.
+given up and computed again. In recompute mode blocks that are given up stay cached, in CPU blocks
+too; recompute0 has no CPU blocks, and so computes again what vLLM does. ``--count`` counts vLLM's,
+in a run of its own, as that needs its engine in this process.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,9 @@ def manta_side(mode: str, shape: str, model: str) -> Any:
     from manta import LLM, SamplingParams
 
     llm = LLM(
-        model, dtype="bfloat16", use_tqdm_on_load=False, preemption_mode=mode,
-        block_size=MANTA_BLOCK, num_gpu_blocks_override=pool(shape) // MANTA_BLOCK,
+        model, dtype="bfloat16", use_tqdm_on_load=False, preemption_mode=mode.rstrip("0"),
+        swap_space=0.0 if mode.endswith("0") else 4.0, block_size=MANTA_BLOCK,
+        num_gpu_blocks_override=pool(shape) // MANTA_BLOCK,
     )  # fmt: skip
     stats = llm.engine.scheduler.stats
 
@@ -48,16 +51,17 @@ def manta_side(mode: str, shape: str, model: str) -> Any:
         seed, count, prompt, output = argument
         prompts = make_prompts(seed, count, prompt)
         params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-        before = vars(stats).copy()
+        before = replace(stats)
         started = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         assert all(len(o.outputs[0].token_ids) == output for o in outputs)
-        found = {name: value - before[name] for name, value in vars(stats).items()}
+        swaps = stats.preemptions_swap - before.preemptions_swap
+        recomputes = stats.preemptions_recompute - before.preemptions_recompute
         return {
             "seconds": seconds,
-            "preemptions": found["preemptions_swap"] + found["preemptions_recompute"],
-            "recomputed": found["recomputed_tokens"],
+            "preemptions": swaps + recomputes,
+            "recomputed": stats.recomputed_tokens - before.recomputed_tokens,
         }
 
     return run
@@ -111,9 +115,9 @@ def count_preemptions(scheduler: Any, seen: dict[str, int]) -> None:
     scheduler._preempt_request, cache.get_computed_blocks = preempting, finding
 
 
-def compare(model: str, shape: str, vllm: str | None, rounds: int) -> None:
+def compare(model: str, shape: str, modes: list[str], vllm: str | None, rounds: int) -> None:
     num, prompt, output = SHAPES[shape]
-    names = [f"manta-{mode}-{shape}" for mode in ("auto", "swap", "recompute")]
+    names = [f"manta-{mode}-{shape}" for mode in modes]
     pythons = dict.fromkeys(names, sys.executable)
     if vllm:
         pythons[f"vllm-{shape}"] = vllm
@@ -123,7 +127,8 @@ def compare(model: str, shape: str, vllm: str | None, rounds: int) -> None:
         for side in sides:
             side.run((1, 2, 64, 8))  # warms up
         for turn in range(rounds):
-            for side in sides:
+            at = turn % len(sides)  # each is first, and right after each other one, in turn
+            for side in sides[at:] + sides[:at]:
                 answer = side.run((turn + 2, num, prompt, output))
                 answers[side.name].append(answer)
                 print(f"{side.name}, round {turn}: {answer}", file=sys.stderr, flush=True)
@@ -162,6 +167,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", help="interpreter of an environment with vLLM")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--modes", nargs="+", default=["auto", "swap", "recompute", "recompute0"])
     parser.add_argument("--count", action="store_true", help="count vLLM's preemptions instead")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -176,7 +182,7 @@ def main() -> None:
         if args.count:
             count(args.model, shape, args.vllm_python)
         else:
-            compare(args.model, shape, args.vllm_python, args.rounds)
+            compare(args.model, shape, args.modes, args.vllm_python, args.rounds)
 
 
 if __name__ == "__main__":
