@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from workers.checkpoint import load_config, load_generation_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
 PROMPTS = [[3 + i, 4, 5 + i] * (i + 1) for i in range(10)]
+ROOT = Path(__file__).resolve().parents[2]
 NOTICED_WITHIN = 2.0  # seconds, of a death
 
 
@@ -75,6 +78,25 @@ def test_stages_land_on_different_nodes_and_the_run_is_right(start) -> None:
     assert tokens(llm) == expected
     del llm  # what nobody holds is ended
     assert_gone(pids)
+
+
+def test_the_command_line_joins_the_cluster_of_ray_address(cluster, checkpoint, tokenizer) -> None:
+    words = ["generate", "--device", "cpu", "--dtype", "float32", "--temperature", "0"]
+    words += ["--max-tokens", "9", "--ignore-eos", "--tokenizer", tokenizer, "--swap-space", "0"]
+    words += ["--kv-cache-memory-bytes", str(8 << 20)]
+    printed = []
+    for shape in ([], ["--tensor-parallel-size", "2"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.cli", *words, *shape, str(checkpoint("llama")), "w3 w4"],
+            env=os.environ | {"RAY_ADDRESS": cluster.address},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append([line for line in done.stdout.splitlines() if line.startswith("Prompt:")])
+        assert ("float32 on 2 × cpu" in done.stderr) == bool(shape)
+    assert printed[0] == printed[1] and len(printed[0]) == 1
 
 
 def test_what_can_never_be_placed_is_refused_at_once(start) -> None:
