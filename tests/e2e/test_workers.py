@@ -61,14 +61,6 @@ def tokens(llm: LLM) -> list[list[int]]:
     return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
 
-def assert_gone(pids: list[int]) -> None:
-    """Nothing is left; what ends by itself has a second for it."""
-    deadline = time.monotonic() + 1
-    while (left := leftovers(pids)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not left
-
-
 def test_stages_land_on_different_nodes_and_the_run_is_right(start) -> None:
     expected = tokens(start())
     llm = start(tensor_parallel_size=2, pipeline_parallel_size=2)
@@ -77,7 +69,7 @@ def test_stages_land_on_different_nodes_and_the_run_is_right(start) -> None:
     assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
     assert tokens(llm) == expected
     del llm  # what nobody holds is ended
-    assert_gone(pids)
+    assert not leftovers(pids)
 
 
 def test_the_command_line_joins_the_cluster_of_ray_address(cluster, checkpoint, tokenizer) -> None:
@@ -172,7 +164,7 @@ def test_a_node_that_goes_takes_the_replica_along(start, cluster) -> None:
             llm.engine.check()
             time.sleep(0.01)
     assert time.monotonic() - begun < 5 * NOTICED_WITHIN  # the node itself takes a while to go
-    assert_gone(pids)
+    assert not leftovers(pids)
 
 
 def test_an_occupied_port_is_named(start) -> None:
