@@ -24,7 +24,7 @@ from engine.log import get_logger
 from engine.plan import Ints, StepPlan, StepResult, ints
 from engine.preempt import MeasuredCosts
 from workers.channel import ChannelClosed, Receiver, RingReceiver, RingSender, SocketChannel
-from workers.distributed import Grid, open_store
+from workers.distributed import open_store
 from workers.messages import Blocks, Failure, Hello, Order, Report, Setup, Step
 from workers.rank import Call
 
@@ -188,9 +188,9 @@ class Workers:
 
     # ---- running ----
 
-    def watch(self, sampler: int) -> None:
-        """From here on results come from rank ``sampler``, and deaths are noticed."""
-        worker = self._workers[sampler]
+    def watch(self) -> None:
+        """From here on results come, from the first rank of the last stage, and deaths are seen."""
+        worker = self._workers[self.size - self._tensor]
         self._results = RingReceiver(worker.hello.ring) if worker.hello.ring else worker.steps
         self._remote = [w.steps for w in self._workers if w.steps is not None]
         self._on_ring = any(w.steps is None for w in self._workers)
@@ -420,7 +420,7 @@ class ParallelExecutor:
 
     def reserve(self) -> Capacity:
         """What every worker has room for: the least of what each has."""
-        workers, parallel = self._workers, self._config.parallel
+        workers = self._workers
         try:
             fits = [r.blocks for r in workers.ask(Order(measure=True), "blocks", self._progress)]
             blocks = Blocks(min(b.device for b in fits if b), min(b.cpu for b in fits if b))
@@ -429,9 +429,7 @@ class ParallelExecutor:
             self._workers.stop(gently=False)
             raise
         capacities = [report.capacity for report in reports if report.capacity is not None]
-        workers.watch(
-            Grid(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, (), False).sampler
-        )
+        workers.watch()
         costs = [capacity.costs for capacity in capacities]
         return Capacity(
             num_device_blocks=blocks.device,

@@ -90,7 +90,11 @@ def start_replica(
     )
     started = time.perf_counter()
     capacity = executor.reserve()
-    granted = fit_model_len(config, facts.max_model_len, capacity)
+    try:
+        granted = fit_model_len(config, facts.max_model_len, capacity)
+    except ConfigError:
+        executor.stop()
+        raise
     _log_capacity(capacity, granted, time.perf_counter() - started)
     eos = {*checkpoint.generation.eos_token_ids, tokenizer.eos_token_id}
     return Engine(

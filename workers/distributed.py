@@ -41,11 +41,6 @@ class Grid:
         """(stage, rank within it)."""
         return divmod(rank, self.tensor)
 
-    @property
-    def sampler(self) -> int:
-        """The rank that samples: the first of the last stage."""
-        return (self.pipeline - 1) * self.tensor
-
 
 def open_store(host: str, port: int) -> Any:
     """Found the store by which ranks meet; port 0 takes a free one (``store.port``).

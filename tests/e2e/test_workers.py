@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from workers.checkpoint import load_config, load_generation_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
 PROMPTS = [[3 + i, 4, 5 + i] * (i + 1) for i in range(10)]
+ROOT = Path(__file__).resolve().parents[2]
 NOTICED_WITHIN = 2.0  # seconds, of a death
 
 
@@ -58,14 +61,6 @@ def tokens(llm: LLM) -> list[list[int]]:
     return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
 
-def assert_gone(pids: list[int]) -> None:
-    """Nothing is left; what ends by itself has a second for it."""
-    deadline = time.monotonic() + 1
-    while (left := leftovers(pids)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not left
-
-
 def test_stages_land_on_different_nodes_and_the_run_is_right(start) -> None:
     expected = tokens(start())
     llm = start(tensor_parallel_size=2, pipeline_parallel_size=2)
@@ -74,7 +69,26 @@ def test_stages_land_on_different_nodes_and_the_run_is_right(start) -> None:
     assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
     assert tokens(llm) == expected
     del llm  # what nobody holds is ended
-    assert_gone(pids)
+    assert not leftovers(pids)
+
+
+def test_the_command_line_joins_the_cluster_of_ray_address(cluster, checkpoint, tokenizer) -> None:
+    words = ["generate", "--device", "cpu", "--dtype", "float32", "--temperature", "0"]
+    words += ["--max-tokens", "9", "--ignore-eos", "--tokenizer", tokenizer, "--swap-space", "0"]
+    words += ["--kv-cache-memory-bytes", str(8 << 20)]
+    printed = []
+    for shape in ([], ["--tensor-parallel-size", "2"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.cli", *words, *shape, str(checkpoint("llama")), "w3 w4"],
+            env=os.environ | {"RAY_ADDRESS": cluster.address},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append([line for line in done.stdout.splitlines() if line.startswith("Prompt:")])
+        assert ("float32 on 2 × cpu" in done.stderr) == bool(shape)
+    assert printed[0] == printed[1] and len(printed[0]) == 1
 
 
 def test_what_can_never_be_placed_is_refused_at_once(start) -> None:
@@ -150,7 +164,7 @@ def test_a_node_that_goes_takes_the_replica_along(start, cluster) -> None:
             llm.engine.check()
             time.sleep(0.01)
     assert time.monotonic() - begun < 5 * NOTICED_WITHIN  # the node itself takes a while to go
-    assert_gone(pids)
+    assert not leftovers(pids)
 
 
 def test_an_occupied_port_is_named(start) -> None:

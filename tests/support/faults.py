@@ -48,8 +48,17 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def leftovers(pids: list[int]) -> list[str]:
-    """Processes, actors, placement groups and shared memory that outlived a replica."""
+def leftovers(pids: list[int], patience: float = 1.0) -> list[str]:
+    """Processes, actors, placement groups and shared memory that outlived a replica, as soon as
+    there are none, or after ``patience`` seconds: a process that was killed takes a moment to go.
+    """
+    deadline = time.monotonic() + patience
+    while (left := _leftovers(pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return left
+
+
+def _leftovers(pids: list[int]) -> list[str]:
     left = [f"process {pid}" for pid in pids if _alive(pid)]
     left += [f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if "manta" in name]
     maps = Path("/proc/self/maps").read_text()
