@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -260,7 +261,7 @@ def test_https_a_key_and_a_config_file_and_a_second_signal_that_ends_it_at_once(
     os.environ["MANTA_TEST"] = session = f"second-{os.getpid()}"
     os.environ["MANTA_API_KEY"] = "sesame"
     url = f"https://127.0.0.1:{PORT}"
-    trust = {"verify": str(tmp_path / "cert.pem")}
+    trust = {"verify": ssl.create_default_context(cafile=tmp_path / "cert.pem")}
     client = trust | {"headers": {"Authorization": "Bearer sesame"}}
     with (tmp_path / "log").open("w") as log:
         try:
