@@ -148,8 +148,10 @@ class Reading:
 
 
 def test_it_answers_through_haproxy(server):
-    answer = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=8)).json()
+    response = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=8))
+    answer = response.json()
     assert answer["usage"]["completion_tokens"] == 8
+    assert response.headers.get_list("x-request-id") == [answer["id"]]
     reading = Reading(max_tokens=8)
     reading.thread.join()
     assert reading.done and reading.text == answer["choices"][0]["text"]

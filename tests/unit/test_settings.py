@@ -52,5 +52,6 @@ def test_haproxy_is_given_the_certificate_and_a_better_answer():
     assert "status 503 hdr Retry-After 1" in plain and "404" not in plain
     assert "    bind 127.0.0.1:8000\n" in plain and "server a 127.0.0.1:30000" in plain
     assert "    bind 127.0.0.1:8000 ssl crt /k.pem alpn h2,http/1.1\n" in adapt(HAPROXY, "/k.pem")
+    assert plain.count("http-response set-header x-request-id") == 1
     with pytest.raises(ValueError, match="default backend is not where"):
         adapt("global\n", None)
