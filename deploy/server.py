@@ -76,7 +76,10 @@ class _Server:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         from deploy.serve import APPLICATION, build
 
-        self._own_serve = not _serve_runs()
+        there = _serve_port()
+        self._own_serve = there is None
+        if there is not None and there != router.port:
+            raise ConfigError(f"Serve runs on this cluster already, at port {there}: give --port")
         serve.start(
             http_options={"host": router.host, "port": router.port},
             proxy_location="EveryNode",
@@ -202,7 +205,10 @@ class _Server:
                 )
             else:
                 connection = http.client.HTTPConnection(host, router.port, timeout=5)
-            with contextlib.closing(connection), contextlib.suppress(OSError):
+            with (
+                contextlib.closing(connection),
+                contextlib.suppress(OSError, http.client.HTTPException),
+            ):
                 connection.request("GET", "/health")
                 if connection.getresponse().status == 200:
                     return
@@ -241,15 +247,16 @@ async def _drain_engines(timeout: float) -> None:
         await engines.close()
 
 
-def _serve_runs() -> bool:
+def _serve_port() -> int | None:
+    """The port of the Serve that runs on the cluster; None if none does."""
     from ray.serve import context
     from ray.serve.exceptions import RayServeException
 
     try:
-        context._get_global_client()
+        port: int = context._get_global_client().http_config.port
     except RayServeException:
-        return False
-    return True
+        return None
+    return port
 
 
 def _check_room(settings: Settings, there: dict[str, float]) -> None:
