@@ -253,10 +253,10 @@ def _serve_port() -> int | None:
     from ray.serve.exceptions import RayServeException
 
     try:
-        port: int = context._get_global_client().http_config.port
+        client = context._get_global_client()
     except RayServeException:
         return None
-    return port
+    return None if client is None else int(client.http_config.port)
 
 
 def _check_room(settings: Settings, there: dict[str, float]) -> None:
