@@ -13,7 +13,7 @@ from engine.log import get_logger
 
 log = get_logger("engines")
 
-LOOK_EVERY = 0.25  # seconds between two looks into the directory
+LOOK_EVERY = 1.0  # seconds between two looks into the directory
 LOOK_AT_FIRST = 0.03  # while no engine is known
 FORGET_AFTER = 30.0  # seconds without an answer, after which an entry is dead
 

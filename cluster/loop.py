@@ -319,6 +319,11 @@ class EngineLoop:
         except (RequestError, EngineError) as error:
             batch.refused.append(Refused(number, type(error).__name__, str(error)))
             return
+        except Exception as error:  # a mistake of ours: one request must not take the others along
+            log.exception("Request %s could not be queued", request.request_id)
+            cause = f"{type(error).__name__}: {error}"
+            batch.refused.append(Refused(number, "EngineError", cause))
+            return
         record = _Request(
             client, number, request.request_id, metrics, set(range(request.sampling.n))
         )

@@ -18,7 +18,7 @@ from engine.stats import Metric
 
 log = get_logger("metrics")
 
-EVERY = 2.0  # seconds; Ray's agent is scraped more rarely
+EVERY = 5.0  # seconds; Ray hands on what it was told every ten
 Tags = dict[str, str]
 
 

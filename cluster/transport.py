@@ -35,6 +35,7 @@ HOST_TIMEOUT = 3  # seconds until a host that says nothing is taken for dead
 MOST_BYTES = 1 << 28  # of one message
 MOST_UNREAD = 1 << 26  # bytes that a client may leave unread
 _LENGTH = struct.Struct("<I")
+_READ = selectors.EVENT_READ
 
 
 def _frame(value: object) -> bytes:
@@ -93,7 +94,7 @@ class Server:
         self._listener = socket.create_server((host, 0), family=family)
         self._listener.setblocking(False)
         self.address = f"{host} {self._listener.getsockname()[1]} {key}"
-        loop.post(lambda: loop.watch(self._listener, selectors.EVENT_READ, self._accept))
+        loop.post(lambda: loop.watch(self._listener, _READ, self._accept))
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # it went away again
@@ -116,14 +117,14 @@ class _Connection:
         self._decoder: wire.Decoder[Command] = wire.Decoder(Command)
         self._unsent = bytearray()
         self._open = True
-        loop.watch(sock, selectors.EVENT_READ, self._ready)
+        loop.watch(sock, _READ, self._ready)
 
     def deliver(self, batch: Batch) -> None:
         self._send(_frame(batch))
 
     def _ready(self) -> None:
         if self._unsent:
-            self._send(b"")
+            self._send_rest()
         try:
             while self._open:
                 data = self._socket.recv(1 << 18)
@@ -155,24 +156,33 @@ class _Connection:
     def _send(self, data: bytes) -> None:
         if not self._open:
             return
-        if self._unsent:
-            self._unsent += data
-            data = bytes(self._unsent)
-        try:
-            sent = self._socket.send(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self._close()
-            return
-        waited = bool(self._unsent)
-        self._unsent = bytearray(data[sent:])
+        if not self._unsent:
+            sent = self._write(data)
+            if sent == len(data):
+                return
+            data = data[sent:]
+            self._loop.watch(self._socket, _READ | selectors.EVENT_WRITE, self._ready)
+        self._unsent += data
         if len(self._unsent) > MOST_UNREAD:
             log.warning("A client leaves %d bytes unread, and is let go", len(self._unsent))
             self._close()
-        elif waited != bool(self._unsent):
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
-            self._loop.watch(self._socket, events, self._ready)
+
+    def _send_rest(self) -> None:
+        with memoryview(self._unsent) as view:
+            sent = self._write(view[: 1 << 20])
+        del self._unsent[:sent]
+        if self._open and not self._unsent:
+            self._loop.watch(self._socket, _READ, self._ready)
+
+    def _write(self, data: bytes | memoryview) -> int:
+        """How many bytes of it the socket took."""
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._close()
+            return len(data)
 
     def _close(self) -> None:
         if self._open:

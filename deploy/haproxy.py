@@ -4,6 +4,7 @@ Serve runs this (by ``RAY_SERVE_HAPROXY_BINARY_PATH``, see ``program``) in HAPro
 
 - HTTPS, which Serve's template does not know (``MANTA_TLS_PEM``: certificate and key);
 - while no ingress replica is there, clients get an answer in OpenAI's shape, 503 with Retry-After;
+- an answer has one x-request-id, its own: Serve adds another;
 - HAProxy ends with the process that started it, and does not keep the port for ever.
 
 It becomes HAProxy in the end, so the process is the one that Serve watches.
@@ -23,6 +24,10 @@ _UNAVAILABLE = (
     ' "param": null, "code": "unavailable"}}'
 )
 _NO_BACKEND = re.compile(r"(backend default_backend\n)    http-request return .*\n")
+_ONE_ID = (
+    "    http-response set-header x-request-id %[res.fhdr(x-request-id,1)]"
+    " if { res.fhdr_cnt(x-request-id) gt 1 }\n"
+)
 _BIND = re.compile(r"(frontend http_frontend\n    bind \S+)\n")
 
 
@@ -41,10 +46,10 @@ def adapt(config: str, tls_pem: str | None) -> str:
     config, count = _NO_BACKEND.subn(lambda match: f"{match[1]}{answer} string {escaped}\n", config)
     if count != 1:
         raise ValueError("the default backend is not where it was")
-    if tls_pem is not None:
-        config, count = _BIND.subn(rf"\1 ssl crt {tls_pem} alpn h2,http/1.1\n", config)
-        if count != 1:
-            raise ValueError("the frontend is not where it was")
+    tls = "" if tls_pem is None else f" ssl crt {tls_pem} alpn h2,http/1.1"
+    config, count = _BIND.subn(lambda match: f"{match[1]}{tls}\n{_ONE_ID}", config)
+    if count != 1:
+        raise ValueError("the frontend is not where it was")
     return config
 
 

@@ -50,6 +50,10 @@ def _run(args: argparse.Namespace) -> None:
     options.setdefault("model", EMBEDDED_MODEL)
     if "api_key" not in options and os.environ.get(KEY_VARIABLE):
         options["api_key"] = (os.environ[KEY_VARIABLE],)
+    options.setdefault("served_model_name", (options["model"],))
+    for name in ("model", "tokenizer", "chat_template"):  # Ray's processes run elsewhere
+        if isinstance(options.get(name), str) and os.path.exists(options[name]):
+            options[name] = os.path.abspath(options[name])
     settings = Settings.from_options(options)
     if args.print_serve_config:
         from deploy.serve_config import serve_config

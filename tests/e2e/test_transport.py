@@ -214,24 +214,26 @@ def test_strangers_do_no_harm():
     asyncio.run(nobody())
 
 
-def test_a_client_that_reads_nothing_holds_nobody_up():
-    with EngineProcess() as engine:
-        host, port, key = engine.address.split()
+def test_a_client_that_reads_nothing_holds_nobody_up_and_is_let_go():
+    with EngineProcess(most_unread=1000) as engine:
 
         async def main():
             client = await RemoteClient.connect(engine.address)
             slow = await RemoteClient.connect(engine.address)
             slow._transport.pause_reading()
-            sampling = {"n": 60, "temperature": 1.0}
-            for i in range(2):
-                # Accepted, but the answer is not read.
+            sampling = {"n": 50, "temperature": 1.0}
+            tasks = [  # more than a minute's work, if they were not ended
                 asyncio.create_task(slow.submit(request(f"slow{i}", max_tokens=4000, **sampling)))
-            await asyncio.sleep(0.1)
+                for i in range(6)
+            ]
+            await asyncio.to_thread(state_becomes, engine, lambda state: state["running"] > 10)
             stream = await client.submit(request("r", max_tokens=300))
             tokens, _ = await tokens_of(stream)
             assert len(tokens) == 300
+            await asyncio.to_thread(state_becomes, engine, empty)
+            assert client.healthy
             await client.close()
             await slow.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
         asyncio.run(main())
-        state_becomes(engine, empty)

@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+from cluster import transport
 from cluster.client import EngineInfo
 from cluster.loop import EngineLoop
 from cluster.transport import Server
@@ -37,8 +38,11 @@ class Executor(SimulatedExecutor):
         return super().run(plan)
 
 
-def main(step_timeout: float, num_blocks: int, num_cpu_blocks: int, max_num_seqs: int) -> None:
+def main(
+    step_timeout: float, num_blocks: int, num_cpu_blocks: int, max_num_seqs: int, most_unread: int
+) -> None:
     """Serve until standard input closes."""
+    transport.MOST_UNREAD = most_unread
     config = EngineConfig.from_options(
         max_num_seqs=max_num_seqs, max_num_batched_tokens=64, preemption_mode="swap"
     )
@@ -90,8 +94,9 @@ class EngineProcess:
         num_blocks: int = 4096,
         num_cpu_blocks: int = 64,
         max_num_seqs: int = 64,
+        most_unread: int = transport.MOST_UNREAD,
     ) -> None:
-        options = [step_timeout, num_blocks, num_cpu_blocks, max_num_seqs]
+        options = [step_timeout, num_blocks, num_cpu_blocks, max_num_seqs, most_unread]
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, *map(str, options)],
             stdin=subprocess.PIPE,
