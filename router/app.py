@@ -169,6 +169,7 @@ class _Routes:
             raise unavailable("no engine is ready yet", "starting")
         if all(engine.load.draining for engine in engines):
             raise unavailable("every engine is shutting down", "draining")
+        await self._service.model()  # so that no request waits for the tokenizer
         return Response(status_code=200)
 
     async def load(self) -> Response:
