@@ -5,6 +5,7 @@ text and a join.
 """
 
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 
@@ -13,9 +14,10 @@ import msgspec
 from engine.outputs import CompletionOutput
 from engine.sampling_params import SamplingParams
 from router.errors import ApiError
+from router.generation import Generation, Piece, Prompt, merged
 from router.responses import PromptTokensDetails, Usage
 from router.schema import Sampling
-from router.service import Generation, Piece, Prompt, ServedModel, Service, merged, new_id
+from router.service import ServedModel, Service
 
 DONE = b"data: [DONE]\n\n"
 to_json = msgspec.json.Encoder().encode
@@ -41,7 +43,7 @@ class Answer(ABC):
         self.sampling = sampling
         self.priority = body.priority or 0
         self.streaming = bool(body.stream)
-        self.id = new_id(self.prefix, body.request_id)
+        self.id = f"{self.prefix}-{body.request_id or uuid.uuid4().hex}"
         self.created = int(time.time())
         self.name = body.model or model.names[0]
         self.return_ids = bool(body.return_token_ids)

@@ -18,7 +18,7 @@ from router.completions import answer_completion
 from router.config import RouterConfig
 from router.errors import ApiError, api_error, unavailable, wrong
 from router.fields import read
-from router.guard import KeyGuard
+from router.guard import KeyGuard, RootPath
 from router.metrics import CONTENT_TYPE
 from router.openapi import describe
 from router.replies import Reply
@@ -44,7 +44,6 @@ def build_app(
     app = FastAPI(
         title="manta",
         version=version,
-        root_path=config.root_path,
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -60,6 +59,8 @@ def build_app(
         allow_headers=["*"],
     )
     app.add_middleware(AnswerCounter, stats=service.stats)
+    if config.root_path:
+        app.add_middleware(RootPath, path=config.root_path)
     _Routes(service, version).add_to(app)
     describe(app, keys=bool(config.api_key))
     return app
@@ -169,6 +170,7 @@ class _Routes:
             raise unavailable("no engine is ready yet", "starting")
         if all(engine.load.draining for engine in engines):
             raise unavailable("every engine is shutting down", "draining")
+        await self._service.model()  # so that no request waits for the tokenizer
         return Response(status_code=200)
 
     async def load(self) -> Response:

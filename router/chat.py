@@ -9,7 +9,9 @@ from engine.errors import RequestError
 from engine.sampling_params import SamplingParams
 from router.answers import Answer, check, to_json
 from router.errors import ApiError, wrong
+from router.generation import Generation, Piece, Prompt
 from router.logprobs import chat_logprobs, prompt_logprobs
+from router.parameters import refuse_contradictions, room_for_output, sampling_of
 from router.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -19,17 +21,7 @@ from router.responses import (
     ChatMessage,
 )
 from router.schema import ChatRequest, TokenizeRequest
-from router.service import (
-    INLINE_CHARACTERS,
-    Generation,
-    Piece,
-    Prompt,
-    ServedModel,
-    Service,
-    refuse_contradictions,
-    room_for_output,
-    sampling_of,
-)
+from router.service import INLINE_CHARACTERS, ServedModel, Service
 
 
 async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
@@ -47,7 +39,7 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
         raise wrong("max_tokens and max_completion_tokens are the same; give one", "max_tokens")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     prompt = await render(service, model, body)
-    room = room_for_output(model, prompt, asked, "messages")
+    room = room_for_output(model.info, len(prompt.ids), asked, "messages")
     if asked is None:
         recommended = model.info.default_sampling.max_tokens
         # 16 is what SamplingParams has where the checkpoint recommends nothing.

@@ -1,24 +1,19 @@
 """POST /v1/completions."""
 
+from collections.abc import Sequence
+
 from msgspec import UNSET
 
-from engine.outputs import CompletionOutput, PositionLogprobs
+from engine.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from engine.sampling_params import SamplingParams
 from router.answers import Answer, check, to_json
 from router.errors import wrong
+from router.generation import Generation, Piece, Prompt
 from router.logprobs import completion_logprobs, prompt_logprobs
+from router.parameters import refuse_contradictions, room_for_output, sampling_of
 from router.responses import Completion, CompletionChoice, CompletionLogprobs
 from router.schema import MOST_PROMPTS, CompletionRequest
-from router.service import (
-    Generation,
-    Piece,
-    Prompt,
-    ServedModel,
-    Service,
-    refuse_contradictions,
-    room_for_output,
-    sampling_of,
-)
+from router.service import ServedModel, Service
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -39,7 +34,7 @@ async def answer_completion(service: Service, body: CompletionRequest) -> "Compl
         for prompt in prompts:
             if prompt.text is None:
                 prompt.text = model.tokenizer.decode(prompt.ids)
-    room = min(room_for_output(model, p, body.max_tokens, "prompt") for p in prompts)
+    room = min(room_for_output(model.info, len(p.ids), body.max_tokens, "prompt") for p in prompts)
     asked = min(DEFAULT_MAX_TOKENS, room) if body.max_tokens is None else body.max_tokens
     shown = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
@@ -135,59 +130,50 @@ class CompletionAnswer(Answer):
         """A choice with the output's tokens from ``start`` on, after the prompt if it is the
         opening of an echo."""
         index = first_choice + output.index
-        prompt = generation.output
+        prompt, tokens = generation.output, output.token_ids[start:]
+        finish, stop = output.finish_reason, output.stop_reason
         if self._prompt_alone:
-            text = ""
-        if opening and self._echo:
+            text, tokens, finish, stop = "", [], finish and "length", None
+        echoes, shown = opening and self._echo, None
+        if self._logprobs is not None:
+            assert output.logprobs is not None
+            positions = output.logprobs[start : start + len(tokens)]
+            shown = self._shown(index, prompt if echoes else None, tokens, positions)
+        if echoes:
             text = (prompt.prompt or "") + text
-        finish = output.finish_reason
         return CompletionChoice(
             index=index,
             text=text,
-            logprobs=self._shown(generation, output, start, index, opening),
-            finish_reason="length" if self._prompt_alone and finish else finish,  # type: ignore[arg-type]
-            stop_reason=UNSET
-            if finish is None
-            else None
-            if self._prompt_alone
-            else output.stop_reason,
-            token_ids=[]
-            if self.return_ids and self._prompt_alone
-            else output.token_ids[start:]
-            if self.return_ids
-            else UNSET,
+            logprobs=shown,
+            finish_reason=finish,  # type: ignore[arg-type]
+            stop_reason=UNSET if finish is None else stop,
+            token_ids=tokens if self.return_ids else UNSET,
             prompt_token_ids=prompt.prompt_token_ids if self.return_ids and opening else UNSET,
         )
 
     def _shown(
         self,
-        generation: Generation,
-        output: CompletionOutput,
-        start: int,
         index: int,
-        opening: bool,
-    ) -> CompletionLogprobs | None:
-        if self._logprobs is None:
-            return None
-        assert output.logprobs is not None
-        ids: list[int] = []
-        positions: list[PositionLogprobs | None] = []
-        if opening and self._echo:
-            assert generation.output.prompt_logprobs is not None
-            ids += generation.output.prompt_token_ids
-            positions += generation.output.prompt_logprobs
-        if not self._prompt_alone:
-            ids += output.token_ids[start:]
-            positions += output.logprobs[start:]
+        echoed: RequestOutput | None,
+        tokens: list[int],
+        positions: Sequence[PositionLogprobs | None],
+    ) -> CompletionLogprobs:
+        """The log-probabilities of a choice's next tokens, after those of the prompt if it is
+        echoed here."""
+        assert self._logprobs is not None
+        if echoed is not None:
+            assert echoed.prompt_logprobs is not None
+            tokens = [*echoed.prompt_token_ids, *tokens]
+            positions = [*echoed.prompt_logprobs, *positions]
         shown = completion_logprobs(
-            ids,
+            tokens,
             positions,
             self._logprobs,
             self.model.tokenizer,
             self.as_ids,
             self._offsets.get(index, 0),
         )
-        if ids:
+        if tokens:
             self._offsets[index] = shown.text_offset[-1] + len(shown.tokens[-1])
         return shown
 

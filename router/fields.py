@@ -2,15 +2,17 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 
+from engine.chat import MESSAGE_FIELDS
 from router.errors import ApiError, wrong
-from router.schema import Sampling
+from router.schema import Sampling, StreamOptions
 
 T = TypeVar("T")
+TEXT = {"type": "text"}
 
 # Fields of OpenAI's API that cannot change an answer here: any value is accepted.
 HARMLESS = (
@@ -87,10 +89,34 @@ def read(body: bytes, kind: type[T], allow_unknown: bool) -> T:
             _check_neutral(name, value)
         elif not (generates and name in HARMLESS) and not allow_unknown:
             raise _unknown(name, known)
+    if allow_unknown:
+        _drop_unknown(values)
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
+
+
+def _drop_unknown(values: dict[str, Any]) -> None:
+    """Leave out unknown fields of inner objects."""
+
+    def only(value: Any, known: Sequence[str]) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: inner for name, inner in value.items() if name in known}
+
+    if "stream_options" in values:
+        values["stream_options"] = only(values["stream_options"], StreamOptions.__struct_fields__)
+    messages = values.get("messages")
+    if isinstance(messages, list):
+        values["messages"] = messages = [only(message, MESSAGE_FIELDS) for message in messages]
+        for message in messages:
+            if isinstance(message, dict) and isinstance(message.get("content"), list):
+                parts = message["content"]
+                message["content"] = [
+                    only(part, ("type", "text")) if only(part, ("type",)) == TEXT else part
+                    for part in parts
+                ]
 
 
 def _check_neutral(name: str, value: Any) -> None:

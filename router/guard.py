@@ -1,4 +1,4 @@
-"""Before any route: the API key."""
+"""Before any route: where the application is, and the API key."""
 
 import hashlib
 import hmac
@@ -9,6 +9,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from router.errors import ApiError
 
 OPEN_PATHS = ("/health", "/metrics")
+
+
+class RootPath:
+    """ASGI middleware: the application is served under a path, by a proxy that may strip it."""
+
+    def __init__(self, app: ASGIApp, path: str) -> None:
+        self._app = app
+        self._path = path.rstrip("/")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["root_path"] = self._path
+        await self._app(scope, receive, send)
 
 
 class KeyGuard:

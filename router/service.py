@@ -15,23 +15,20 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.client import EngineClient, EngineInfo, RequestStream
 from engine.chat import load_template
-from engine.engine import Delta
 from engine.errors import EngineError, QueueFull
 from engine.output import RequestText
-from engine.outputs import CompletionOutput
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.stats import Metric
 from engine.tokenizer import Tokenizer
 from router.balance import Balancer, Ticket
 from router.config import RouterConfig
-from router.errors import ApiError, unavailable, wrong
+from router.errors import ApiError, unavailable
+from router.generation import Generation, Prompt
 from router.metrics import scrape
-from router.schema import Sampling
 from router.stats import RouterStats
 
 INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the event loop
@@ -51,59 +48,6 @@ class ServedModel:
     names: tuple[str, ...]
     fingerprint: str
     created: int
-
-
-@dataclass(slots=True)
-class Piece:
-    """What one wake-up brought for one completion. Its new tokens are those from ``start`` on."""
-
-    output: CompletionOutput
-    start: int
-    text: str
-
-
-class Generation:
-    """One prompt on its way: its stream of tokens and the text that they make.
-
-    ``first_choice`` is the index in the answer of the first of its completions.
-    """
-
-    def __init__(
-        self, text: RequestText, stream: RequestStream, ticket: Ticket, first_choice: int
-    ) -> None:
-        self.stream = stream
-        self.first_choice = first_choice
-        self.output = text.output
-        self._text = text
-        self._ticket = ticket
-
-    def take(self, deltas: list[Delta]) -> list[Piece]:
-        """Take in what is ready: one piece for each completion that it belongs to."""
-        self._ticket.started()
-        pieces: dict[int, Piece] = {}
-        for delta in deltas:
-            output = self.output.outputs[delta.index]
-            piece = pieces.get(delta.index)
-            if piece is None:
-                pieces[delta.index] = piece = Piece(output, len(output.token_ids), "")
-            text, stopped = self._text.take(delta)
-            piece.text += text
-            if stopped is not None:
-                self.stream.stop_at_text(delta.index)
-        return list(pieces.values())
-
-    def end(self) -> None:
-        """Leave nothing of it behind in the engine."""
-        self.stream.cancel()
-        self._ticket.ended()
-
-
-@dataclass
-class Prompt:
-    """Tokens to complete, and the text that they were."""
-
-    ids: list[int]
-    text: str | None = None
 
 
 class Service:
@@ -277,103 +221,6 @@ class Service:
 
 def _draining() -> ApiError:
     return unavailable("the server is shutting down", "draining")
-
-
-async def merged(
-    generations: list[Generation],
-) -> AsyncIterator[tuple[Generation, list[Delta]]]:
-    """What is ready of several generations, as it comes."""
-    if len(generations) == 1:
-        async for deltas in generations[0].stream:
-            yield generations[0], deltas
-        return
-    ready: asyncio.Queue[tuple[Generation, list[Delta] | BaseException | None]] = asyncio.Queue()
-
-    async def read(generation: Generation) -> None:
-        try:
-            async for deltas in generation.stream:
-                ready.put_nowait((generation, deltas))
-            ready.put_nowait((generation, None))
-        except Exception as error:
-            ready.put_nowait((generation, error))
-
-    readers = [asyncio.create_task(read(generation)) for generation in generations]
-    try:
-        unfinished = len(readers)
-        while unfinished:
-            generation, what = await ready.get()
-            if isinstance(what, BaseException):
-                raise what
-            if what is None:
-                unfinished -= 1
-            else:
-                yield generation, what
-    finally:
-        for reader in readers:
-            reader.cancel()
-
-
-def refuse_contradictions(body: Sampling, info: EngineInfo) -> None:
-    """Raises ApiError for fields that are right, but not with each other or with this engine."""
-    if body.stream_options is not None and not body.stream:
-        raise wrong("stream_options needs stream to be true", "stream_options")
-    if body.prompt_logprobs is not None and body.stream:
-        raise wrong("prompt_logprobs: a stream has none", "prompt_logprobs")
-    if body.priority and info.scheduling_policy != "priority":
-        raise wrong(
-            "priority needs a server with --scheduling-policy priority; this one's is"
-            f" {info.scheduling_policy}",
-            "priority",
-        )
-
-
-def sampling_of(body: Sampling, defaults: SamplingParams, **own: Any) -> SamplingParams:
-    """The sampling parameters of a request's common fields, and ``own`` ones.
-
-    Raises RequestError, naming the field.
-    """
-    values: dict[str, Any] = dict(own)
-    for name in _WITH_DEFAULTS:
-        value = getattr(body, name)
-        values[name] = getattr(defaults, name) if value is None else value
-    for name in _WITHOUT_DEFAULTS:
-        if (value := getattr(body, name)) is not None:
-            values[name] = value
-    return SamplingParams(**values)
-
-
-_WITH_DEFAULTS = (
-    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty",
-)  # fmt: skip
-_WITHOUT_DEFAULTS = (
-    "n", "logit_bias", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
-    "min_tokens", "allowed_token_ids", "bad_words", "skip_special_tokens",
-    "spaces_between_special_tokens",
-)  # fmt: skip
-
-
-def room_for_output(model: ServedModel, prompt: Prompt, asked: int | None, param: str) -> int:
-    """How many tokens the output may have: ``asked``, if they fit the model's length.
-
-    Raises ApiError context_length_exceeded if they or the prompt do not.
-    """
-    length, most = len(prompt.ids), model.info.max_model_len
-    if length >= most or (asked is not None and length + asked > most):
-        wanted = f" and {asked} of output were asked for" if asked is not None else ""
-        raise wrong(
-            f"This model's maximum context length is {most} tokens. However, the {param} has"
-            f" {length} tokens{wanted}. Please reduce the length of the {param} or of the output"
-            " (context_length_exceeded).",  # LangChain looks for the code in the text
-            param,
-            "context_length_exceeded",
-        )
-    return most - length
-
-
-def new_id(prefix: str, given: str | None) -> str:
-    """The id of an answer."""
-    return f"{prefix}-{given or uuid.uuid4().hex}"
 
 
 def engines_by_id(engines: Collection[EngineClient]) -> Iterator[EngineClient]:

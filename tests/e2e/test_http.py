@@ -102,6 +102,18 @@ def test_large_bodies(http: httpx.Client, server: Server) -> None:
     assert http.post("/v1/completions", json=almost).status_code == 200
 
 
+def test_unknown_fields_inside(http: httpx.Client) -> None:
+    message = {"role": "user", "content": "Hi"}
+    stream = {"stream": True, "stream_options": {"more": 1}}
+    for body, name in (
+        ({"messages": [message], **stream}, "stream_options.more"),
+        ({"messages": [{**message, "annotations": [1]}]}, "annotations"),
+        ({"messages": [{**message, "content": [{"type": "text", "x": 1}]}]}, "content"),
+    ):
+        response = http.post(CHAT, json=body)
+        assert response.status_code == 400 and name in error_of(response)["message"]
+
+
 def test_no_such_route(http: httpx.Client) -> None:
     missing = http.get("/v1/nothing")
     assert missing.status_code == 404 and error_of(missing)["type"] == "invalid_request_error"
@@ -301,6 +313,15 @@ def test_keys_names_and_unknown_fields() -> None:
         assert http.get("/llm/health", headers={"authorization": ""}).status_code == 200
         body = {"prompt": FRANCE, "model": "other", "tempature": 1}
         assert http.post("/v1/completions", json=body).status_code == 200
+        part = {"type": "text", "text": "Hi", "cache_control": {}}
+        chat = {
+            "messages": [{"role": "user", "content": [part], "annotations": [1]}],
+            "stream": True,
+            "stream_options": {"include_usage": True, "more": 1},
+        }
+        assert http.post(CHAT, json=chat).status_code == 200
+        image = {"messages": [{"role": "user", "content": [{**part, "type": "image_url"}]}]}
+        assert http.post(CHAT, json=image).status_code == 400
         supported = http.post("/v1/completions", json={**body, "suffix": "x"})
         assert error_of(supported)["param"] == "suffix"
         old = http.post("/v1/completions", json={**body, "model": EMBEDDED_MODEL})
