@@ -4,8 +4,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
+from pathlib import Path
 
 import openai
 
@@ -26,13 +28,19 @@ def main() -> int:
             port = probe.getsockname()[1]
     print(f"$ manta serve --port {port}")
     command = [sys.executable, "-m", "deploy.cli", "serve", "--port", str(port)]
-    server = subprocess.Popen(command)
-    try:
-        wait_until_ready(server, port)
-        show(f"http://localhost:{port}")
-    finally:
-        server.send_signal(signal.SIGTERM)
-        status = server.wait(120)
+    with tempfile.NamedTemporaryFile(prefix="manta-demo-", suffix=".log") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            started = time.perf_counter()
+            wait_until_ready(server, port)
+            print(f"Ready after {time.perf_counter() - started:.1f} s.")
+            show(f"http://localhost:{port}")
+        except BaseException:
+            print(Path(log.name).read_text(encoding="utf-8", errors="replace"), file=sys.stderr)
+            raise
+        finally:
+            server.send_signal(signal.SIGTERM)
+            status = server.wait(120)
     print(f"The server has stopped with status {status}.")
     return status
 
