@@ -6,7 +6,7 @@ from typing import Any
 
 from deploy.options import add_options, given
 from engine.config import EMBEDDED_MODEL
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 
 KEY_VARIABLE = "MANTA_API_KEY"
 
@@ -55,6 +55,9 @@ def _run(args: argparse.Namespace) -> None:
         if isinstance(options.get(name), str) and os.path.exists(options[name]):
             options[name] = os.path.abspath(options[name])
     settings = Settings.from_options(options)
+    model = settings.engine.model.model
+    if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
+        raise CheckpointError(f"there is no folder {model!r}")
     if args.print_serve_config:
         from deploy.serve_config import serve_config
 

@@ -148,7 +148,10 @@ class _Server:
         if not self._own_ray:
             import ray
 
-            ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": common})
+            try:
+                ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": common})
+            except (ConnectionError, RuntimeError) as error:
+                raise EngineError(f"RAY_ADDRESS: {error}") from error
             return
         _check_port(self._settings.router.host, self._settings.router.port)
         os.environ.update(self._environment())

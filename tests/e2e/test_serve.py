@@ -323,6 +323,7 @@ def test_the_printed_config_is_one_that_serve_runs(tmp_path):
         (["--ssl-keyfile", "k", "--ssl-certfile", "c"], "there is no file 'c'"),
         (["--ssl-keyfile", "k", "--ssl-certfile", "c", "--print-serve-config"], "are for `manta"),
         (["--num-replicas", "0"], "num_replicas must be an integer of at least 1, got 0"),
+        (["./no-such-model"], "there is no folder './no-such-model'"),
         (["--port", "x"], "argument --port: must be an integer"),
     ],
 )

@@ -24,7 +24,7 @@ class Gated(SimulatedExecutor):
         super().__init__(*args)
         self.gate = threading.Event()
         self.gate.set()
-        self.error = None
+        self.error = self.dead = None
         self.ran = 0
         self.stopped = False
 
@@ -37,8 +37,8 @@ class Gated(SimulatedExecutor):
         return super().run(plan)
 
     def check(self):
-        if self.error is not None:
-            raise EngineError(str(self.error))
+        if self.dead is not None:
+            raise EngineError(self.dead)
 
     def stop(self):
         self.stopped = True
@@ -231,7 +231,7 @@ def test_a_failing_step_reaches_every_stream_with_its_cause():
 def test_a_worker_that_dies_while_all_is_idle_is_noticed():
     async def scenario(client, loop, executor):
         await tokens_of(await client.submit(request("r", max_tokens=2)))
-        executor.error = OSError("worker 1 was killed")
+        executor.dead = "worker 1 was killed"
         await until(lambda: not client.healthy)
         with pytest.raises(EngineError, match="worker 1 was killed"):
             await client.submit(request("late"))
