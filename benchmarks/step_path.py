@@ -148,7 +148,7 @@ def main() -> None:
     if args.serve:
         serve(args.serve[0], int(args.serve[1]), args.serve[2])
         return
-    ray.init(include_dashboard=False, num_cpus=4)
+    ray.init("local", include_dashboard=False, num_cpus=4)
     print("workers  ring  sockets  ray call  compiled graph  (µs per step, medians)")
     for workers in (1, 2, 4):
         rounds = []

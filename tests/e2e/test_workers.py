@@ -34,6 +34,7 @@ NOTICED_WITHIN = 2.0  # seconds, of a death
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
+    ray.shutdown()  # of another module's cluster
     cluster = Cluster(True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address)
