@@ -77,7 +77,7 @@ def value(engine, name):
     return sum(sample.value for sample in metric.samples)
 
 
-def until(condition, timeout=20.0):
+def until(condition, timeout=60.0):
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < timeout

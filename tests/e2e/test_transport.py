@@ -52,7 +52,7 @@ async def tokens_of(stream):
     return tokens, reason
 
 
-def state_becomes(engine, wanted, timeout=20.0):
+def state_becomes(engine, wanted, timeout=40.0):
     """Seconds until the engine's state is as wanted."""
     start = time.monotonic()
     while not wanted(state := engine.ask()):
@@ -157,7 +157,7 @@ async def fails(client, act, cause):
     start = time.monotonic()
     for reader in readers:
         with pytest.raises(EngineError, match=cause):
-            await asyncio.wait_for(reader, 20)
+            await asyncio.wait_for(reader, 40)
     assert not client.healthy
     with pytest.raises(EngineError, match=cause):
         await client.submit(request("late"))
