@@ -49,13 +49,15 @@ class Variant:
     chat: bool
     temperature: float
     max_tokens: int
+    ignore_eos: bool
     seed: int
 
     def body(self, stream: bool) -> bytes:
         """The request's JSON."""
         body: dict[str, Any] = {
             "model": MODEL, "temperature": self.temperature, "seed": self.seed,
-            "max_tokens": self.max_tokens, "stream": stream, "return_token_ids": True,
+            "max_tokens": self.max_tokens, "ignore_eos": self.ignore_eos, "stream": stream,
+            "return_token_ids": True,
         }  # fmt: skip
         if self.chat:
             body["messages"] = [{"role": "user", "content": self.prompt}]
@@ -72,7 +74,8 @@ def variants() -> list[Variant]:
             prompt=" ".join(draw.choices(PROMPTS, k=draw.choice([1, 1, 2, 12]))),
             chat=draw.random() < 0.5,
             temperature=draw.choice([0.0, 0.8, 1.0, 1.5]),
-            max_tokens=draw.choice([1, 20, 60, 200]),
+            max_tokens=draw.choice([1, 20, 100, 300]),
+            ignore_eos=draw.random() < 0.7,
             seed=draw.randrange(2**31),
         )
         for _ in range(VARIANTS)
@@ -153,7 +156,7 @@ async def soak(served: Served, seconds: float, streams: int, seed: int = 0) -> S
     async def one_client() -> None:
         while time.monotonic() < end:
             # Most of the vanishing go early; some late, when their answer has begun.
-            patience = draw.expovariate(1 / 0.3) if draw.random() < VANISHING else None
+            patience = draw.expovariate(1 / 0.5) if draw.random() < VANISHING else None
             await ask(draw.choice(pool), draw.random() < 0.7, patience)
 
     async def watch() -> None:
@@ -213,7 +216,12 @@ def wrong_answers(found: Soak) -> list[tuple[Variant, tuple[int, ...], tuple[int
     for chat in (False, True):
         some = [variant for variant in asked if variant.chat is chat]
         params = [
-            SamplingParams(temperature=v.temperature, max_tokens=v.max_tokens, seed=v.seed)
+            SamplingParams(
+                temperature=v.temperature,
+                max_tokens=v.max_tokens,
+                ignore_eos=v.ignore_eos,
+                seed=v.seed,
+            )
             for v in some
         ]
         if chat:
