@@ -2,6 +2,7 @@
 parallel, both, fewer key-value heads than ranks; every family, and what matters for splitting."""
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -93,9 +94,9 @@ def alone(one_process) -> Callable[[str], list[Collected]]:
 
 
 @pytest.fixture(scope="module")
-def plain(one_process) -> Callable[[str], list[Collected]]:
-    """The same without penalties."""
-    return cache(lambda name: run(one_process(name), make_prompts(), "plain", penalty=1.0))
+def long(one_process) -> Callable[[str], list[Collected]]:
+    """The same of ``long_prompts``, without penalties."""
+    return cache(lambda name: run(one_process(name), long_prompts(), "long", penalty=1.0))
 
 
 def run(
@@ -127,29 +128,34 @@ def run(
     return list(collected.values())
 
 
+def long_prompts() -> list[list[int]]:
+    """Long and with nothing in common, so that each takes several steps to compute."""
+    rng = random.Random(3)
+    return [[rng.randrange(3, 128) for _ in range(rng.randint(40, LONGEST))] for _ in range(60)]
+
+
 def run_with_cancels(engine: Engine, expected: list[Collected]) -> None:
     """Requests come and go at any step, so slots change hands while their rows are in flight."""
     rng = random.Random(2)
-    prompts, tokens, numbers = make_prompts(), {}, {}
-    for step in range(150):
-        if step < 110 and engine.num_unfinished < 12:
-            number = rng.choice((4, *range(NUM_PROMPTS)))  # the longest more often
-            request_id = f"cancels-{step}"
-            sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-            engine.add(
-                Request(request_id=request_id, prompt_token_ids=prompts[number], sampling=sampling)
-            )
-            tokens[request_id], numbers[request_id] = [], number
+    prompts, tokens = deque(enumerate(long_prompts())), {}
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    running: list[str] = []
+    while prompts or engine.has_work:
+        while prompts and engine.num_unfinished < 12:
+            number, prompt = prompts.popleft()
+            running.append(str(number))
+            tokens[str(number)] = []
+            engine.add(Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
         for delta in engine.step():
             tokens[delta.request_id].append(delta.token)
-        if step % 2:
-            engine.abort(f"cancels-{step - rng.randrange(12)}")
-    while engine.has_work:
-        for delta in engine.step():
-            tokens[delta.request_id].append(delta.token)
-    for request_id, got in tokens.items():
-        assert got == expected[numbers[request_id]].tokens[: len(got)]
-    assert sum(map(len, tokens.values())) > 200
+        started = [name for name in running if 0 < len(tokens[name]) < NEW_TOKENS]
+        if prompts and started and rng.random() < 0.3:
+            cancelled = rng.choice(started)
+            running.remove(cancelled)
+            engine.abort(cancelled)
+    for name, got in tokens.items():
+        assert got == expected[int(name)].tokens[: len(got)]
+        assert len(got) == NEW_TOKENS or name not in running
 
 
 def assert_same(many: list[Collected], one: list[Collected]) -> None:
@@ -174,7 +180,7 @@ def test_ranks_generate_what_one_process_does(
     pool: Pool,
     tokenizer: Tokenizer,
     alone,
-    plain,
+    long,
 ) -> None:
     expected, prompts = alone(name), make_prompts()
     config = EngineConfig.from_options(
@@ -192,6 +198,7 @@ def test_ranks_generate_what_one_process_does(
         assert_same(run(engine, prompts, "again"), expected)
         assert engine.scheduler.kv.stats.prefix_hits > hits
         assert engine.scheduler.stats.preemptions_swap > 0
-        run_with_cancels(engine, plain(name))
+        if pipeline > 1:
+            run_with_cancels(engine, long(name))
     finally:
         engine.stop()

@@ -1,9 +1,10 @@
 """Faults, again and again: time to notice, what the caller saw, what was left behind.
 
-python -m tests.soak.faults [--repeats 20] [--only NAME ...]
+python -m tests.soak.faults [--repeats 20] [--only NAME ...] [--backend mp]
 
-Each repeat starts a replica of two workers on a local Ray cluster (two tensor-parallel ranks and
-two pipeline stages in turn), does the harm, and looks for what is left. ``make soak-faults``.
+Each repeat starts a replica of two workers on a local Ray cluster, or as plain processes, (two
+tensor-parallel ranks and two pipeline stages in turn), does the harm, and looks for what is left.
+``make soak-faults``.
 """
 
 import workers  # noqa: F401, I001  # before torch
@@ -36,7 +37,8 @@ Case = Callable[[int], Outcome]
 class Faults:
     """The cases, by name; each takes the number of the repeat."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, backend: str) -> None:
+        self._backend = backend
         self._model = str(next(t for t in TINY_MODELS if t.name == "llama").save(folder))
         self._tokenizer = str(save_tokenizer(folder / "words", 128))
         self._damaged = folder / "damaged"
@@ -44,12 +46,15 @@ class Faults:
         for file in Path(self._model).iterdir():
             (self._damaged / file.name).write_bytes(file.read_bytes())
         (self._damaged / "model.safetensors").write_bytes(b"x" * 100)
+        if backend == "mp":
+            return
         self._cluster = Cluster(True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         ray.init(address=self._cluster.address, log_to_driver=False)
 
     def close(self) -> None:
-        ray.shutdown()
-        self._cluster.shutdown()
+        if self._backend == "ray":
+            ray.shutdown()
+            self._cluster.shutdown()
 
     def cases(self) -> Iterator[tuple[str, Case]]:
         for phase in PHASES:
@@ -58,8 +63,9 @@ class Faults:
         for phase in ("prefill", "decode"):
             for rank in (0, 1):
                 yield f"SIGSTOP, {phase}, rank {rank}", self._strike(phase, rank, signal.SIGSTOP)
-        yield "a node is removed", self._node
-        yield "an impossible shape", self._refused(tensor_parallel_size=4)
+        if self._backend == "ray":
+            yield "a node is removed", self._node
+            yield "an impossible shape", self._refused(tensor_parallel_size=4)
         yield "an occupied port", self._port
         yield (
             "an unreadable weight file",
@@ -68,7 +74,7 @@ class Faults:
 
     def _start(self, **options: Any) -> LLM:
         values = {"model": self._model, "tokenizer": self._tokenizer, **BASE, **options}
-        return LLM(**values)
+        return LLM(distributed_executor_backend=self._backend, **values)
 
     def _strike(self, phase: str, rank: int, number: signal.Signals) -> Case:
         def case(repeat: int) -> Outcome:
@@ -117,9 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", nargs="*", help="words, one of which a case's name has")
+    parser.add_argument("--backend", choices=("ray", "mp"), default="ray")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        faults = Faults(Path(folder))
+        faults = Faults(Path(folder), args.backend)
         print("| fault | times | told after, median (most) | what the caller saw | left behind |")
         print("| --- | --- | --- | --- | --- |")
         for name, case in faults.cases():
