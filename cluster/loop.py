@@ -376,8 +376,8 @@ class EngineLoop:
     def _push_load(self) -> None:
         """Give every client the load where it has changed, and now and then as a sign of life."""
         now = time.monotonic()
-        if now - self._load_time < LOAD_EVERY:
-            return
+        if now - self._load_time < LOAD_EVERY and self.engine.has_work:
+            return  # what has become idle says so at once
         load = self._measure()
         if load != self._load or now - self._load_time >= LOAD_AT_LEAST:
             self._load, self._load_time = load, now

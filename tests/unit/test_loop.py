@@ -274,3 +274,17 @@ def test_an_idle_loop_sleeps_and_wakes():
         await tokens_of(await client.submit(request("again", max_tokens=2)))
 
     run(scenario)
+
+
+def test_clients_know_at_once_that_the_engine_is_free_again(monkeypatch):
+    monkeypatch.setattr("cluster.loop.LOAD_AT_LEAST", 1000.0)
+
+    async def scenario(client, loop, executor):
+        for i in range(3):
+            stream = await client.submit(request(f"r{i}", [i] * 20, 100))
+            await until(lambda: client.load.running)
+            stream.cancel()
+            await until(lambda: not client.load.running)
+            assert client.load.free_blocks == 64
+
+    run(scenario)
