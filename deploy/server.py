@@ -152,7 +152,7 @@ class _Server:
                 ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": common})
             except (ConnectionError, RuntimeError) as error:
                 raise EngineError(
-                    f"RAY_ADDRESS: {error}; if the cluster asks for a token, set RAY_AUTH_MODE=token"
+                    f"RAY_ADDRESS: {error}; one that asks for a token needs RAY_AUTH_MODE=token"
                 ) from error
             return
         _check_port(self._settings.router.host, self._settings.router.port)
