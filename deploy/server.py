@@ -151,7 +151,9 @@ class _Server:
             try:
                 ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": common})
             except (ConnectionError, RuntimeError) as error:
-                raise EngineError(f"RAY_ADDRESS: {error}") from error
+                raise EngineError(
+                    f"RAY_ADDRESS: {error}; one that asks for a token needs RAY_AUTH_MODE=token"
+                ) from error
             return
         _check_port(self._settings.router.host, self._settings.router.port)
         os.environ.update(self._environment())
@@ -181,6 +183,7 @@ class _Server:
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         }
