@@ -252,10 +252,15 @@ def main() -> int:
         f" {found.preemptions:g} preemptions"
     )
     print(f"left when idle: {left or 'nothing'}")
-    for what, unit in (("files", 1), ("threads", 1), ("memory", 2**20)):
+    for what in ("files", "threads"):
         for name, then, now in growth(found, before, what):
-            if now != then and (what != "memory" or name.startswith("ray::Serve")):
-                print(f"  {what} of {name}: {then / unit:g} -> {now / unit:g}", flush=True)
+            if now != then:
+                print(f"  {what} of {name}: {then} -> {now}")
+    for pid, name in before.names.items():
+        if name.startswith("ray::ServeReplica"):
+            course = [before, *found.footprints]
+            sizes = [round(f.memory[pid] / 2**20) for f in course if pid in f.memory]
+            print(f"  MiB of {name} in the course of it: {sizes}", flush=True)
     wrong = wrong_answers(found)
     print(f"answers that differ from the offline engine's: {len(wrong)}")
     for variant, served_ids, ids in wrong[:3]:
