@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from engine.errors import EngineError
 from manta import LLM, SamplingParams
 from tests.parity.tiny_models import TINY_MODELS
@@ -45,10 +47,10 @@ def start_node(name: str, head: bool, folder: str) -> subprocess.Popen[bytes]:
     role = f"--head --port={PORT}" if head else f"--address={HOSTS['manta-a']}:{PORT}"
     command = (
         f"ip netns exec {name} {Path(sys.executable).parent}/ray start {role} --block --num-cpus=2"
-        f" --node-ip-address={HOSTS[name]} --include-dashboard=false"
+        f" --node-ip-address={HOSTS[name]}"
     )
     if head:
-        command += f" --temp-dir={folder}"
+        command += f" --temp-dir={folder} --include-dashboard=false"
     return subprocess.Popen(
         command.split(), start_new_session=True, stdout=subprocess.DEVNULL, env=environment()
     )
@@ -56,7 +58,9 @@ def start_node(name: str, head: bool, folder: str) -> subprocess.Popen[bytes]:
 
 def environment() -> dict[str, str]:
     path = str(Path(__file__).resolve().parents[2])
-    return os.environ | {"PYTHONPATH": path, "RAY_ADDRESS": f"{HOSTS['manta-a']}:{PORT}"}
+    address = f"{HOSTS['manta-a']}:{PORT}"
+    own = {"PYTHONPATH": path, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
+    return os.environ | own
 
 
 def drive(folder: Path) -> None:
@@ -71,6 +75,9 @@ def drive(folder: Path) -> None:
         return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
     expected = tokens(start())
+    ray.init(log_to_driver=False)
+    while sum(node["Alive"] for node in ray.nodes()) < 2:
+        time.sleep(0.2)
     for shape in ((2, 2), (4, 1)):
         llm = start(tensor_parallel_size=shape[0], pipeline_parallel_size=shape[1])
         found = llm.engine.executor._workers._workers
@@ -106,9 +113,11 @@ def main() -> None:
         try:
             lay_cable()
             nodes.append(start_node("manta-a", True, f"{folder}/ray"))
-            time.sleep(6)
+            knock = f"until (echo > /dev/tcp/{HOSTS['manta-a']}/{PORT}); do sleep 0.2; done"
+            wait = ["ip", "netns", "exec", "manta-a", "timeout", "60", "bash", "-c", knock]
+            subprocess.run(wait, stderr=subprocess.DEVNULL, check=True)
+            time.sleep(3)  # it listens before it serves
             nodes.append(start_node("manta-b", False, f"{folder}/ray"))
-            time.sleep(6)
             command = f"ip netns exec manta-a {sys.executable} -m tests.soak.hosts {folder}"
             environ = environment() | {"NODE_B": str(nodes[1].pid)}
             done = subprocess.run(command.split(), env=environ, check=False)
