@@ -45,6 +45,7 @@ CASES = [
     ("qwen3", 4, 1),
     ("opt", 1, 3),
 ]
+CANCELS = [("llama", 1, 2), ("qwen3", 2, 2), ("opt", 1, 3)]  # where requests come and go
 
 
 @dataclass
@@ -198,7 +199,7 @@ def test_ranks_generate_what_one_process_does(
         assert_same(run(engine, prompts, "again"), expected)
         assert engine.scheduler.kv.stats.prefix_hits > hits
         assert engine.scheduler.stats.preemptions_swap > 0
-        if pipeline > 1:
+        if (name, tensor, pipeline) in CANCELS:
             run_with_cancels(engine, long(name))
     finally:
         engine.stop()
