@@ -159,7 +159,7 @@ def test_cached_tokens(client: openai.OpenAI) -> None:
     assert cached[0] == 0 and cached[1] >= 32
 
 
-def test_stop(client: openai.OpenAI) -> None:
+def test_stop(client: openai.OpenAI, server: Server) -> None:
     whole = client.completions.create(model=MODEL, prompt=FRANCE, temperature=0).choices[0].text
     stop = whole[6:9]
     for stream in (False, True):
@@ -174,6 +174,13 @@ def test_stop(client: openai.OpenAI) -> None:
         assert text == whole[: whole.index(stop)]
         assert end.finish_reason == "stop"
         assert (end.model_extra or {})["stop_reason"] == stop
+    before = server.engine.stats.generation_tokens
+    extra = {"ignore_eos": True}
+    client.completions.create(
+        model=MODEL, prompt=FRANCE, temperature=0, stop=stop, max_tokens=1900, extra_body=extra
+    )
+    server.assert_idle()
+    assert server.engine.stats.generation_tokens - before < 200  # the engine was told
     included = client.completions.create(
         model=MODEL,
         prompt=FRANCE,
