@@ -34,6 +34,7 @@ class Stream(asyncio.Protocol):
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.times: list[float] = []
         self.tail = b""
+        self.tokens = 0
         self.transport.write(message)
         self.sent = time.perf_counter()
         return self.done
@@ -46,7 +47,9 @@ class Stream(asyncio.Protocol):
         data = self.tail + data
         seen = data.count(EVENT)
         self.times += [now] * seen
-        if data.endswith(b"0\r\n\r\n"):
+        if found := USAGE.findall(data):  # one of the last events has it
+            self.tokens = int(found[-1])
+        if data.endswith(b"\r\n0\r\n\r\n"):
             self.tail = data
             self.done.set_result(None)
         else:  # an event may be cut in two: keep what could be the start of the next
@@ -90,9 +93,9 @@ async def load(args: argparse.Namespace) -> dict[str, float]:
         )
         while requests:
             await stream.ask(requests.pop())
-            usage = USAGE.findall(stream.tail)
             times = stream.times[:-1]  # the last event brings the usage, and no token
-            tokens += int(usage[-1])
+            assert stream.tokens, "an answer without usage"
+            tokens += stream.tokens
             events += len(times)
             first.append(times[0] - stream.sent)
             gaps.extend(b - a for a, b in zip(times, times[1:], strict=False))
