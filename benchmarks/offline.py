@@ -15,39 +15,37 @@ interpreter of an environment that has vLLM; without it only transformers is com
 """
 
 import argparse
-import json
 import os
-import random
 import statistics
-import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.sides import Side, make_prompts, serve  # noqa: E402
 
 SHAPES = [(32, 128, 64), (8, 1024, 32), (1, 128, 64), (32, 128, 1), (8, 1024, 1)]
 TRANSFORMERS_SHAPES = [(32, 128, 64)]
 MAX_MODEL_LEN = 2048
 
 
-def make_prompts(seed: int, count: int, length: int) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [[draw.randint(10, 15000) for _ in range(length)] for _ in range(count)]
-
-
-# ---- one engine, in its own process: a JSON command a line in, seconds a line out ----
+# ---- one engine, in its own process ----
 
 
 def serve_side(side: str, model: str) -> None:
     run = {"manta": manta_side, "vllm": vllm_side, "transformers": transformers_side}[side](model)
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        seed, count, input_len, output_len = json.loads(line)
+
+    def timed(command: list[int]) -> float:
+        seed, count, input_len, output_len = command
         prompts = make_prompts(seed, count, input_len)
         started = time.perf_counter()
         produced = run(prompts, output_len)
         seconds = time.perf_counter() - started
         assert produced == count * output_len, (produced, count, output_len)
-        print(json.dumps(seconds), flush=True)
+        return seconds
+
+    serve(timed)
 
 
 def manta_side(model: str) -> Any:
@@ -64,8 +62,6 @@ def manta_side(model: str) -> Any:
 
 
 def vllm_side(model: str) -> Any:
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     llm = LLM(model, dtype="bfloat16", max_model_len=MAX_MODEL_LEN)
@@ -98,43 +94,8 @@ def transformers_side(model: str) -> Any:
 # ---- the driver ----
 
 
-class Side:
-    """An engine's process."""
-
-    def __init__(self, name: str, python: str, model: str) -> None:
-        self.name = name
-        command = [python, __file__, "--side", name, model]
-        environment = dict(os.environ, VLLM_LOGGING_LEVEL="ERROR", TQDM_DISABLE="1")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._read()
-
-    def _read(self) -> Any:
-        assert self._process.stdout
-        while True:  # engines print other lines too
-            line = self._process.stdout.readline()
-            if not line:
-                raise SystemExit(f"{self.name} ended")
-            try:
-                return json.loads(line)
-            except ValueError:
-                continue
-
-    def run(self, seed: int, shape: tuple[int, int, int]) -> float:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps([seed, *shape]) + "\n")
-        self._process.stdin.flush()
-        return float(self._read())
-
-    def stop(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(60)
-
-
 def compare(model: str, pythons: dict[str, str], rounds: int, shapes: list[Any]) -> None:
-    sides = [Side(name, python, model) for name, python in pythons.items()]
+    sides = [Side(__file__, python, name, model) for name, python in pythons.items()]
     try:
         for number, shape in enumerate(shapes):
             count, input_len, output_len = shape
@@ -147,8 +108,7 @@ def compare(model: str, pythons: dict[str, str], rounds: int, shapes: list[Any])
                 for side in sides:
                     if side.name == "transformers" and shape not in TRANSFORMERS_SHAPES:
                         continue
-                    time.sleep(1)  # until the threads of the one before have stopped spinning
-                    taken = side.run(1000 * turn + number, shape)  # no prompt comes twice
+                    taken = side.run([1000 * turn + number, *shape])  # no prompt comes twice
                     if turn:  # the first one warms up
                         seconds.setdefault(side.name, []).append(taken)
             mine = seconds["manta"]
@@ -172,8 +132,8 @@ def start_to_first_token(model: str, pythons: dict[str, str], rounds: int) -> No
             if name == "transformers":
                 continue
             started = time.perf_counter()
-            side = Side(name, python, model)
-            side.run(turn, (1, 16, 1))
+            side = Side(__file__, python, name, model)
+            side.run([turn, 1, 16, 1], pause=0)
             if turn:
                 seconds.setdefault(name, []).append(time.perf_counter() - started)
             side.stop()

@@ -37,9 +37,10 @@ class Side:
             if line.startswith("answer "):
                 return json.loads(line.removeprefix("answer "))
 
-    def run(self, argument: Any) -> Any:
-        """One run's answer."""
-        time.sleep(1)  # until the threads of the one before have stopped spinning
+    def run(self, argument: Any, pause: float = 1.0) -> Any:
+        """One run's answer, after ``pause`` seconds in which the threads of the one before stop
+        spinning."""
+        time.sleep(pause)
         assert self._process.stdin
         self._process.stdin.write(json.dumps(argument) + "\n")
         self._process.stdin.flush()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -15,6 +14,7 @@ import ray
 import manta
 from engine.config import EMBEDDED_MODEL
 from manta import ConfigError, EngineError, RequestError, SamplingParams
+from tests.support.waiting import until
 
 OPTIONS = {
     "num_gpu_blocks_override": 200,
@@ -75,14 +75,6 @@ def drivers(count, tokens):
 def value(engine, name):
     metric = next(m for m in engine.metrics() if m.name == name)
     return sum(sample.value for sample in metric.samples)
-
-
-def until(condition, timeout=60.0):
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < timeout
-        time.sleep(0.005)
-    return time.monotonic() - start
 
 
 def idle(engine):

@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.waiting import until
+
 PORT = 8123
 URL = f"http://127.0.0.1:{PORT}"
 OPTIONS = [
@@ -93,15 +95,6 @@ def metric(name, labels=""):
     lines = re.findall(rf"^manta:{name}(?:{{([^}}]*)}})? (\S+)$", text, re.M)
     assert lines, f"no {name} in {text[:2000]}"
     return sum(float(value) for found, value in lines if labels in found)
-
-
-def until(condition, timeout=60.0):
-    """Seconds until it holds."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < timeout
-        time.sleep(0.005)
-    return time.monotonic() - start
 
 
 def idle():

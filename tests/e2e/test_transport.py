@@ -13,15 +13,14 @@ import pytest
 
 from cluster.transport import RemoteClient
 from engine.errors import EngineError, PromptTooLong, RequestError
-from engine.request import Request
-from engine.sampling_params import SamplingParams
 from tests.support.simulated_engine import EngineProcess
 from tests.support.simulator import VOCAB, foretell
+from tests.support.streams import request, tokens_of
 
 CLIENT = """
 import asyncio, sys
 from cluster.transport import RemoteClient
-from tests.e2e.test_transport import request
+from tests.support.streams import request
 
 async def main():
     client = await RemoteClient.connect(sys.argv[1])
@@ -35,21 +34,6 @@ async def read(stream):
 
 asyncio.run(main())
 """
-
-
-def request(name, prompt=(1, 2, 3), max_tokens=8, **options):
-    sampling = SamplingParams(**{"temperature": 0, "seed": 0, "max_tokens": max_tokens, **options})
-    return Request(request_id=name, prompt_token_ids=list(prompt), sampling=sampling)
-
-
-async def tokens_of(stream):
-    tokens, reason = [], None
-    async for deltas in stream:
-        for delta in deltas:
-            if delta.token is not None:
-                tokens.append(delta.token)
-            reason = delta.finish_reason or reason
-    return tokens, reason
 
 
 def state_becomes(engine, wanted, timeout=40.0):

@@ -12,9 +12,9 @@ from cluster.loop import EngineLoop, LocalClient
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 from tests.support.simulator import VOCAB, SimulatedExecutor, foretell
+from tests.support.streams import request, tokens_of
 
 
 class Gated(SimulatedExecutor):
@@ -67,21 +67,6 @@ INFO = EngineInfo(
     scheduling_policy="fcfs",
     default_sampling=SamplingParams(),
 )
-
-
-def request(name, prompt=(1, 2, 3), max_tokens=8, **options):
-    sampling = SamplingParams(**{"temperature": 0, "seed": 0, "max_tokens": max_tokens, **options})
-    return Request(request_id=name, prompt_token_ids=list(prompt), sampling=sampling)
-
-
-async def tokens_of(stream):
-    tokens, reason = [], None
-    async for deltas in stream:
-        for delta in deltas:
-            if delta.token is not None:
-                tokens.append(delta.token)
-            reason = delta.finish_reason or reason
-    return tokens, reason
 
 
 def run(scenario, **options):
