@@ -22,6 +22,7 @@ from torch import Tensor
 
 from engine.plan import Copies, CopyTimes, Ints
 from workers.attention.base import AttentionBackend
+from workers.kernels.memory import huge_tensor
 
 STAGING_BYTES = 256 << 20  # each way, at most
 
@@ -45,9 +46,11 @@ class KVCache:
         first = self.layers[0]
         cuda = device.type == "cuda"
         # Not initialised: memory is taken only as blocks are written, and start-up stays short.
-        cpu = torch.empty(
-            (num_cpu_blocks, num_layers, *first.shape[1:]), dtype=first.dtype, pin_memory=cuda
-        )
+        shape = num_cpu_blocks, num_layers, *first.shape[1:]
+        if cuda:
+            cpu = torch.empty(shape, dtype=first.dtype, pin_memory=True)
+        else:
+            cpu = huge_tensor(shape, first.dtype)
         self._tiers = CudaTiers(self.layers, cpu, device) if cuda else CPUTiers(self.layers, cpu)
         self.num_measured = min(64, num_device_blocks, num_cpu_blocks)
 

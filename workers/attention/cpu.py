@@ -9,7 +9,7 @@ from engine.errors import ConfigError
 from workers.attention.base import AttentionShape
 from workers.batch import Batch
 from workers.kernels.build import DTYPES, library
-from workers.kernels.memory import huge_tensor
+from workers.kernels.memory import huge_tensor, result_tensor
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 48  # query heads of one kv head
@@ -97,7 +97,7 @@ class CpuAttention:
         tokens, heads, dim = q.shape
         assert q.stride(1) == k.stride(1) == v.stride(1) == dim
         assert q.stride(2) == k.stride(2) == v.stride(2) == 1
-        out = q.new_empty((tokens, heads * dim))
+        out = result_tensor((tokens, heads * dim), q.dtype)
         self.kernel(
             ctypes.byref(self.step), cache.data_ptr(), q.data_ptr(), q.stride(0), k.data_ptr(),
             k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(), window or 0,

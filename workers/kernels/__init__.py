@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workers.kernels import plain
 from workers.kernels.build import library
+from workers.kernels.memory import result_tensor
 
 __all__ = ["add_rms_norm", "argmax_lse", "layer_norm", "rms_norm", "rope", "silu_mul"]
 
@@ -51,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     width = x.shape[-1]
     inner = x.shape[1] if x.dim() == 3 else 1
     assert x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == width)
-    y = x.new_empty(x.shape)
+    y = result_tensor(x.shape, x.dtype)
     kernel(
         x.data_ptr(), x.stride(0), x.shape[0], inner, width, weight.data_ptr(), eps, y.data_ptr(),
         torch.get_num_threads(),
@@ -66,7 +67,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
         return plain.add_rms_norm(x, residual, weight, eps)
     rows, width = x.shape
     assert x.stride(1) == 1 and residual.is_contiguous()
-    y = x.new_empty(x.shape)
+    y = result_tensor(x.shape, x.dtype)
     kernel(
         x.data_ptr(), x.stride(0), residual.data_ptr(), rows, width, weight.data_ptr(), eps,
         y.data_ptr(), torch.get_num_threads(),
@@ -81,7 +82,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return plain.layer_norm(x, weight, bias, eps)
     rows, width = x.shape
     assert x.stride(1) == 1
-    y = x.new_empty(x.shape)
+    y = result_tensor(x.shape, x.dtype)
     kernel(
         x.data_ptr(), x.stride(0), rows, width, weight.data_ptr(), bias.data_ptr(), eps,
         y.data_ptr(), torch.get_num_threads(),
@@ -96,7 +97,7 @@ def silu_mul(x: Tensor) -> Tensor:
         return plain.silu_mul(x)
     rows, width = x.shape[0], x.shape[1] // 2
     assert x.stride(1) == 1
-    y = x.new_empty((rows, width))
+    y = result_tensor((rows, width), x.dtype)
     kernel(x.data_ptr(), x.stride(0), rows, width, y.data_ptr(), torch.get_num_threads())
     return y
 

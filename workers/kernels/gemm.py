@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from workers.kernels.build import library
-from workers.kernels.memory import huge_tensor
+from workers.kernels.memory import huge_tensor, result_tensor
 
 PANEL = 32  # outputs that lie together in a packed weight
 
@@ -40,7 +40,7 @@ class PackedGemm:
     ) -> Tensor:
         """relu?(x Wᵀ + bias) + residual for x [M, K], rounded to bf16 once. Returns [M, N]."""
         assert x.stride(1) == 1 and (residual is None or residual.stride(1) == 1)
-        y = x.new_empty((len(x), self.outputs))
+        y = result_tensor((len(x), self.outputs), x.dtype)
         self._kernel(
             x.data_ptr(), x.stride(0), len(x), self._packed.data_ptr(), self.outputs, self.inputs,
             None if bias is None else bias.data_ptr(),

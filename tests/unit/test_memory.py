@@ -1,0 +1,70 @@
+"""Memory for weights and results: where it lies, and that nobody gets what another still has."""
+
+import gc
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from workers.kernels.memory import HUGE_PAGE, huge_tensor, result_tensor
+
+
+def mapping(tensor: Tensor) -> tuple[str, set[str]]:
+    """(permissions, VmFlags) of the mapping that holds a tensor's first byte."""
+    at, inside, permissions = tensor.data_ptr(), False, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line):
+            inside = int(found[1], 16) <= at < int(found[2], 16)
+            permissions = found[3]
+        elif inside and line.startswith("VmFlags:"):
+            return permissions, set(line.split()[1:])
+    raise AssertionError("no mapping holds it")
+
+
+@pytest.mark.parametrize("megabytes", [1, 3, 100])
+def test_huge_pages_are_asked_for_and_memory_is_private(megabytes: int) -> None:
+    tensor = huge_tensor((megabytes, 1 << 20), torch.uint8)
+    permissions, flags = mapping(tensor)
+    assert "hg" in flags
+    assert permissions == "rw-p"  # shared memory gets none where shmem_enabled is never
+
+
+def test_a_large_tensor_begins_with_a_huge_page() -> None:
+    assert huge_tensor((64, 1 << 20), torch.uint8).data_ptr() % HUGE_PAGE == 0
+
+
+def test_small_tensors_share_huge_pages_and_nothing_else() -> None:
+    tensors = [huge_tensor((n, 1000), torch.bfloat16) for n in range(1, 200)]
+    for n, tensor in enumerate(tensors):
+        tensor.fill_(n)
+        assert tensor.data_ptr() % 64 == 0
+    assert all((tensor == n).all() for n, tensor in enumerate(tensors))
+
+
+def test_an_empty_tensor() -> None:
+    assert huge_tensor((0, 3), torch.float32).shape == (0, 3)
+    assert result_tensor((0, 3), torch.float32).shape == (0, 3)
+
+
+def test_results_are_reused_only_when_every_view_is_gone() -> None:
+    shape = (1000, 3000)
+    first = result_tensor(shape, torch.bfloat16)
+    at, view = first.data_ptr(), first[3:].view(-1)
+    del first
+    gc.collect()
+    second = result_tensor(shape, torch.bfloat16)
+    assert second.data_ptr() != at
+    view.fill_(1)
+    second.fill_(2)
+    assert (view == 1).all()
+    del view
+    assert result_tensor((999, 3001), torch.bfloat16).data_ptr() == at
+
+
+def test_results_are_right_whatever_was_there() -> None:
+    for rows in (700, 900, 800):
+        result = result_tensor((rows, 1024), torch.float32)
+        result.copy_(torch.arange(rows)[:, None].expand(-1, 1024))
+        assert (result[:, 7] == torch.arange(rows)).all()
