@@ -28,7 +28,8 @@ from engine.sequence import FinishReason, Sequence, State
 from engine.stats import MOST_PRIORITIES
 
 AGEING_SECONDS = 30.0  # waiting this long counts as much as one step of priority
-LEAST_CHUNK = 128  # tokens of prefill below which a pipeline gains nothing from smaller chunks
+LEAST_CHUNK = 256  # tokens of prefill below which a pipeline gains nothing from smaller chunks
+CHUNKS = 4  # of prefill for each stage of a pipeline: it fills and drains in the time of one
 
 
 @dataclass
@@ -227,7 +228,7 @@ class Scheduler:
         """Tokens of prefill for this plan of a pipeline, so that every stage has some to do."""
         tokens = sum(seq.known - seq.computed for seq in prefills)
         tokens += self.waiting_tokens + sum(draft.prefill_tokens for draft in self._in_flight)
-        return max(LEAST_CHUNK, -(-tokens // self.batches))
+        return max(LEAST_CHUNK, -(-tokens // (self.batches * CHUNKS)))
 
     def _run(self, draft: _Draft, seq: Sequence, count: int) -> None:
         """Add a row for a running sequence, preempting others, or itself, if blocks run out."""
