@@ -175,12 +175,16 @@ class RayLauncher:
                 continue
             if not hard:
                 ray.kill(self._actors[rank])
-            elif rank < len(
-                self._pids
-            ):  # Ray's kill is a request that a stopped process never sees
-                node, pid = self._pids[rank]
-                here = NodeAffinitySchedulingStrategy(node, soft=False)
-                ray.remote(_kill).options(num_cpus=0, scheduling_strategy=here).remote(pid)
+                continue
+            if rank >= len(self._pids):
+                continue
+            # Ray's kill is a request that a stopped process never sees.
+            node, pid = self._pids[rank]
+            if node == ray.get_runtime_context().get_node_id():
+                _kill(pid)
+            else:
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(pid)
 
     def release(self) -> None:
         self.kill(range(len(self._actors)), hard=False)  # an actor outlives the call that it served

@@ -8,7 +8,7 @@ import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,19 +283,20 @@ class Workers:
 
     def _fail_as_hung(self) -> None:
         """Name those that did not answer, if any, and give up."""
-        hung = [self._name(i) for i, worker in enumerate(self._workers) if not worker.answered]
+        hung = [i for i, worker in enumerate(self._workers) if not worker.answered]
         seconds = self._config.parallel.step_timeout
-        who = f"; no answer from {', '.join(hung)}" if hung else ""
-        self._fail(f"a step gave no result within step_timeout ({seconds:g} s){who}")
+        who = f"; no answer from {', '.join(map(self._name, hung))}" if hung else ""
+        self._fail(f"a step gave no result within step_timeout ({seconds:g} s){who}", hung)
 
     # ---- the end ----
 
-    def _fail(self, cause: str) -> None:
+    def _fail(self, cause: str, hung: Sequence[int] = ()) -> None:
         with self._lock:
             if self._stopped:
                 return
             log.error("The replica failed: %s", cause)
             self._failure = cause
+            self._launcher.kill(hung, hard=True)
             self._end(gently=False)
 
     def stop(self, gently: bool = True) -> None:

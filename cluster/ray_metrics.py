@@ -1,6 +1,7 @@
-"""An engine's metrics through Ray's own agent, so that a Ray cluster's Prometheus sees them.
+"""The metrics of an engine or an ingress replica through Ray's own agent, so that a Ray cluster's
+Prometheus sees them.
 
-They come there as ``ray_manta_NAME``. All are set, as gauges, to what the engine has counted so
+They come there as ``ray_manta_NAME``. All are set, as gauges, to what was counted so
 far: counters end in ``_total`` and histograms are their series ``_bucket`` (by ``le``), ``_sum``
 and ``_count``, so queries are written as ever and the figures are exact. Ray's own counters and
 histograms would have to be told every single observation.

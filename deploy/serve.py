@@ -14,6 +14,7 @@ from ray import serve
 from cluster.engine_actor import EngineHost, needed
 from cluster.engines import Engines
 from cluster.peers import Peers
+from cluster.ray_metrics import RayMetrics
 from deploy.settings import Settings, with_step_budget
 from engine.stats import Metric
 from manta import __version__
@@ -36,7 +37,10 @@ class Router:
         self._peers = Peers(application, self._metrics)
         self._app = build_app(config, self._engines, __version__, self._peers.others)
         await self._engines.open()
-        await self._peers.open(self._app.state.service.id)
+        id = self._app.state.service.id
+        await self._peers.open(id)
+        self._ray_metrics = RayMetrics(self._metrics, {"ingress": id})
+        self._ray_metrics.start()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
@@ -46,6 +50,8 @@ class Router:
         return metrics
 
     async def __del__(self) -> None:
+        if hasattr(self, "_ray_metrics"):
+            self._ray_metrics.stop()
         for part in (getattr(self, name, None) for name in ("_peers", "_engines")):
             if part is not None:
                 await part.close()

@@ -22,7 +22,7 @@ from engine.request import Request
 from engine.scheduler import Progress, Scheduler
 from engine.sequence import FinishReason, Sequence
 from engine.stats import EngineStats, Metric, SequenceTimes
-from engine.stats_scheduler import scheduler_metrics
+from engine.stats_scheduler import cache_metric, scheduler_metrics
 
 _MASK64 = 2**64 - 1
 
@@ -319,6 +319,7 @@ class Engine:
         self.stats.ended(times, active.metrics, reason, seq.num_preemptions, now)
         if active.unfinished == 0:
             active.metrics.finished_time = now
+            self.stats.request_ended(active.times)
             del self._active[seq.request_id]
 
     def check(self) -> None:
@@ -333,7 +334,11 @@ class Engine:
 
     def metrics(self) -> list[Metric]:
         """What was counted so far, and what is now."""
-        return [*self.stats.metrics(), *scheduler_metrics(self.scheduler, self.capacity)]
+        return [
+            *self.stats.metrics(),
+            *scheduler_metrics(self.scheduler, self.capacity),
+            cache_metric(self.config.cache, self.capacity),
+        ]
 
     # ---- the prefix cache ----
 

@@ -112,6 +112,7 @@ class EngineStats:
         self.request_prompt_tokens = Histogram(tokens)
         self.request_generation_tokens = Histogram(tokens)
         self.request_max_tokens = Histogram(tokens)
+        self.request_most_tokens = Histogram(tokens)
         self.request_computed_tokens = Histogram(tokens)
         self.request_n = Histogram((1, 2, 5, 10, 20))
         self.request_preemptions = Histogram(COUNTS)
@@ -181,6 +182,10 @@ class EngineStats:
         if times.tokens > 1:
             self.per_token.observe((times.last - times.first) / (times.tokens - 1))
 
+    def request_ended(self, times: Sequence[SequenceTimes]) -> None:
+        """The last completion of a request is finished."""
+        self.request_most_tokens.observe(max(one.tokens for one in times))
+
     # ---- what others are told ----
 
     def metrics(self) -> list[Metric]:
@@ -218,6 +223,10 @@ class EngineStats:
                 "request_generation_tokens", "Tokens generated for a completion."
             ),
             self.request_max_tokens.metric("request_params_max_tokens", "max_tokens asked for."),
+            self.request_most_tokens.metric(
+                "request_max_num_generation_tokens",
+                "Tokens generated for the longest of a request's completions.",
+            ),
             self.request_n.metric("request_params_n", "n asked for."),
             self.request_preemptions.metric(
                 "request_num_preemptions", "Preemptions of a completion."

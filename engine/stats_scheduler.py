@@ -1,5 +1,6 @@
 """What a scheduler and its blocks have counted, and what they hold now, as metrics."""
 
+from engine.config import CacheConfig
 from engine.executor import Capacity
 from engine.scheduler import Scheduler
 from engine.stats import Metric, Sample, counter, gauge
@@ -60,3 +61,20 @@ def scheduler_metrics(scheduler: Scheduler, capacity: Capacity) -> list[Metric]:
         counter("promoted_blocks", "Cached blocks moved back from them.", kv.stats.promoted_blocks),
         counter("steps", "Steps planned.", stats.steps),
     ]
+
+
+def cache_metric(config: CacheConfig, capacity: Capacity) -> Metric:
+    """How the KV cache was set up, in the labels of a gauge that is 1."""
+    facts = {
+        "block_size": capacity.block_size,
+        "num_gpu_blocks": capacity.num_device_blocks,
+        "num_cpu_blocks": capacity.num_cpu_blocks,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
+        "swap_space": config.swap_space,
+    }
+    sample = Sample(tuple(map(str, facts.values())), 1)
+    return Metric(
+        "cache_config_info", "gauge", "How the KV cache was set up.", tuple(facts), (sample,)
+    )

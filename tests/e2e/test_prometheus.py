@@ -36,7 +36,7 @@ FROM_VLLM = [
     "request_queue_time_seconds", "request_inference_time_seconds",
     "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens",
     "request_generation_tokens", "request_params_max_tokens", "request_params_n",
-    "request_prefill_kv_computed_tokens",
+    "request_prefill_kv_computed_tokens", "request_max_num_generation_tokens", "cache_config_info",
 ]  # fmt: skip
 OUR_OWN = [
     "preemptions_by_kind_total", "swapped_out_bytes_total", "swapped_in_bytes_total",

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.served import free_port
 from tests.support.waiting import until
 
 PORT = 8123
@@ -278,8 +279,10 @@ def test_https_a_key_and_a_config_file_and_a_second_signal_that_ends_it_at_once(
         probe.bind(("127.0.0.1", PORT))
 
 
-def test_the_printed_config_is_one_that_serve_runs(tmp_path):
+def test_the_printed_config_is_one_that_serve_deploys(tmp_path):
+    """On a cluster that runs already; Ray's own agent there has the metrics of both sides."""
     os.environ["MANTA_TEST"] = session = f"config-{os.getpid()}"
+    programs = Path(sys.executable).parent
     printed = subprocess.run(
         [sys.executable, "-m", "deploy.cli", "serve", "--print-serve-config", *OPTIONS],
         capture_output=True,
@@ -287,24 +290,52 @@ def test_the_printed_config_is_one_that_serve_runs(tmp_path):
         check=True,
     )
     (tmp_path / "serve.yaml").write_text(printed.stdout)
-    haproxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-    quick = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
+    environment = dict(
+        os.environ,
+        RAY_SERVE_ENABLE_HA_PROXY="1",
+        RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
+        RAY_AUTH_MODE="disabled",  # else the ports below want a token
+        RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
+    )
+    ports = [free_port() for _ in range(3)]
+    names = ("--port", "--dashboard-port", "--metrics-export-port")
+    options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
+    agent = f"http://127.0.0.1:{ports[2]}/metrics"
+    dashboard = f"http://127.0.0.1:{ports[1]}"
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [Path(sys.executable).with_name("serve"), "run", str(tmp_path / "serve.yaml")],
-            env=os.environ | haproxy | quick,
+        cluster = subprocess.Popen(
+            [programs / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+             *options],
+            env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-        )
+        )  # fmt: skip
         try:
-            wait_ready(process, log)
-            answer = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=3)).json()
-            assert answer["usage"]["completion_tokens"] == 3
+            until(lambda: answers(f"{dashboard}/api/version"), 60)
+            subprocess.run(
+                [programs / "serve", "deploy", "serve.yaml", "--address", dashboard],
+                cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True,
+            )  # fmt: skip
+            wait_ready(cluster, log)
+            answer = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=3))
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["completion_tokens"] == 3
+            for line in (
+                r"ray_manta_generation_tokens_total{.*} 3\.0",
+                r"ray_manta_router_stage_seconds_count{.*stage=\"tokenize\".*} 1\.0",
+            ):
+                until(lambda line=line: re.search(line, httpx.get(agent).text), 60)
         finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
+            cluster.terminate()
+            cluster.wait(60)
     gone(session)
+
+
+def answers(url):
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(url).status_code == 200
+    return False
 
 
 @pytest.mark.parametrize(
