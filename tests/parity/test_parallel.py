@@ -38,11 +38,9 @@ VARIATIONS = [
     "opt-post-norm", "opt-untied-gelu", "opt-odd",
 ]  # fmt: skip
 CASES = [
-    *[(name, *shape) for name in FAMILIES for shape in ((2, 1), (1, 2), (2, 2))],
+    *[(name, *shape) for name in FAMILIES for shape in ((2, 1), (1, 2), (2, 2), (4, 1))],
     *[(name, 2, 2) for name in VARIATIONS],
-    ("llama", 4, 1),  # two key-value heads: each is held twice
-    ("llama-mqa", 4, 1),  # one: four times
-    ("qwen3", 4, 1),
+    ("llama-mqa", 4, 1),  # one key-value head, held four times; others hold each of two twice
     ("opt", 1, 3),
 ]
 CANCELS = [("llama", 1, 2), ("qwen3", 2, 2), ("opt", 1, 3)]  # where requests come and go
