@@ -245,7 +245,7 @@ def main() -> None:
     args = parser.parse_args()
     total = Tally()
     for number in range(args.runs):
-        load = Load(args.seed + number, args.requests // args.runs)
+        load = Load(args.seed + number, -(-args.requests // args.runs))
         tally = load.run()
         total.add(tally)
         print(
