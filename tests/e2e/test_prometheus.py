@@ -75,10 +75,9 @@ class Prometheus:
 
     def wait_for_scrape(self) -> None:
         """Until what it says was counted after this call."""
-        now = time.time()
-        wait_until(lambda: any(
-            float(one["value"][1]) > now for one in self.ask('timestamp(up{job="manta"} == 1)')
-        ))  # fmt: skip
+        # (timestamp() of a comparison would be the time of the question.)
+        now, scraped = time.time(), 'timestamp(up{job="manta"}) and up{job="manta"} == 1'
+        wait_until(lambda: any(float(one["value"][1]) > now for one in self.ask(scraped)))
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
