@@ -12,7 +12,7 @@ def test_nothing_leaks_and_every_answer_is_right() -> None:
         before = Footprint.of(served)
         found = asyncio.run(soak(served, 7, 64, seed=1))
     assert not found.errors
-    assert len(found.answers) > 100 and found.vanished > 20
+    assert len(found.answers) > 100 and found.vanished > 50
     assert found.preemptions > 0
     assert not leftovers(found.load)
     for what, most in (("files", 16), ("threads", 8), ("memory", 64 << 20)):
