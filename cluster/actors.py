@@ -171,26 +171,26 @@ class RayLauncher:
         if not ray.is_initialized():
             return  # Ray has ended them
         for rank in ranks:
-            if rank >= len(self._actors):
-                continue
-            if not hard:
-                ray.kill(self._actors[rank])
-                continue
-            if rank >= len(self._pids):
-                continue
             # Ray's kill is a request that a stopped process never sees.
-            node, pid = self._pids[rank]
-            if node == ray.get_runtime_context().get_node_id():
-                _kill(pid)
-            else:
-                there = NodeAffinitySchedulingStrategy(node, soft=False)
-                ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(pid)
+            if hard and rank < len(self._pids):
+                _kill_on(*self._pids[rank])
+            elif not hard and rank < len(self._actors):
+                ray.kill(self._actors[rank])
 
     def release(self) -> None:
         self.kill(range(len(self._actors)), hard=False)  # an actor outlives the call that it served
         if self._group is not None and ray.is_initialized():
             _remove(self._group)
         self._actors, self._serving, self._pids, self._group = [], [], [], None
+
+
+def _kill_on(node: str, pid: int) -> None:
+    """End a process of a node: at once on this one, on another by a task there."""
+    if node == ray.get_runtime_context().get_node_id():
+        _kill(pid)
+    else:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(pid)
 
 
 def _kill(pid: int) -> None:

@@ -29,7 +29,7 @@ from engine.stats import MOST_PRIORITIES
 
 AGEING_SECONDS = 30.0  # waiting this long counts as much as one step of priority
 LEAST_CHUNK = 256  # tokens of prefill below which a pipeline gains nothing from smaller chunks
-CHUNKS = 4  # of prefill for each stage of a pipeline: it fills and drains in the time of one
+CHUNKS = 4  # of prefill for each stage of a pipeline, so that filling and draining it cost little
 
 
 @dataclass

@@ -44,14 +44,14 @@ class KVCache:
     ) -> None:
         self.layers = [backend.allocate(num_device_blocks) for _ in range(num_layers)]
         first = self.layers[0]
-        cuda = device.type == "cuda"
         # Not initialised: memory is taken only as blocks are written, and start-up stays short.
         shape = num_cpu_blocks, num_layers, *first.shape[1:]
-        if cuda:
+        self._tiers: CudaTiers | CPUTiers
+        if device.type == "cuda":
             cpu = torch.empty(shape, dtype=first.dtype, pin_memory=True)
+            self._tiers = CudaTiers(self.layers, cpu, device)
         else:
-            cpu = huge_tensor(shape, first.dtype)
-        self._tiers = CudaTiers(self.layers, cpu, device) if cuda else CPUTiers(self.layers, cpu)
+            self._tiers = CPUTiers(self.layers, huge_tensor(shape, first.dtype))
         self.num_measured = min(64, num_device_blocks, num_cpu_blocks)
 
     def copy(self, copies: Copies) -> None:

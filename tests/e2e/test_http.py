@@ -3,7 +3,6 @@
 import json
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +13,11 @@ from cluster.client import EngineLoad
 from cluster.loop import LocalClient
 from engine.config import EMBEDDED_MODEL
 from tests.support.server import ENGINE_OPTIONS, Server, serving
+from tests.support.waiting import until
 
 FRANCE = "The capital of France is"
 CHAT = "/v1/chat/completions"
+PATIENCE = 10.0  # seconds for the scheduler to come to a state
 ROUTER: dict[str, Any] = {"max_body_bytes": 20_000, "trust_request_chat_template": True}
 
 
@@ -177,19 +178,12 @@ def send_raw(server: Server, path: str, body: dict[str, Any]) -> socket.socket:
     return connection
 
 
-def wait_for(condition: Any, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_while_its_request_runs(stream: bool, server: Server) -> None:
     body = {"prompt": FRANCE, "max_tokens": 2000, "ignore_eos": True, "stream": stream, "n": 2,
             "temperature": 1}  # fmt: skip
     connection = send_raw(server, "/v1/completions", body)
-    wait_for(lambda: len(server.engine.scheduler.running) == 2)
+    until(lambda: len(server.engine.scheduler.running) == 2, PATIENCE)
     connection.close()
     server.assert_idle()
 
@@ -202,13 +196,13 @@ def test_a_client_that_goes_while_its_request_waits(stream: bool, server: Server
         "/v1/completions",
         {"prompt": FRANCE, "max_tokens": 300, "ignore_eos": True, "n": 4, "temperature": 1},
     )
-    wait_for(lambda: len(server.engine.scheduler.running) == 4)
+    until(lambda: len(server.engine.scheduler.running) == 4, PATIENCE)
     waiting = send_raw(
         server, "/v1/completions", {"prompt": ["Hello", "Bye"], "max_tokens": 9, "stream": stream}
     )
-    wait_for(lambda: server.engine.scheduler.num_waiting == 2)
+    until(lambda: server.engine.scheduler.num_waiting == 2, PATIENCE)
     waiting.close()
-    wait_for(lambda: server.engine.scheduler.num_waiting == 0)
+    until(lambda: server.engine.scheduler.num_waiting == 0, PATIENCE)
     assert len(server.engine.scheduler.running) == 4
     data = b""
     while b'"usage"' not in data:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import pytest
 from deploy.http_stream import HttpClient
 from deploy.load import Outcome, Shot, fire
 from tests.support.served import Served, free_port, serve
+from tests.support.waiting import until
 
 MODEL = "manta-demo"
+PATIENCE = 30.0  # seconds for what was counted to be scraped
 # Few blocks and a short queue: requests are preempted, and refused.
 OPTIONS = [
     "--num-gpu-blocks-override", "48", "--max-num-seqs", "12", "--max-queued-requests", "24",
@@ -77,14 +79,7 @@ class Prometheus:
         """Until what it says was counted after this call."""
         # (timestamp() of a comparison would be the time of the question.)
         now, scraped = time.time(), 'timestamp(up{job="manta"}) and up{job="manta"} == 1'
-        wait_until(lambda: any(float(one["value"][1]) > now for one in self.ask(scraped)))
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        until(lambda: any(float(one["value"][1]) > now for one in self.ask(scraped)), PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +179,11 @@ def test_clients_that_vanish_are_counted(server: Served, prometheus: Prometheus)
     for _ in range(3):
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
             next(answer.iter_raw())
-    wait_until(
-        lambda: prometheus.sum("request_success_total", finished_reason="abort") == before + 3
+    until(
+        lambda: prometheus.sum("request_success_total", finished_reason="abort") == before + 3,
+        PATIENCE,
     )
-    wait_until(lambda: prometheus.sum("num_requests_running") == 0)
+    until(lambda: prometheus.sum("num_requests_running") == 0, PATIENCE)
 
 
 def test_every_metric_is_there(server: Served, prometheus: Prometheus) -> None:

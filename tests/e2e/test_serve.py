@@ -38,12 +38,12 @@ def start_server(*options, log):
     )
 
 
-def wait_ready(process, log, url=URL, timeout=120, **client):
+def wait_ready(process, log, url=URL, timeout=120, path="/health", **client):
     deadline = time.monotonic() + timeout
     while True:
         assert process.poll() is None, Path(log.name).read_text()
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", **client).status_code == 200:
+            if httpx.get(url + path, **client).status_code == 200:
                 return
         assert time.monotonic() < deadline, Path(log.name).read_text()
         time.sleep(0.1)
@@ -312,7 +312,7 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path):
             start_new_session=True,
         )  # fmt: skip
         try:
-            until(lambda: answers(f"{dashboard}/api/version"), 60)
+            wait_ready(cluster, log, dashboard, 60, "/api/version")
             subprocess.run(
                 [programs / "serve", "deploy", "serve.yaml", "--address", dashboard],
                 cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True,
@@ -330,12 +330,6 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path):
             cluster.terminate()
             cluster.wait(60)
     gone(session)
-
-
-def answers(url):
-    with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(url).status_code == 200
-    return False
 
 
 @pytest.mark.parametrize(

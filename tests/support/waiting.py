@@ -1,9 +1,10 @@
 """Waiting for what another process does."""
 
 import time
+from collections.abc import Callable
 
 
-def until(condition, timeout=60.0):
+def until(condition: Callable[[], object], timeout: float = 60.0) -> float:
     """Seconds until it holds."""
     start = time.monotonic()
     while not condition():

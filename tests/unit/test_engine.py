@@ -339,11 +339,7 @@ def test_the_chunks_of_one_prompt_fill_a_pipeline():
     prompt = random_prompt(random.Random(0), 1000)
     engine.add(Request(request_id="a", prompt_token_ids=prompt, sampling=GREEDY))
     engine.step()
-    assert [p.counts.tolist() for p in plans] == [
-        [256],
-        [256],
-        [256],
-        [232],
-    ]  # none waits for a result
+    # None waits for another's result.
+    assert [p.counts.tolist() for p in plans] == [[256], [256], [256], [232]]
     assert [p.wants.tolist() for p in plans] == [[0], [0], [0], [1]]
     assert drain(engine)["a", 0][0] == foretell(prompt, 0, 8)

@@ -22,6 +22,10 @@ _LINE = 64  # bytes
 _lock = threading.Lock()
 _rest = torch.empty(0, dtype=torch.uint8)  # of the last chunk
 
+_SMALL = 1 << 20  # results below are left to malloc, which keeps what it is given back
+_LARGE = 128 << 20  # those above (the logits of a whole prompt) had better go back to the system
+_free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)  # for results, by size
+
 
 def huge_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor whose memory is taken as it is first written."""
@@ -49,16 +53,11 @@ def _map(size: int) -> Tensor:
     return whole[start : start + size]
 
 
-_SMALL = 1 << 20  # below, malloc keeps what it is given back
-_LARGE = 128 << 20  # above (the logits of a whole prompt), it had better go back to the system
-_free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)  # by size
-
-
 class _Lease(np.ndarray[Any, Any]):
     """Memory of the pool, until the tensor over it is gone."""
 
     def __del__(self) -> None:
-        if self.base is not None and type(self.base) is np.ndarray:
+        if type(self.base) is np.ndarray:  # and no lease: this is no slice of one
             _free[len(self.base)].append(self.base)
 
 
