@@ -1,8 +1,8 @@
 """Linear layers: whole, split by output (column) or by input (row) over a tensor-parallel group.
 
-On a CPU the weight is packed once for oneDNN, and no bit of a row depends on the other rows of its
-batch: in float32, which ``F.linear`` does not keep, and in bfloat16 on AVX512 (AMX cuts the sum
-according to the number of rows). Measured against ``F.linear``, two threads:
+On a CPU the weight is packed once, for our own kernel or for oneDNN, and no bit of a row depends on
+the other rows of its batch: in float32, which ``F.linear`` does not keep, and in bfloat16 on AVX512
+(AMX cuts the sum according to the number of rows). Measured against ``F.linear``, two threads:
 bf16 2 to 4 times as fast for up to 8 rows, 1.3 to 1.7 times for 32, equal from 512 on; fp32 1.7 to
 4 times for up to 8 rows, 1.5 to 2 times for 32, 1.1 to 1.7 times from 512 on.
 """
