@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Collection, Iterator
 
@@ -30,7 +31,8 @@ class Engines(Collection[EngineClient]):
         self._clients: dict[str, RemoteClient] = {}
         self._silent_since: dict[str, float] = {}  # by address
         self._task: asyncio.Task[None] | None = None
-        self._waiting: asyncio.Event = asyncio.Event()
+        self._looking = asyncio.Lock()
+        self._looked = -math.inf  # when the last look began
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -46,12 +48,21 @@ class Engines(Collection[EngineClient]):
         if self._task is None:
             self._task = asyncio.create_task(self._keep_current())
 
-    async def wait(self, timeout: float) -> None:
-        """Wait until there is an engine. Raises EngineError if none comes in time."""
-        try:
-            await asyncio.wait_for(self._waiting.wait(), timeout)
-        except TimeoutError:
-            raise EngineError(f"no engine came within {timeout:g} s") from None
+    async def look(self) -> None:
+        """Bring the set up to date now: what another process knew before, this one knows then.
+
+        A look that began after the call serves all who wait for one.
+        """
+        asked = time.monotonic()
+        async with self._looking:
+            if self._looked > asked:
+                return
+            self._looked = time.monotonic()
+            try:
+                await self._update(await asyncio.to_thread(self._directory.find, "engine"))
+            except Exception as error:  # the GCS is away for a moment: go on with what is known
+                log.warning("The directory cannot be read: %s", error)
+                await asyncio.sleep(LOOK_EVERY)
 
     def drain(self) -> None:
         """Have every engine admit nothing any longer; their ``load`` says when they are done."""
@@ -71,12 +82,7 @@ class Engines(Collection[EngineClient]):
 
     async def _keep_current(self) -> None:
         while True:
-            try:
-                found = await asyncio.to_thread(self._directory.find, "engine")
-                await self._update(found)
-            except Exception as error:  # the GCS is away for a moment: go on with what is known
-                log.warning("The directory cannot be read: %s", error)
-                await asyncio.sleep(LOOK_EVERY)
+            await self.look()
             await asyncio.sleep(LOOK_EVERY if self._clients else LOOK_AT_FIRST)
 
     async def _update(self, found: dict[str, str]) -> None:
@@ -85,10 +91,6 @@ class Engines(Collection[EngineClient]):
                 del self._clients[id]
         new = [(id, address) for id, address in found.items() if id not in self._clients]
         await asyncio.gather(*(self._connect(id, address) for id, address in new))
-        if self._clients:
-            self._waiting.set()
-        else:
-            self._waiting.clear()
 
     async def _connect(self, id: str, address: str) -> None:
         try:

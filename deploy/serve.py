@@ -35,7 +35,9 @@ class Router:
     ) -> None:
         self._engines = Engines(application)
         self._peers = Peers(application, self._metrics)
-        self._app = build_app(config, self._engines, __version__, self._peers.others)
+        self._app = build_app(
+            config, self._engines, __version__, self._peers.others, self._engines.look
+        )
         await self._engines.open()
         id = self._app.state.service.id
         await self._peers.open(id)

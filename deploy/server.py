@@ -35,11 +35,10 @@ def run(settings: Settings) -> int:
     folder = Path(tempfile.mkdtemp(prefix="manta-"))
     server = _Server(settings, folder)
     try:
-        server.start()
-        server.wait_for_signal()
+        with contextlib.suppress(_StoppedEarly):
+            server.start()
+            server.wait_for_signal()
         server.drain()
-    except _StoppedEarly:
-        log.info("Stopped before it was ready")
     finally:
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
@@ -103,13 +102,16 @@ class _Server:
             pass
 
     def drain(self) -> None:
-        """Admit nothing any longer and wait for what runs, up to ``--shutdown-timeout``."""
-        timeout = self._settings.router.shutdown_timeout
-        log.info("Stopping: no further requests; what runs has %g s to finish", timeout)
-        try:
+        """Admit nothing any longer and wait for what runs, up to ``--shutdown-timeout``.
+
+        Also where the signal came before ``start`` had seen the server ready: clients may have.
+        """
+        if not self._ready:
+            log.info("Stopped before it was ready")
+        if self._deployed:
+            timeout = self._settings.router.shutdown_timeout
+            log.info("Stopping: no further requests; what runs has %g s to finish", timeout)
             asyncio.run(_drain_engines(timeout))
-        except EngineError as error:
-            log.warning("%s", error)
 
     def stop(self) -> None:
         """Take down what was started, and only that."""
@@ -238,13 +240,16 @@ async def _drain_engines(timeout: float) -> None:
     from cluster.engines import Engines
     from deploy.serve import APPLICATION
 
+    def at_work() -> bool:
+        loads = [engine.load for engine in engines if engine.healthy]
+        return any(load.running or load.waiting or not load.draining for load in loads)
+
     engines = Engines(APPLICATION)
-    await engines.open()
     try:
-        await engines.wait(2.0)
+        await engines.look()
         engines.drain()
         deadline = time.monotonic() + timeout
-        while any(e.load.running or e.load.waiting or not e.load.draining for e in engines):
+        while at_work():
             if time.monotonic() > deadline:
                 log.warning("Requests are still in flight after %g s; they end now", timeout)
                 return

@@ -23,7 +23,7 @@ from router.metrics import CONTENT_TYPE
 from router.openapi import describe
 from router.replies import Reply
 from router.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from router.service import Others, Service, engines_by_id
+from router.service import Look, Others, Service, engines_by_id
 from router.stats import AnswerCounter
 
 T = TypeVar("T")
@@ -34,13 +34,15 @@ def build_app(
     engines: Collection[EngineClient],
     version: str = "unknown",
     others: Others | None = None,
+    look: Look | None = None,
 ) -> FastAPI:
     """The application over a live set of engines. ``app.state.service`` is its state.
 
     others: gives the metrics (``Service.metrics``) of the application's other ingress processes,
         by their ids.
+    look: brings ``engines`` up to date, before a request is refused for want of one.
     """
-    service = Service(config, engines, others)
+    service = Service(config, engines, others, look)
     app = FastAPI(
         title="manta",
         version=version,
@@ -163,9 +165,9 @@ class _Routes:
     async def health(self) -> Response:
         """200 while an engine answers and makes progress, 503 otherwise."""
         self._service.check_admission()
-        engines = list(self._service.engines)
-        if not any(engine.healthy for engine in engines):
-            if engines:
+        engines = await self._service.reachable()
+        if not engines:
+            if len(self._service.engines):
                 raise unavailable("no engine makes progress", "unhealthy")
             raise unavailable("no engine is ready yet", "starting")
         if all(engine.load.draining for engine in engines):

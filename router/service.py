@@ -36,6 +36,8 @@ INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the ev
 
 # Gives the metrics of other ingress processes by their ids.
 Others = Callable[[], Awaitable[Mapping[str, list[Metric]]]]
+# Brings the live set of engines up to date.
+Look = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,30 @@ class Service:
         config: RouterConfig,
         engines: Collection[EngineClient],
         others: Others | None = None,
+        look: Look | None = None,
     ) -> None:
         self.id = uuid.uuid4().hex[:8]
         self.config = config
         self.engines = engines
         self._others = others
+        self._look = look
         self.stats = RouterStats()
         self.draining = False
         self.balancer = Balancer()
         self._model: ServedModel | None = None
         self._loading = asyncio.Lock()
+
+    # ---- the engines ----
+
+    async def reachable(self) -> list[EngineClient]:
+        """The engines that make progress, after a look around if none is known to.
+
+        Without the look, an engine that one ingress process has found already, and has called
+        healthy, would not be there for another.
+        """
+        if self._look is not None and not any(engine.healthy for engine in self.engines):
+            await self._look()
+        return [engine for engine in self.engines if engine.healthy]
 
     # ---- the model ----
 
@@ -89,10 +105,10 @@ class Service:
     async def _load(self) -> ServedModel:
         async with self._loading:
             if self._model is None:
-                engine = next(iter(self.engines), None)
-                if engine is None:
+                engines = await self.reachable()
+                if not engines:
                     raise unavailable("no engine is ready yet", "starting")
-                self._model = await asyncio.to_thread(self._resolve, engine.info)
+                self._model = await asyncio.to_thread(self._resolve, engines[0].info)
             return self._model
 
     def _resolve(self, info: EngineInfo) -> ServedModel:
@@ -176,8 +192,8 @@ class Service:
         while True:
             candidates = [
                 engine
-                for engine in self.engines
-                if engine.healthy and not (engine.load.draining or engine.info.engine_id in tried)
+                for engine in await self.reachable()
+                if not (engine.load.draining or engine.info.engine_id in tried)
             ]
             if not candidates:
                 raise refusal

@@ -12,8 +12,11 @@ import pytest
 import ray
 
 import manta
+from cluster.engines import Engines
 from engine.config import EMBEDDED_MODEL
 from manta import ConfigError, EngineError, RequestError, SamplingParams
+from router.app import build_app
+from router.config import RouterConfig
 from tests.support.waiting import until
 
 OPTIONS = {
@@ -70,6 +73,23 @@ def drivers(count, tokens):
     for driver in started:
         assert driver.stdout.readline() == "ready\n"
     return started
+
+
+def test_an_ingress_process_finds_an_engine_before_it_refuses_for_want_of_one(engine):
+    """Another may have called it healthy already: a request must not depend on who takes it."""
+
+    async def ask(path, **body):
+        engines = Engines("engine:shared")  # not opened: it looks only when it is told to
+        app = build_app(RouterConfig(), engines, look=engines.look)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            response = await (client.post(path, json=body) if body else client.get(path))
+        await engines.close()
+        return response.status_code
+
+    assert asyncio.run(ask("/health")) == 200
+    request = {"prompt": "Hello", "max_tokens": 2}
+    assert asyncio.run(ask("/v1/completions", model=EMBEDDED_MODEL, **request)) == 200
 
 
 def value(engine, name):
