@@ -45,6 +45,7 @@ class EngineHost:
         self.engine_id = secrets.token_hex(4)
         engine, info = start_engine(config, self.engine_id)
         self._hang_after = info.step_timeout
+        self._stopping = False
         self.loop = EngineLoop(engine, self._on_failure)
         server = Server(self.loop, info, secrets.token_hex(16), own_host())
         self.address = server.address
@@ -56,23 +57,34 @@ class EngineHost:
         self._metrics.start()
 
     def check_health(self) -> None:
-        """Raises EngineError if the engine failed, or its step hangs."""
+        """Raises EngineError if the engine failed, or its step hangs.
+
+        One that is well says again where it is: a client that could not reach it for a while may
+        have taken its entry away.
+        """
         if not self.loop.alive:
             raise EngineError(f"engine {self.engine_id} failed: {self.loop.failure}")
         seconds = self.loop.step_seconds
         if seconds > self._hang_after:
             raise EngineError(f"engine {self.engine_id}: a step hangs since {seconds:.0f} s")
+        if not self._stopping:
+            self._directory.add("engine", self.engine_id, self.address)
 
     def stop(self, drain_seconds: float = 0.0) -> None:
-        """Take no further request, give those in flight time to end, and stop."""
+        """Take no further request, give those in flight time to end, and stop.
+
+        An engine whose step hangs has no time to be given: it is left to whoever ends its process.
+        """
+        self._stopping = True
         self._directory.remove("engine", self.engine_id, self.address)
         self._metrics.stop()
-        if drain_seconds > 0 and self.loop.alive:
+        hangs = self.loop.step_seconds > self._hang_after
+        if drain_seconds > 0 and self.loop.alive and not hangs:
             self.loop.drain()
             if not self.loop.wait_idle(drain_seconds):
                 log.warning("Requests are still in flight after %g s; they end now", drain_seconds)
             time.sleep(0.05)  # the last tokens leave
-        self.loop.stop()
+        self.loop.stop(STOP_SECONDS)
 
     def _on_failure(self, cause: str) -> None:
         threading.Timer(LAST_WORDS, self._die).start()
@@ -190,8 +202,8 @@ def stop_actor(name: str, drain_seconds: float) -> None:
     actor = _actor(name)
     if actor is None:
         raise EngineError(f"there is no engine called {name!r}")
-    with contextlib.suppress(RayActorError):
-        ray.get(actor.stop.remote(drain_seconds))
+    with contextlib.suppress(RayActorError, GetTimeoutError):
+        ray.get(actor.stop.remote(drain_seconds), timeout=drain_seconds + 2 * STOP_SECONDS)
     _end(actor)
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import math
 import time
 from collections.abc import Collection, Iterator
 
@@ -31,8 +30,7 @@ class Engines(Collection[EngineClient]):
         self._clients: dict[str, RemoteClient] = {}
         self._silent_since: dict[str, float] = {}  # by address
         self._task: asyncio.Task[None] | None = None
-        self._looking = asyncio.Lock()
-        self._looked = -math.inf  # when the last look began
+        self._looking: asyncio.Task[None] | None = None  # the look that began last
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -51,18 +49,15 @@ class Engines(Collection[EngineClient]):
     async def look(self) -> None:
         """Bring the set up to date now: what another process knew before, this one knows then.
 
-        A look that began after the call serves all who wait for one.
+        A look that began after the call serves all who wait for one; it goes on if they do not.
         """
-        asked = time.monotonic()
-        async with self._looking:
-            if self._looked > asked:
-                return
-            self._looked = time.monotonic()
-            try:
-                await self._update(await asyncio.to_thread(self._directory.find, "engine"))
-            except Exception as error:  # the GCS is away for a moment: go on with what is known
-                log.warning("The directory cannot be read: %s", error)
-                await asyncio.sleep(LOOK_EVERY)
+        before = self._looking
+        if before is not None:
+            await asyncio.wait((before,))  # it began too early
+        if self._looking is before:
+            self._looking = asyncio.create_task(self._look())
+        assert self._looking is not None
+        await asyncio.wait((self._looking,))
 
     def drain(self) -> None:
         """Have every engine admit nothing any longer; their ``load`` says when they are done."""
@@ -71,11 +66,12 @@ class Engines(Collection[EngineClient]):
 
     async def close(self) -> None:
         """Close every connection; requests in flight end."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        for task in (self._task, self._looking):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        self._task = self._looking = None
         for client in self._clients.values():
             await client.close()
         self._clients.clear()
@@ -84,6 +80,13 @@ class Engines(Collection[EngineClient]):
         while True:
             await self.look()
             await asyncio.sleep(LOOK_EVERY if self._clients else LOOK_AT_FIRST)
+
+    async def _look(self) -> None:
+        try:
+            await self._update(await asyncio.to_thread(self._directory.find, "engine"))
+        except Exception as error:  # the GCS is away for a moment: go on with what is known
+            log.warning("The directory cannot be read: %s", error)
+            await asyncio.sleep(LOOK_EVERY)
 
     async def _update(self, found: dict[str, str]) -> None:
         for id, client in list(self._clients.items()):

@@ -192,15 +192,22 @@ class AsyncEngineHandle:
             self._request(*values, timeout)
             for values in zip(prompts, params, priorities, strict=True)
         ]
-        streams: list[RequestStream] = []
+        streams: dict[int, RequestStream] = {}
+
+        async def submit(number: int, request: Request) -> None:
+            try:
+                streams[number] = await self._client.submit(request)
+            except RequestError as error:
+                raise type(error)(f"prompt {number}: {error}") from None
+
         try:
-            for number, request in enumerate(requests):
-                try:
-                    streams.append(await self._client.submit(request))
-                except RequestError as error:
-                    raise type(error)(f"prompt {number}: {error}") from None
+            submits = (submit(*numbered) for numbered in enumerate(requests))
+            for result in await asyncio.gather(*submits, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
             texts = []
-            for request, stream, (text, _) in zip(requests, streams, prompts, strict=True):
+            for number, (request, (text, _)) in enumerate(zip(requests, prompts, strict=True)):
+                stream = streams[number]
                 output = RequestText(request, text, self.tokenizer, stream.metrics)
                 async for deltas in stream:
                     for delta in deltas:
@@ -210,7 +217,7 @@ class AsyncEngineHandle:
                 texts.append(output.output)
             return texts
         finally:
-            for stream in streams:
+            for stream in streams.values():
                 stream.cancel()
 
     async def _stream(

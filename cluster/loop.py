@@ -8,8 +8,6 @@ there is nothing to do, and wakes at once.
 import asyncio
 import contextlib
 import queue
-import selectors
-import socket
 import threading
 import time
 import uuid
@@ -86,20 +84,17 @@ class EngineLoop:
         self._clients: dict[Peer, _Client] = {}
         self._requests: dict[str, _Request] = {}
         self._changed: list[_Client] = []  # those with a batch
-        self._load = EngineLoad(0, 0, 0, 0)
         self._load_time = 0.0
         self._step_since: float | None = None  # when the step that runs now began
         self._draining = False
         self._stopping = False
         self._idle = threading.Event()
         self._idle.set()
+        self._load = self._measure()
         self._posted: deque[Callable[[], None]] = deque()
-        self._selector = selectors.DefaultSelector()
-        self._awake, self._waker = socket.socketpair()
-        self._awake.setblocking(False)
-        self._waker.setblocking(False)
+        self._at_end: list[Callable[[], None]] = []
         self._sleeping = False
-        self.watch(self._awake, selectors.EVENT_READ, self._drain_waker)
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="manta-engine", daemon=True)
 
     # ---- thread-safe ----
@@ -111,8 +106,11 @@ class EngineLoop:
         """Have ``call`` run in the thread, before the next step."""
         self._posted.append(call)
         if self._sleeping:
-            with contextlib.suppress(BlockingIOError, OSError):  # full: it will wake anyhow
-                self._waker.send(b"\0")
+            self._wake.set()
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Have ``call`` run when the thread ends, after all is sent."""
+        self._at_end.append(call)
 
     def metrics(self, timeout: float = 5.0) -> list[Metric]:
         """What the engine has counted. Raises EngineError if it does not say so in time."""
@@ -131,11 +129,17 @@ class EngineLoop:
         """Wait until no request is left; whether that came within ``timeout`` seconds."""
         return self._idle.wait(timeout)
 
-    def stop(self) -> None:
-        """End every request with an error, and the thread, after the step that runs now."""
+    def stop(self, timeout: float | None = None) -> None:
+        """End every request with an error, and the thread, after the step that runs now, for
+        which it waits up to ``timeout`` seconds."""
         if self._thread.is_alive():
             self.post(self._stop)
-            self._thread.join()
+            self._thread.join(timeout)
+
+    @property
+    def load(self) -> EngineLoad:
+        """What the engine had to do when its clients were last told."""
+        return self._load
 
     @property
     def alive(self) -> bool:
@@ -148,16 +152,6 @@ class EngineLoop:
         return 0.0 if since is None else time.monotonic() - since
 
     # ---- for peers, in the thread ----
-
-    def watch(self, file: Any, events: int, ready: Callable[[], None]) -> None:
-        """Call ``ready`` between steps whenever ``file`` is readable or writable."""
-        try:
-            self._selector.modify(file, events, ready)
-        except KeyError:
-            self._selector.register(file, events, ready)
-
-    def unwatch(self, file: Any) -> None:
-        self._selector.unregister(file)
 
     def join(self, peer: Peer) -> None:
         """A client comes; it gets a figure of the load at once."""
@@ -218,24 +212,18 @@ class EngineLoop:
             if self.failure is None:
                 self._fail("the engine was stopped", told=False)
             self._flush()
-            for key in list(self._selector.get_map().values()):
-                if key.fileobj is not self._awake:
-                    key.fileobj.close()  # type: ignore[union-attr]
-            self._selector.close()
-            self._awake.close()
-            self._waker.close()
+            for call in self._at_end:
+                call()
             self.engine.stop()
 
     def _poll(self, timeout: float) -> None:
         """Take in what clients sent, waiting for it up to ``timeout`` seconds."""
         if timeout:
             self._sleeping = True
-            if self._posted:  # came before the flag was seen
-                timeout = 0.0
-        events = self._selector.select(timeout)
-        self._sleeping = False
-        for key, _ in events:
-            key.data()
+            if not self._posted:  # else it came before the flag was seen
+                self._wake.wait(timeout)
+            self._sleeping = False
+            self._wake.clear()
         while self._posted:
             self._posted.popleft()()
 
@@ -243,11 +231,6 @@ class EngineLoop:
         if self._changed:
             return 0.0
         return max(0.001, self._load_time + LOAD_AT_LEAST - time.monotonic())
-
-    def _drain_waker(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._awake.recv(4096):
-                pass
 
     def _check(self) -> None:
         """Notice a worker that died while there was nothing to do."""

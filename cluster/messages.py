@@ -82,6 +82,7 @@ class Hello(msgspec.Struct, array_like=True, tag=1):
     """The first message of an engine to a client."""
 
     info: EngineInfo
+    load: EngineLoad
 
 
 class Batch(msgspec.Struct, array_like=True, tag=2):

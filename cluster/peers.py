@@ -4,14 +4,21 @@ import asyncio
 import contextlib
 import hmac
 import secrets
+import time
 from collections.abc import Callable, Mapping
+
+import msgspec
 
 from cluster.directory import Directory
 from cluster.joining import own_host
 from engine import wire
+from engine.log import get_logger
 from engine.stats import Metric
 
+log = get_logger("peers")
+
 PATIENCE = 2.0  # seconds for an answer; who gives none is left out
+FORGET_AFTER = 30.0  # seconds without an answer, after which an entry is dead
 _KEY_BYTES = 32
 _decoder: wire.Decoder[list[Metric]] = wire.Decoder(list[Metric])
 
@@ -29,6 +36,7 @@ class Peers:
         self._key = secrets.token_hex(_KEY_BYTES // 2)
         self._server: asyncio.Server | None = None
         self._address = ""
+        self._silent_since: dict[str, float] = {}  # by id
 
     async def open(self, id: str) -> None:
         """Listen, and say where, as ``id``."""
@@ -40,7 +48,11 @@ class Peers:
 
     async def others(self) -> Mapping[str, list[Metric]]:
         """The metrics of the other replicas, by their ids."""
-        found = await asyncio.to_thread(self._directory.find, "ingress")
+        try:
+            found = await asyncio.to_thread(self._directory.find, "ingress")
+        except Exception as error:  # the GCS is away for a moment
+            log.warning("The directory cannot be read: %s", error)
+            return {}
         found.pop(self._id, None)
         answers = await asyncio.gather(*(self._ask(*entry) for entry in found.items()))
         return {
@@ -70,9 +82,12 @@ class Peers:
                 writer.write(key.encode())
                 data = await reader.read(-1)
                 writer.close()
-        except ConnectionRefusedError:  # nobody is there any longer
-            await asyncio.to_thread(self._directory.remove, "ingress", id, address)
+            metrics = _decoder.decode(data)
+        except (OSError, TimeoutError, msgspec.MsgspecError) as error:
+            silent = time.monotonic() - self._silent_since.setdefault(id, time.monotonic())
+            if isinstance(error, ConnectionRefusedError) or silent > FORGET_AFTER:
+                self._silent_since.pop(id, None)
+                await asyncio.to_thread(self._directory.remove, "ingress", id, address)
             return None
-        except (OSError, TimeoutError):
-            return None
-        return _decoder.decode(data) if data else None
+        self._silent_since.pop(id, None)
+        return metrics

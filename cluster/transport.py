@@ -1,8 +1,8 @@
 """Tokens beside Ray: one TCP connection for each client process and engine, all requests in it.
 
 A message is its length (4 bytes, little endian) and MessagePack (``engine.wire``). The engine's
-own loop reads and writes the sockets between steps, so a token passes no queue and no further
-thread on its way out. A process that dies closes its connections, which the other side sees at
+own loop writes to the sockets after each step, so a token passes no queue and no further thread on
+its way out. A process that dies closes its connections, which the other side sees at
 once; a host that vanishes is noticed by TCP's keep-alive within ``HOST_TIMEOUT`` seconds. An
 engine that hangs is silent: it says its load twice a second, when no step keeps it.
 """
@@ -13,8 +13,10 @@ import hmac
 import selectors
 import socket
 import struct
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import msgspec
@@ -83,96 +85,166 @@ def _prepare(sock: socket.socket) -> None:
 class Server:
     """Lets clients in other processes use a loop's engine; closes with the loop.
 
-    ``address`` is what clients need: host, port and a key that keeps others out.
+    A thread of its own accepts and reads, so that no client waits at the door, or finds its
+    connection full, for as long as a step takes. ``address`` is what clients need: host, port and
+    a key that keeps others out.
     """
 
     def __init__(self, loop: EngineLoop, info: EngineInfo, key: str, host: str = "127.0.0.1"):
         self._loop = loop
-        self._hello = _frame(Hello(info))
+        self._info = info
         self._key = key.encode()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family)
         self._listener.setblocking(False)
         self.address = f"{host} {self._listener.getsockname()[1]} {key}"
-        loop.post(lambda: loop.watch(self._listener, _READ, self._accept))
+        self._selector = selectors.DefaultSelector()
+        self._awake, self._waker = socket.socketpair()
+        self._awake.setblocking(False)
+        self._waker.setblocking(False)
+        self._posted: deque[Callable[[], None]] = deque()
+        self._stopping = False
+        self._watch(self._listener, _READ, self._accept)
+        self._watch(self._awake, _READ, self._run_posted)
+        self._thread = threading.Thread(target=self._run, name="manta-transport", daemon=True)
+        self._thread.start()
+        loop.at_end(self._close)
 
-    def _accept(self) -> None:
+    def post(self, call: Callable[[], None]) -> None:
+        """Have ``call`` run in the server's thread; thread-safe."""
+        self._posted.append(call)
+        with contextlib.suppress(BlockingIOError, OSError):  # full: it will wake anyhow
+            self._waker.send(b"\0")
+
+    # ---- in the server's thread ----
+
+    def _run(self) -> None:
+        while not self._stopping:
+            for key, events in self._selector.select():
+                key.data(events)
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
+        self._waker.close()
+
+    def _run_posted(self, events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._awake.recv(4096):
+                pass
+        while self._posted:
+            self._posted.popleft()()
+
+    def _accept(self, events: int) -> None:
         with contextlib.suppress(OSError):  # it went away again
             sock, _ = self._listener.accept()
             _prepare(sock)
             sock.setblocking(False)
-            _Connection(sock, self._loop, self._hello, self._key)
+            connection = _Connection(sock, self, self._loop)
+            self._watch(sock, _READ, connection.ready)
+
+    def _watch(self, sock: socket.socket, events: int, ready: Callable[[int], None]) -> None:
+        self._selector.register(sock, events, ready)
+
+    def rewatch(self, sock: socket.socket, events: int, ready: Callable[[int], None]) -> None:
+        self._selector.modify(sock, events, ready)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        self._selector.unregister(sock)
+
+    def greeting(self, key: memoryview) -> bytes:
+        """What a client is told first. Raises ValueError for a wrong key."""
+        if not hmac.compare_digest(key, self._key):
+            raise ValueError("its first message is not the key")
+        return _frame(Hello(self._info, self._loop.load))
+
+    # ---- in the loop's thread ----
+
+    def _close(self) -> None:
+        self.post(self._stop)
+        self._thread.join()
+
+    def _stop(self) -> None:
+        self._stopping = True
 
 
 class _Connection:
-    """The server's side of one client; a ``Peer`` of the loop once it has shown the key."""
+    """The server's side of one client; a ``Peer`` of the loop once it has shown the key.
 
-    def __init__(self, sock: socket.socket, loop: EngineLoop, hello: bytes, key: bytes) -> None:
+    The server's thread reads and closes. The loop's thread writes; what the socket does not take
+    at once is left to the server's thread.
+    """
+
+    def __init__(self, sock: socket.socket, server: Server, loop: EngineLoop) -> None:
         self._socket = sock
+        self._server = server
         self._loop = loop
-        self._hello = hello
-        self._key = key
         self._known = False
         self._reader = _Reader()
         self._decoder: wire.Decoder[Command] = wire.Decoder(Command)
+        self._writing = threading.Lock()  # guards what follows, and the socket's end
         self._unsent = bytearray()
         self._open = True
-        loop.watch(sock, _READ, self._ready)
 
     def deliver(self, batch: Batch) -> None:
         self._send(_frame(batch))
 
-    def _ready(self) -> None:
-        if self._unsent:
+    def ready(self, events: int) -> None:
+        """The socket can be read or written; in the server's thread."""
+        if events & selectors.EVENT_WRITE:
             self._send_rest()
+        if not events & _READ:
+            return
         try:
-            while self._open:
-                data = self._socket.recv(1 << 18)
-                if not data:
-                    self._close()
-                    return
+            while data := self._socket.recv(1 << 18):
                 for message in self._reader.take(data):
                     self._take(message)
                 if len(data) < 1 << 18:
                     return
         except BlockingIOError:
-            pass
+            return
         except (msgspec.MsgspecError, ValueError) as error:
             log.warning("A client sent what cannot be read, and is let go: %s", error)
-            self._close()
         except OSError:
-            self._close()
+            pass
+        self._close()
 
     def _take(self, message: memoryview) -> None:
         if self._known:
-            self._loop.take(self, self._decoder.decode(message))
-        elif hmac.compare_digest(message, self._key):
-            self._known = True
-            self._send(self._hello)
-            self._loop.join(self)
-        else:
-            raise ValueError("its first message is not the key")
+            command = self._decoder.decode(message)
+            self._loop.post(lambda: self._loop.take(self, command))
+            return
+        hello = self._server.greeting(message)
+        self._known = True
+        self._send(hello)
+        self._loop.post(lambda: self._loop.join(self))
 
     def _send(self, data: bytes) -> None:
-        if not self._open:
-            return
-        if not self._unsent:
-            sent = self._write(data)
-            if sent == len(data):
+        with self._writing:
+            if not self._open:
                 return
-            data = data[sent:]
-            self._loop.watch(self._socket, _READ | selectors.EVENT_WRITE, self._ready)
-        self._unsent += data
-        if len(self._unsent) > MOST_UNREAD:
-            log.warning("A client leaves %d bytes unread, and is let go", len(self._unsent))
-            self._close()
+            if not self._unsent:
+                sent = self._write(data)
+                if sent == len(data):
+                    return
+                data = data[sent:]
+                self._server.post(self._rewatch)
+            self._unsent += data
+            if len(self._unsent) > MOST_UNREAD:
+                log.warning("A client leaves %d bytes unread, and is let go", len(self._unsent))
+                self._break_off()
 
     def _send_rest(self) -> None:
-        with memoryview(self._unsent) as view:
-            sent = self._write(view[: 1 << 20])
-        del self._unsent[:sent]
-        if self._open and not self._unsent:
-            self._loop.watch(self._socket, _READ, self._ready)
+        with self._writing:
+            with memoryview(self._unsent) as view:
+                sent = self._write(view[: 1 << 20])
+            del self._unsent[:sent]
+        self._rewatch()
+
+    def _rewatch(self) -> None:
+        with self._writing:
+            if self._open:
+                more = selectors.EVENT_WRITE if self._unsent else 0
+                self._server.rewatch(self._socket, _READ | more, self.ready)
 
     def _write(self, data: bytes | memoryview) -> int:
         """How many bytes of it the socket took."""
@@ -181,16 +253,22 @@ class _Connection:
         except BlockingIOError:
             return 0
         except OSError:
-            self._close()
+            self._break_off()
             return len(data)
 
+    def _break_off(self) -> None:
+        """Send nothing any longer, and have the server's thread see the end."""
+        self._open = False
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def _close(self) -> None:
-        if self._open:
+        with self._writing:
             self._open = False
-            self._loop.unwatch(self._socket)
+            self._server.unwatch(self._socket)
             self._socket.close()
-            if self._known:
-                self._loop.leave(self)
+        if self._known:
+            self._loop.post(lambda: self._loop.leave(self))
 
 
 class RemoteClient(asyncio.Protocol):
@@ -213,15 +291,16 @@ class RemoteClient(asyncio.Protocol):
         """Connect to a ``Server.address``. Raises EngineError if nothing answers there."""
         host, port, key = address.split()
         loop = asyncio.get_running_loop()
-        client: RemoteClient | None = None
+        client = cls(address)
         try:
             async with asyncio.timeout(timeout):
-                _, client = await loop.create_connection(lambda: cls(address), host, int(port))
+                await loop.create_connection(lambda: client, host, int(port))
                 client._write(_LENGTH.pack(len(key)) + key.encode())
                 await client._greeted
-        except (OSError, TimeoutError) as error:
-            if client is not None:
-                await client.close()
+        except BaseException as error:
+            await client.close()
+            if not isinstance(error, OSError | TimeoutError):
+                raise
             why = f"nothing within {timeout:g} s" if isinstance(error, TimeoutError) else error
             raise EngineError(f"no engine answers at {host}:{port}: {why}") from error
         client._watch = loop.call_later(client._patience / 4, client._check_silence)
@@ -280,7 +359,8 @@ class RemoteClient(asyncio.Protocol):
     @property
     def _name(self) -> str:
         host, port, _ = self._address.split()
-        return f"the engine {self.info.engine_id} at {host}:{port}"
+        name = f"the engine {self.info.engine_id}" if hasattr(self, "info") else "an engine"
+        return f"{name} at {host}:{port}"
 
     def _end(self, cause: str) -> None:
         self._table.fail(cause)
@@ -301,11 +381,10 @@ class RemoteClient(asyncio.Protocol):
         try:
             for piece in self._reader.take(data):
                 message = self._decoder.decode(piece)
-                if isinstance(message, Hello):
-                    self.info = message.info
-                    continue
-                self._table.receive(message)
-                if not self._greeted.done():  # the first batch has the load
+                if isinstance(message, Batch):
+                    self._table.receive(message)
+                elif not self._greeted.done():
+                    self.info, self._table.load = message.info, message.load
                     self._greeted.set_result(None)
         except (msgspec.MsgspecError, ValueError) as error:
             self._end(f"{self._name} sent what cannot be read: {error}")

@@ -138,6 +138,10 @@ def _repl(
         for text in _inputs(session.interactive):
             try:
                 act(text)
+            except KeyboardInterrupt:  # before there was an answer to stop
+                if not session.interactive:
+                    raise
+                print("\n[stopped]")
             except MantaError as error:
                 if not session.interactive:
                     raise

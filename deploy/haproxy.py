@@ -5,19 +5,26 @@ Serve runs this (by ``RAY_SERVE_HAPROXY_BINARY_PATH``, see ``program``) in HAPro
 - HTTPS, which Serve's template does not know (``MANTA_TLS_PEM``: certificate and key);
 - while no ingress replica is there, clients get an answer in OpenAI's shape, 503 with Retry-After;
 - an answer has one x-request-id, its own: Serve adds another;
+- nothing is spliced: HAProxy 2.8 then spins on a core from a request whose body comes after its
+  head (as httpx and so OpenAI's client send it) to the end of the answer, and may never see its
+  client go;
 - HAProxy ends with the process that started it, and does not keep the port for ever.
 
 It becomes HAProxy in the end, so the process is the one that Serve watches.
 """
 
+import contextlib
+import csv
 import ctypes
 import os
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 
 TLS_PEM = "MANTA_TLS_PEM"
+ADMIN_SOCKET = "admin.sock"  # where HAProxy answers questions
 _PR_SET_PDEATHSIG = 1
 _UNAVAILABLE = (
     '{"error": {"message": "the server is starting or stopping", "type": "server_error",'
@@ -28,6 +35,7 @@ _ONE_ID = (
     "    http-response set-header x-request-id %[res.fhdr(x-request-id,1)]"
     " if { res.fhdr_cnt(x-request-id) gt 1 }\n"
 )
+_SPLICE = re.compile(r"    option splice-(request|response)\n")
 _BIND = re.compile(r"(frontend http_frontend\n    bind \S+)\n")
 
 
@@ -39,6 +47,21 @@ def program(folder: Path) -> Path:
     return path
 
 
+def requests(folder: Path) -> int:
+    """How many requests HAProxy has whose answers are not all sent; 0 if it is not there."""
+    count = 0
+    for path in folder.glob(f"*/{ADMIN_SOCKET}"):  # Serve makes a folder for each node
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(1.0)
+            connection.connect(str(path))
+            connection.sendall(b"show stat\n")
+            with connection.makefile() as answer:
+                text = answer.read()
+            rows = csv.DictReader(text.removeprefix("# ").splitlines())
+            count += sum(int(row["scur"]) for row in rows if row["svname"] == "BACKEND")
+    return count
+
+
 def adapt(config: str, tls_pem: str | None) -> str:
     """The configuration with manta's changes. Raises ValueError if it is not as Serve writes it."""
     escaped = _UNAVAILABLE.replace('"', '\\"').replace(" ", "\\ ")
@@ -46,6 +69,9 @@ def adapt(config: str, tls_pem: str | None) -> str:
     config, count = _NO_BACKEND.subn(lambda match: f"{match[1]}{answer} string {escaped}\n", config)
     if count != 1:
         raise ValueError("the default backend is not where it was")
+    config, count = _SPLICE.subn("", config)
+    if count != 2:
+        raise ValueError("the options that splice are not where they were")
     tls = "" if tls_pem is None else f" ssl crt {tls_pem} alpn h2,http/1.1"
     config, count = _BIND.subn(lambda match: f"{match[1]}{tls}\n{_ONE_ID}", config)
     if count != 1:

@@ -111,7 +111,10 @@ class _Server:
         if self._deployed:
             timeout = self._settings.router.shutdown_timeout
             log.info("Stopping: no further requests; what runs has %g s to finish", timeout)
-            asyncio.run(_drain_engines(timeout))
+            deadline = time.monotonic() + timeout
+            asyncio.run(_drain_engines(deadline))
+            while haproxy.requests(self._folder) and time.monotonic() < deadline:
+                time.sleep(0.02)  # answers that clients have not taken to the end
 
     def stop(self) -> None:
         """Take down what was started, and only that."""
@@ -180,7 +183,7 @@ class _Server:
             "MANTA_HAPROXY": get_haproxy_binary(),
             # Several servers on one machine must not share these.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / haproxy.ADMIN_SOCKET),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
@@ -236,7 +239,7 @@ class _Server:
             raise _StoppedEarly
 
 
-async def _drain_engines(timeout: float) -> None:
+async def _drain_engines(deadline: float) -> None:
     from cluster.engines import Engines
     from deploy.serve import APPLICATION
 
@@ -245,13 +248,16 @@ async def _drain_engines(timeout: float) -> None:
         return any(load.running or load.waiting or not load.draining for load in loads)
 
     engines = Engines(APPLICATION)
+    await engines.open()
     try:
-        await engines.look()
-        engines.drain()
-        deadline = time.monotonic() + timeout
-        while at_work():
+        while True:
+            if not at_work():
+                await engines.look()  # one may have come meanwhile, that is to drain too
+            engines.drain()
+            if not at_work():
+                return
             if time.monotonic() > deadline:
-                log.warning("Requests are still in flight after %g s; they end now", timeout)
+                log.warning("Requests are still in flight; they end now")
                 return
             await asyncio.sleep(0.02)
     finally:

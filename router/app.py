@@ -18,7 +18,7 @@ from router.completions import answer_completion
 from router.config import RouterConfig
 from router.errors import ApiError, api_error, unavailable, wrong
 from router.fields import read
-from router.guard import KeyGuard, RootPath
+from router.guard import KeyGuard, RootPath, Unforeseen
 from router.metrics import CONTENT_TYPE
 from router.openapi import describe
 from router.replies import Reply
@@ -50,8 +50,9 @@ def build_app(
         redirect_slashes=False,
     )
     app.state.service = service
-    for kind in (ApiError, MantaError, HTTPException, Exception):
+    for kind in (ApiError, MantaError, HTTPException):
         app.add_exception_handler(kind, _on_error)
+    app.add_middleware(Unforeseen)
     if config.api_key:
         app.add_middleware(KeyGuard, keys=config.api_key)
     app.add_middleware(

@@ -49,6 +49,8 @@ class Generation:
         pieces: dict[int, Piece] = {}
         for delta in deltas:
             output = self.output.outputs[delta.index]
+            if output.finish_reason is not None:
+                continue  # it was on its way when a stop string ended the completion
             piece = pieces.get(delta.index)
             if piece is None:
                 pieces[delta.index] = piece = Piece(output, len(output.token_ids), "")
@@ -56,6 +58,8 @@ class Generation:
             piece.text += text
             if stopped is not None:
                 self.stream.stop_at_text(delta.index)
+        if all(output.finish_reason is not None for output in self.output.outputs):
+            self._ticket.ended()  # though the client may be slow to read
         return list(pieces.values())
 
     def end(self) -> None:

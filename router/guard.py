@@ -1,12 +1,12 @@
-"""Before any route: where the application is, and the API key."""
+"""Around every route: where the application is, the API key, and errors nobody foresaw."""
 
 import hashlib
 import hmac
 from collections.abc import Sequence
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.errors import ApiError
+from router.errors import ApiError, api_error
 
 OPEN_PATHS = ("/health", "/metrics")
 
@@ -22,6 +22,29 @@ class RootPath:
         if scope["type"] == "http":
             scope["root_path"] = self._path
         await self._app(scope, receive, send)
+
+
+class Unforeseen:
+    """ASGI middleware: answers an exception that no route foresaw. Starlette itself would do so
+    outside all other middleware, where the answer is not counted and has no CORS headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if started:
+                raise
+            await api_error(error).response()(scope, receive, send)
 
 
 class KeyGuard:

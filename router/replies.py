@@ -27,6 +27,14 @@ class Reply(Response):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stats = self._answer.service.stats
+        stats.in_flight += 1
+        try:
+            await self._reply(scope, receive, send)
+        finally:
+            stats.in_flight -= 1
+
+    async def _reply(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._run(scope, receive, send))
         gone = asyncio.create_task(_disconnected(receive))
         try:

@@ -14,7 +14,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.client import EngineClient, EngineInfo, RequestStream
 from engine.chat import load_template
@@ -32,6 +32,7 @@ from router.metrics import scrape
 from router.stats import RouterStats
 
 INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the event loop
+ADMISSION_PATIENCE = 5.0  # seconds for an engine to queue a request, if another might
 
 
 # Gives the metrics of other ingress processes by their ids.
@@ -50,6 +51,14 @@ class ServedModel:
     names: tuple[str, ...]
     fingerprint: str
     created: int
+
+    def fits(self, engine: EngineClient) -> bool:
+        """Whether an engine serves just this; during an update there may be others."""
+        return _facts(engine.info) == _facts(self.info)
+
+
+def _facts(info: EngineInfo) -> EngineInfo:
+    return replace(info, engine_id="", num_device_blocks=0, num_cpu_blocks=0)
 
 
 class Service:
@@ -76,14 +85,17 @@ class Service:
     # ---- the engines ----
 
     async def reachable(self) -> list[EngineClient]:
-        """The engines that make progress, after a look around if none is known to.
+        """The engines that make progress: those that admit requests, or else those that drain.
 
-        Without the look, an engine that one ingress process has found already, and has called
-        healthy, would not be there for another.
+        If none admits, it looks around first: without that, an engine that one ingress process has
+        found already, and has called healthy, would not be there for another.
         """
-        if self._look is not None and not any(engine.healthy for engine in self.engines):
+        if not self._admitting() and self._look is not None:
             await self._look()
-        return [engine for engine in self.engines if engine.healthy]
+        return self._admitting() or [engine for engine in self.engines if engine.healthy]
+
+    def _admitting(self) -> list[EngineClient]:
+        return [engine for engine in self.engines if engine.healthy and not engine.load.draining]
 
     # ---- the model ----
 
@@ -92,7 +104,9 @@ class Service:
 
         Raises ApiError: 404 for another name, 503 while no engine is there.
         """
-        model = self._model or await self._load()
+        model = self._model
+        if model is None or not any(map(model.fits, self._admitting())):
+            model = await self._load()
         if name is not None and name not in model.names:
             raise ApiError(
                 404,
@@ -104,12 +118,13 @@ class Service:
 
     async def _load(self) -> ServedModel:
         async with self._loading:
-            if self._model is None:
-                engines = await self.reachable()
-                if not engines:
-                    raise unavailable("no engine is ready yet", "starting")
-                self._model = await asyncio.to_thread(self._resolve, engines[0].info)
-            return self._model
+            engines = await self.reachable()
+            model = self._model
+            if model is None and not engines:
+                raise unavailable("no engine is ready yet", "starting")
+            if model is None or not (any(map(model.fits, engines)) or not engines):
+                model = self._model = await asyncio.to_thread(self._resolve, engines[0].info)
+            return model
 
     def _resolve(self, info: EngineInfo) -> ServedModel:
         names = self.config.served_model_name or (info.model,)
@@ -166,11 +181,10 @@ class Service:
                 priority=priority,
                 timeout=self.config.request_timeout,
             )
-            ticket, stream = await self._submit(request)
+            ticket, stream = await self._submit(model, request)
             text = RequestText(request, prompt.text, model.tokenizer, stream.metrics, streaming)
             started.append(Generation(text, stream, ticket, number * sampling.n))
 
-        self.stats.in_flight += 1
         try:
             starts = [start(number, prompt) for number, prompt in enumerate(prompts)]
             for result in await asyncio.gather(*starts, return_exceptions=True):
@@ -178,30 +192,34 @@ class Service:
                     raise result
             yield sorted(started, key=lambda generation: generation.first_choice)
         finally:
-            self.stats.in_flight -= 1
             for generation in started:
                 generation.end()
             self._observe(started)
 
-    async def _submit(self, request: Request) -> tuple[Ticket, RequestStream]:
+    async def _submit(self, model: ServedModel, request: Request) -> tuple[Ticket, RequestStream]:
         """Queue a request with the engine that suits it, or the next if that one will not."""
+        engines = await self.reachable()
         refusal: Exception = unavailable("no engine is ready yet", "starting")
-        if any(engine.load.draining for engine in self.engines):
+        if any(engine.load.draining for engine in engines):
             refusal = _draining()
         tried: set[str] = set()
         while True:
             candidates = [
                 engine
-                for engine in await self.reachable()
-                if not (engine.load.draining or engine.info.engine_id in tried)
+                for engine in self._admitting()
+                if model.fits(engine) and engine.info.engine_id not in tried
             ]
             if not candidates:
                 raise refusal
             n = request.sampling.n
             ticket = self.balancer.choose(request.prompt_token_ids, n, candidates)
             tried.add(ticket.client.info.engine_id)
+            patience = ADMISSION_PATIENCE if len(candidates) > 1 else None
             try:
-                return ticket, await ticket.client.submit(request)
+                async with asyncio.timeout(patience):
+                    return ticket, await ticket.client.submit(request)
+            except TimeoutError:  # it may hang; submit has taken the request back
+                ticket.ended()
             except QueueFull as error:
                 ticket.ended()
                 refusal = error

@@ -1,5 +1,6 @@
 """What an ingress process counts of itself."""
 
+import asyncio
 import contextlib
 import time
 from collections import Counter
@@ -29,7 +30,7 @@ class RouterStats:
     def __init__(self) -> None:
         self._stages = {stage: Histogram(SECONDS) for stage in STAGES}
         self.answers: Counter[tuple[str, str, str]] = Counter()  # by method, route, status
-        self.in_flight = 0  # requests that an engine has now, of this process
+        self.in_flight = 0  # answers that are not all sent
 
     def observe(self, stage: str, seconds: float) -> None:
         """A request spent so long in a stage."""
@@ -84,10 +85,22 @@ class AnswerCounter:
             await self._app(scope, receive, send)
             return
 
+        started = False
+
+        def count(status: int) -> None:
+            nonlocal started
+            started = True
+            route = getattr(scope.get("route"), "path", "none")
+            self._answers[scope["method"], route, str(status)] += 1
+
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "none")
-                self._answers[scope["method"], route, str(message["status"])] += 1
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except asyncio.CancelledError:  # so Serve says that the client went
+            if not started:
+                count(499)
+            raise

@@ -144,6 +144,8 @@ class Terminal:
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             env=os.environ | {"TERM": "dumb"},
+            # A shell starts what it puts into the background deaf to Ctrl-C: so may be the tests.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(slave)
         return process, master

@@ -92,6 +92,22 @@ def test_an_ingress_process_finds_an_engine_before_it_refuses_for_want_of_one(en
     assert asyncio.run(ask("/v1/completions", model=EMBEDDED_MODEL, **request)) == 200
 
 
+def test_a_look_that_is_given_up_spoils_no_other(engine):
+    async def main():
+        engines = Engines("engine:shared")
+        first = asyncio.create_task(engines.look())
+        await asyncio.sleep(0)
+        second, third = (asyncio.create_task(engines.look()) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        second.cancel()
+        await third
+        assert [client.healthy for client in engines] == [True]
+        await engines.close()
+
+    asyncio.run(main())
+
+
 def value(engine, name):
     metric = next(m for m in engine.metrics() if m.name == name)
     return sum(sample.value for sample in metric.samples)
@@ -202,16 +218,19 @@ def test_many_drivers_and_one_that_is_killed(engine):
     assert idle(engine)
 
 
-def test_an_engine_that_is_killed_is_named_in_every_driver(engine):
-    """The last that uses it."""
-    others = drivers(2, 1500)
-    until(lambda: value(engine, "num_requests_running") == 2)
-    pid = next(
+def engine_pid():
+    return next(
         int(entry)
         for entry in os.listdir("/proc")
         if entry.isdigit() and "EngineActor" in Path(f"/proc/{entry}/cmdline").read_text()
     )
-    os.kill(pid, signal.SIGKILL)
+
+
+def test_an_engine_that_is_killed_is_named_in_every_driver(engine):
+    """The last that uses it."""
+    others = drivers(2, 1500)
+    until(lambda: value(engine, "num_requests_running") == 2)
+    os.kill(engine_pid(), signal.SIGKILL)
     for other in others:
         out, _ = other.communicate(timeout=30)
         assert "is gone: its connection broke" in out
@@ -228,12 +247,16 @@ def _free(name):
     return False
 
 
-def test_an_engine_outlives_its_starter_and_is_stopped_by_name(cluster):
+@pytest.mark.parametrize("stuck", [False, True])
+def test_an_engine_outlives_its_starter_and_is_stopped_by_name(cluster, monkeypatch, stuck):
+    monkeypatch.setattr("cluster.engine_actor.STOP_SECONDS", 1.0)
     program = (
         f"import manta, sys\nmanta.start_engine('lasting', {EMBEDDED_MODEL!r}, **{OPTIONS!r})\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
     with manta.connect("lasting") as engine:
         assert engine.generate("Hello", GREEDY)[0].outputs[0].finish_reason
+    if stuck:
+        os.kill(engine_pid(), signal.SIGSTOP)
     manta.stop_engine("lasting", drain_seconds=1.0)
     assert _free("lasting")

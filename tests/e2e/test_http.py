@@ -158,6 +158,23 @@ def test_the_request_id(http: httpx.Client) -> None:
     for _ in range(2):
         response = http.post("/v1/completions", json=body)
         assert response.headers["x-request-id"] == response.json()["id"] == "cmpl-mine"
+    for wrong in ("", "with space", "line\n", "x" * 257):
+        response = http.post("/v1/completions", json={**body, "request_id": wrong})
+        assert response.status_code == 400 and error_of(response)["param"] == "request_id"
+
+
+def test_what_nobody_foresaw(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is answered like any error: counted, and readable for pages of other origins."""
+    monkeypatch.setattr(server.service, "encode", None)
+    counted = "POST", "/v1/completions", "500"
+    before = server.service.stats.answers[counted]
+    headers = {"origin": "https://a.example"}
+    with httpx.Client(base_url=server.url, headers=headers) as http:
+        response = http.post("/v1/completions", json={"prompt": FRANCE})
+    assert response.status_code == 500 and "NoneType" not in response.text
+    assert error_of(response)["type"] == "server_error"
+    assert response.headers["access-control-allow-origin"] == "*"
+    assert server.service.stats.answers[counted] == before + 1
 
 
 def test_pages_of_other_origins(http: httpx.Client) -> None:

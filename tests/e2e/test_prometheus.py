@@ -176,13 +176,18 @@ def test_clients_that_vanish_are_counted(server: Served, prometheus: Prometheus)
     prometheus.wait_for_scrape()
     before = prometheus.sum("request_success_total", finished_reason="abort")
     body = {"model": MODEL, "prompt": "x", "max_tokens": 400, "stream": True, "ignore_eos": True}
+    whole = {**body, "stream": False, "n": 16, "temperature": 1}
     for _ in range(3):
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
             next(answer.iter_raw())
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=whole, timeout=0.2)
     until(
-        lambda: prometheus.sum("request_success_total", finished_reason="abort") == before + 3,
+        lambda: prometheus.sum("request_success_total", finished_reason="abort") == before + 51,
         PATIENCE,
     )
+    gone = {"handler": "/v1/completions", "status": "499"}
+    until(lambda: prometheus.sum("http_requests_total", **gone) == 3, PATIENCE)
     until(lambda: prometheus.sum("num_requests_running") == 0, PATIENCE)
 
 

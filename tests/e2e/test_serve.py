@@ -23,7 +23,7 @@ PORT = 8123
 URL = f"http://127.0.0.1:{PORT}"
 OPTIONS = [
     "--num-ingress-replicas", "2",
-    "--host", "127.0.0.1", "--port", str(PORT), "--shutdown-timeout", "20", "--max-num-seqs", "4",
+    "--host", "127.0.0.1", "--port", str(PORT), "--shutdown-timeout", "60", "--max-num-seqs", "4",
     "--num-gpu-blocks-override", "140", "--swap-space", "0.2", "--preemption-mode", "swap",
     "--max-model-len", "2048",
 ]  # fmt: skip
@@ -79,6 +79,7 @@ def server(tmp_path_factory):
     process = start_server(*OPTIONS, log=log)
     try:
         wait_ready(process, log)
+        until(lambda: f"Ready at {URL} in " in Path(log.name).read_text())
         yield process, log, session
     finally:
         if process.poll() is None:
@@ -152,15 +153,20 @@ def test_it_answers_through_haproxy(server):
     assert httpx.get(f"{URL}/v1/models").json()["data"][0]["id"] == "manta-demo"
 
 
-def send(**fields):
+def send(receive_buffer=None, **fields):
     """A request on a socket of its own, of which nothing is read."""
     data = json.dumps(body(ignore_eos=True, **fields)).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(data)}\r\n\r\n"
     )
-    connection = socket.create_connection(("127.0.0.1", PORT))
-    connection.sendall(head.encode() + data)
+    connection = socket.socket()
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.connect(("127.0.0.1", PORT))
+    connection.sendall(head.encode())
+    time.sleep(0.001)  # head and body come one by one, as httpx sends them
+    connection.sendall(data)
     return connection
 
 
@@ -215,8 +221,9 @@ def test_a_port_that_is_taken_is_said_at_once(server):
 def test_a_signal_drains_and_nothing_is_left(server):
     """The last of the module: it stops the server."""
     process, log, session = server
+    slow = send(max_tokens=1000, n=8, temperature=1, logprobs=20, receive_buffer=4096)
     readings = [Reading(max_tokens=900, seed=i) for i in range(3)]
-    until(lambda: metric("num_requests_running") == 3)
+    until(lambda: metric("num_requests_running") == 4)
     process.terminate()
     refused = None
     deadline = time.monotonic() + 10
@@ -227,11 +234,14 @@ def test_a_signal_drains_and_nothing_is_left(server):
     for reading in readings:
         reading.thread.join(60)
         assert reading.done, reading.error
+    time.sleep(1.0)
+    assert process.poll() is None  # one client has not read its answer yet
+    with slow:
+        answer = b"".join(iter(lambda: slow.recv(1 << 16), b""))
+    choices = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [1000] * 8
     assert process.wait(60) == 0
     gone(session)
-    text = Path(log.name).read_text()
-    folder = re.search(r"Ready at http://127.0.0.1:8123", text)
-    assert folder, text
 
 
 def certificate(folder):

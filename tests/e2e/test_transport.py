@@ -166,6 +166,34 @@ def test_an_engine_that_dies_or_hangs_is_named_in_every_stream(kind):
     print(f"seen {seconds * 1e3:.0f} ms after the engine's {kind}")
 
 
+def test_a_long_step_keeps_nobody_at_the_door_and_breaks_no_connection():
+    """Longer than the time in which a host that says nothing is taken for dead."""
+    with EngineProcess() as engine:
+
+        async def main():
+            client = await RemoteClient.connect(engine.address)
+            stream = await client.submit(request("first", max_tokens=4000))
+            engine.ask("step 4.5")
+            await asyncio.sleep(0.2)  # such a step is running now
+            start = time.monotonic()
+            other = await RemoteClient.connect(engine.address)
+            assert time.monotonic() - start < 1 and other.load.free_blocks
+            long = [request(f"{i}", [i] * 4000, 4) for i in range(80)]  # over a MB
+            submitted = [asyncio.create_task(client.submit(one)) for one in long]
+            await asyncio.sleep(4)
+            engine.ask("step 0.001")
+            async with asyncio.timeout(30):
+                streams = await asyncio.gather(*submitted)
+            assert client.healthy and other.healthy
+            for each in (stream, *streams):
+                each.cancel()
+            await client.close()
+            await other.close()
+
+        asyncio.run(main())
+        state_becomes(engine, empty)
+
+
 def test_strangers_do_no_harm():
     with EngineProcess() as engine:
         host, port, _ = engine.address.split()

@@ -1,7 +1,8 @@
 """A process with an engine loop and its server on the simulated executor.
 
 It prints its address, then answers lines on standard input: ``state`` with a JSON object of what
-the engine holds, ``fail TEXT`` by failing the next step, ``hang`` by never ending it.
+the engine holds, ``fail TEXT`` by failing the next step, ``hang`` by never ending it, ``step S`` by
+steps of so many seconds.
 """
 
 import json
@@ -28,13 +29,14 @@ class Executor(SimulatedExecutor):
 
     error: str | None = None
     hang = False
+    seconds = STEP_SECONDS
 
     def run(self, plan: Any) -> Any:
         while self.hang:
             time.sleep(0.01)
         if self.error is not None:
             raise OSError(self.error)
-        time.sleep(STEP_SECONDS)
+        time.sleep(self.seconds)
         return super().run(plan)
 
 
@@ -75,6 +77,8 @@ def main(
             executor.error = text
         elif command == "hang":
             executor.hang = True
+        elif command == "step":
+            executor.seconds = float(text)
         state = {
             "unfinished": engine.num_unfinished,
             "running": len(scheduler.running),

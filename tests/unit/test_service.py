@@ -1,0 +1,153 @@
+"""Which engine a request reaches while engines hang, drain and are replaced; simulated engines."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from cluster.loop import LocalClient
+from cluster.streams import Stream, StreamTable
+from engine.chat import load_template
+from engine.config import EMBEDDED_MODEL
+from engine.engine import Delta
+from engine.output import RequestText
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+from router.balance import Balancer
+from router.config import RouterConfig
+from router.errors import ApiError
+from router.generation import Generation, Prompt
+from router.service import Service
+from tests.support.gated import INFO, make_loop
+from workers.checkpoint import resolve
+
+TOKENIZER = str(resolve(EMBEDDED_MODEL, None, "auto"))
+GREEDY = SamplingParams(temperature=0, max_tokens=4)
+
+
+def run(scenario, *engines):
+    """Run a scenario with a client and the executor of each engine, of which ``engines`` gives
+    what is not as in INFO."""
+
+    async def main():
+        made = [make_loop() for _ in engines]
+        clients = []
+        for facts, (loop, _) in zip(engines, made, strict=True):
+            loop.start()
+            clients.append(LocalClient(loop, replace(INFO, tokenizer=TOKENIZER, **facts)))
+        try:
+            await scenario(*clients, *(executor for _, executor in made))
+        finally:
+            for loop, executor in made:
+                executor.gate.set()
+                await asyncio.to_thread(loop.stop)
+
+    asyncio.run(main())
+
+
+async def engine_of(service, prompt=(1, 2, 3)):
+    """The id of the engine that a request reached."""
+    model = await service.model()
+    async with service.generations(model, [Prompt(list(prompt))], GREEDY, 0, False) as (one,):
+        async for deltas in one.stream:
+            one.take(deltas)
+        return one._ticket.client.info.engine_id
+
+
+async def drained(client):
+    client._loop.drain()
+    while not client.load.draining:
+        await asyncio.sleep(0.001)
+
+
+def test_an_engine_that_drains_does_not_hide_one_that_has_come():
+    async def scenario(old, new, *_):
+        engines = [old]
+
+        async def look():
+            engines[:] = [old, new]
+
+        service = Service(RouterConfig(), engines, look=look)
+        assert await engine_of(service) == "old" and len(engines) == 1
+        await drained(old)
+        assert await engine_of(service) == "new"
+        engines.remove(new)
+        await drained(new)
+        with pytest.raises(ApiError, match="shutting down"):
+            await engine_of(service)
+
+    run(scenario, {"engine_id": "old"}, {"engine_id": "new"})
+
+
+def test_requests_reach_engines_that_serve_what_they_were_made_for():
+    """A tokenizer and template are never used with another model's engine."""
+    template = "{{ messages[0].content }} is new"
+
+    async def scenario(old, new, *_):
+        service = Service(RouterConfig(), engines := [old])
+        assert (await service.model()).names == ("m",)
+        engines.append(new)
+        for i in range(20):
+            assert await engine_of(service, [i]) == "old"
+        await drained(old)
+        assert await engine_of(service) == "new"
+        model = await service.model("other")
+        assert model.chat_template == load_template(template)
+        with pytest.raises(ApiError, match="does not exist"):
+            await service.model("m")
+
+    other = {"engine_id": "new", "model": "other", "chat_template": template}
+    run(scenario, {"engine_id": "old"}, other)
+
+
+def test_an_engine_that_hangs_does_not_keep_what_another_can_take(monkeypatch):
+    monkeypatch.setattr("router.service.ADMISSION_PATIENCE", 0.2)
+
+    async def scenario(hung, well, executor, _):
+        service = Service(RouterConfig(), [hung, well])
+        running = await hung.submit(
+            Request(request_id="r", prompt_token_ids=[1, 2, 3], sampling=GREEDY)
+        )
+        executor.gate.clear()
+        await asyncio.sleep(0.1)  # it is in a step by now
+        asked = set()
+
+        async def note(request, submit=hung.submit):
+            asked.add(request.request_id)
+            return await submit(request)
+
+        hung.submit = note
+        prompts = [[i] * 20 for i in range(8)]
+        async with asyncio.timeout(20):
+            found = await asyncio.gather(*(engine_of(service, prompt) for prompt in prompts))
+        assert set(found) == {"well"} and asked
+        executor.gate.set()
+        async for _ in running:
+            pass
+        while hung.load.running or hung.load.waiting:
+            await asyncio.sleep(0.001)
+        assert executor.steps < 3 * GREEDY.max_tokens  # nothing of theirs was computed
+
+    run(scenario, {"engine_id": "hung"}, {"engine_id": "well"})
+
+
+def test_tokens_behind_a_stop_string_make_no_further_piece():
+    """They may have been on their way when it was found; a second end would cut others off."""
+    tokenizer = Tokenizer.load(TOKENIZER)
+
+    async def main():
+        sampling = SamplingParams(stop=["Paris"], max_tokens=50)
+        request = Request(request_id="r", prompt_token_ids=[1], sampling=sampling)
+        stream = Stream(StreamTable(lambda command: None), 0, request)
+        text = RequestText(request, None, tokenizer, stream.metrics, streaming=True)
+        client = type("Engine", (), {"info": INFO, "load": StreamTable(print).load})()
+        ticket = Balancer().choose([1], 1, [client])
+        generation = Generation(text, stream, ticket, 0)
+        ids = tokenizer.encode(["The capital of France is Paris."], False)[0]
+        (piece,) = generation.take([Delta("r", 0, token) for token in ids])
+        assert piece.output.finish_reason == "stop" and piece.text == "The capital of France is "
+        assert generation.take([Delta("r", 0, token) for token in ids]) == []
+        assert piece.output.text == "The capital of France is " and ticket._ended
+
+    asyncio.run(main())
