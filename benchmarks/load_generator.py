@@ -30,12 +30,13 @@ class Stream(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
 
-    def ask(self, message: bytes) -> "asyncio.Future[None]":
+    def ask(self, head: bytes, body: bytes) -> "asyncio.Future[None]":
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.times: list[float] = []
         self.tail = b""
         self.tokens = 0
-        self.transport.write(message)
+        self.transport.write(head)  # one by one, as httpx and OpenAI's client send them
+        self.transport.write(body)
         self.sent = time.perf_counter()
         return self.done
 
@@ -61,7 +62,7 @@ class Stream(asyncio.Protocol):
             self.done.set_exception(SystemExit(f"the server closed the connection: {error}"))
 
 
-def request(args: argparse.Namespace, host: str, draw: random.Random) -> bytes:
+def request(args: argparse.Namespace, host: str, draw: random.Random) -> tuple[bytes, bytes]:
     body = json.dumps(
         {
             "model": args.model,
@@ -74,7 +75,7 @@ def request(args: argparse.Namespace, host: str, draw: random.Random) -> bytes:
         }
     ).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode(), body
 
 
 async def load(args: argparse.Namespace) -> dict[str, float]:
@@ -92,7 +93,7 @@ async def load(args: argparse.Namespace) -> dict[str, float]:
             Stream, url.hostname, url.port
         )
         while requests:
-            await stream.ask(requests.pop())
+            await stream.ask(*requests.pop())
             times = stream.times[:-1]  # the last event brings the usage, and no token
             assert stream.tokens, "an answer without usage"
             tokens += stream.tokens

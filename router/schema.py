@@ -115,7 +115,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Meta(description="lower first; needs the server's scheduling_policy 'priority'"),
     ] = None
     request_id: Annotated[
-        Annotated[str, Meta(pattern="^[!-~]{1,256}(?!\n)$")] | None,
+        Annotated[str, Meta(pattern=r"^[!-~]{1,256}(?!\n)$")] | None,
         Meta(description="the end of the answer's id, and x-request-id"),
     ] = None
     user: Annotated[str | None, Meta(description="accepted; has no effect")] = None

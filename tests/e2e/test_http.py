@@ -262,7 +262,7 @@ def test_an_engine_that_dies_in_a_stream(server: Server) -> None:
         response = http.post("/v1/completions", json={"prompt": FRANCE})
         assert response.status_code == 503 and response.headers["retry-after"] == "1"
         error_of(response)
-        assert server.service.stats.in_flight == 0
+        until(lambda: server.service.stats.in_flight == 0)
 
 
 def test_drain(server: Server) -> None:

@@ -37,6 +37,10 @@ def test_a_file_has_dashes_or_underscores(tmp_path):
 
 
 HAPROXY = """\
+defaults
+    option splice-request
+    option splice-response
+    option http-no-delay
 frontend http_frontend
     bind 127.0.0.1:8000
     # Routes endpoint
@@ -53,5 +57,6 @@ def test_haproxy_is_given_the_certificate_and_a_better_answer():
     assert "    bind 127.0.0.1:8000\n" in plain and "server a 127.0.0.1:30000" in plain
     assert "    bind 127.0.0.1:8000 ssl crt /k.pem alpn h2,http/1.1\n" in adapt(HAPROXY, "/k.pem")
     assert plain.count("http-response set-header x-request-id") == 1
+    assert "splice" in HAPROXY and "splice" not in plain and "no-delay" in plain
     with pytest.raises(ValueError, match="default backend is not where"):
         adapt("global\n", None)
