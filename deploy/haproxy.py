@@ -5,9 +5,8 @@ Serve runs this (by ``RAY_SERVE_HAPROXY_BINARY_PATH``, see ``program``) in HAPro
 - HTTPS, which Serve's template does not know (``MANTA_TLS_PEM``: certificate and key);
 - while no ingress replica is there, clients get an answer in OpenAI's shape, 503 with Retry-After;
 - an answer has one x-request-id, its own: Serve adds another;
-- nothing is spliced: HAProxy 2.8 then spins on a core from a request whose body comes after its
-  head (as httpx and so OpenAI's client send it) to the end of the answer, and may never see its
-  client go;
+- nothing is spliced: after a request whose body came in a packet of its own, as httpx sends it,
+  HAProxy 2.8 spun on a core to the end of the answer, and did not see its client go;
 - HAProxy ends with the process that started it, and does not keep the port for ever.
 
 It becomes HAProxy in the end, so the process is the one that Serve watches.
