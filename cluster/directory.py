@@ -3,15 +3,17 @@
 The entries are keys in Ray's own store (the GCS), which lives as long as the cluster: no process
 of ours holds them, so none must be restarted. An entry says where something listens, not that it
 lives: that is for its connection to show. What dies without taking its entry along leaves it to
-the next one who finds nobody there (``remove``).
+the next one who finds nobody there (``remove``, ``unanswered``).
 """
 
+import time
 from typing import Literal
 
 from ray.experimental import internal_kv
 
 Kind = Literal["engine", "ingress"]
 _NAMESPACE = "manta"
+FORGET_AFTER = 30.0  # seconds without an answer, after which an entry is dead
 
 
 class Directory:
@@ -22,6 +24,7 @@ class Directory:
 
     def __init__(self, name: str) -> None:
         self._prefix = f"{name}/"
+        self._silent_since: dict[str, float] = {}  # by address
 
     def add(self, kind: Kind, id: str, address: str) -> None:
         """Say where ``id`` listens."""
@@ -30,6 +33,20 @@ class Directory:
     def remove(self, kind: Kind, id: str, address: str) -> None:
         """Forget an entry; harmless if it is gone."""
         internal_kv._internal_kv_del(self._key(kind, id, address), namespace=_NAMESPACE)
+
+    def unanswered(self, kind: Kind, id: str, address: str) -> bool:
+        """Nobody answered there; an entry of which that goes on for ``FORGET_AFTER`` seconds is
+        forgotten. Whether it answered before."""
+        first = address not in self._silent_since
+        since = self._silent_since.setdefault(address, time.monotonic())
+        if time.monotonic() - since > FORGET_AFTER:
+            del self._silent_since[address]
+            self.remove(kind, id, address)
+        return first
+
+    def answered(self, address: str) -> None:
+        """Somebody answered there."""
+        self._silent_since.pop(address, None)
 
     def find(self, kind: Kind) -> dict[str, str]:
         """The addresses by id."""

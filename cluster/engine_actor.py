@@ -91,9 +91,7 @@ class EngineHost:
 
     def _die(self) -> None:
         self._directory.remove("engine", self.engine_id, self.address)
-        stopping = threading.Thread(target=self.loop.stop, daemon=True)  # its workers too
-        stopping.start()
-        stopping.join(STOP_SECONDS)
+        self.loop.stop(STOP_SECONDS)  # its workers too
         os._exit(1)
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Collection, Iterator
 
 from cluster.client import EngineClient
@@ -15,7 +14,6 @@ log = get_logger("engines")
 
 LOOK_EVERY = 1.0  # seconds between two looks into the directory
 LOOK_AT_FIRST = 0.03  # while no engine is known
-FORGET_AFTER = 30.0  # seconds without an answer, after which an entry is dead
 
 
 class Engines(Collection[EngineClient]):
@@ -28,7 +26,6 @@ class Engines(Collection[EngineClient]):
     def __init__(self, name: str) -> None:
         self._directory = Directory(name)
         self._clients: dict[str, RemoteClient] = {}
-        self._silent_since: dict[str, float] = {}  # by address
         self._task: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None  # the look that began last
 
@@ -98,11 +95,7 @@ class Engines(Collection[EngineClient]):
     async def _connect(self, id: str, address: str) -> None:
         try:
             self._clients[id] = await RemoteClient.connect(address, timeout=2.0)
-            self._silent_since.pop(address, None)
+            self._directory.answered(address)
         except EngineError as error:
-            if address not in self._silent_since:
+            if await asyncio.to_thread(self._directory.unanswered, "engine", id, address):
                 log.warning("Engine %s: %s", id, error)
-            since = self._silent_since.setdefault(address, time.monotonic())
-            if time.monotonic() - since > FORGET_AFTER:
-                del self._silent_since[address]
-                await asyncio.to_thread(self._directory.remove, "engine", id, address)

@@ -30,6 +30,7 @@ from cluster.prompts import (
     one_for_each,
     text_prompts,
 )
+from cluster.streams import settled
 from cluster.transport import RemoteClient
 from engine.chat import load_template
 from engine.errors import RequestError
@@ -201,10 +202,7 @@ class AsyncEngineHandle:
                 raise type(error)(f"prompt {number}: {error}") from None
 
         try:
-            submits = (submit(*numbered) for numbered in enumerate(requests))
-            for result in await asyncio.gather(*submits, return_exceptions=True):
-                if isinstance(result, BaseException):
-                    raise result
+            await settled(submit(*numbered) for numbered in enumerate(requests))
             texts = []
             for number, (request, (text, _)) in enumerate(zip(requests, prompts, strict=True)):
                 stream = streams[number]

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hmac
 import secrets
-import time
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -18,7 +17,6 @@ from engine.stats import Metric
 log = get_logger("peers")
 
 PATIENCE = 2.0  # seconds for an answer; who gives none is left out
-FORGET_AFTER = 30.0  # seconds without an answer, after which an entry is dead
 _KEY_BYTES = 32
 _decoder: wire.Decoder[list[Metric]] = wire.Decoder(list[Metric])
 
@@ -36,7 +34,6 @@ class Peers:
         self._key = secrets.token_hex(_KEY_BYTES // 2)
         self._server: asyncio.Server | None = None
         self._address = ""
-        self._silent_since: dict[str, float] = {}  # by id
 
     async def open(self, id: str) -> None:
         """Listen, and say where, as ``id``."""
@@ -83,11 +80,11 @@ class Peers:
                 data = await reader.read(-1)
                 writer.close()
             metrics = _decoder.decode(data)
-        except (OSError, TimeoutError, msgspec.MsgspecError) as error:
-            silent = time.monotonic() - self._silent_since.setdefault(id, time.monotonic())
-            if isinstance(error, ConnectionRefusedError) or silent > FORGET_AFTER:
-                self._silent_since.pop(id, None)
-                await asyncio.to_thread(self._directory.remove, "ingress", id, address)
+        except ConnectionRefusedError:  # nobody is there any longer
+            await asyncio.to_thread(self._directory.remove, "ingress", id, address)
             return None
-        self._silent_since.pop(id, None)
+        except (OSError, TimeoutError, msgspec.MsgspecError):
+            await asyncio.to_thread(self._directory.unanswered, "ingress", id, address)
+            return None
+        self._directory.answered(address)
         return metrics

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 from cluster.client import EngineLoad
 from cluster.messages import Ask, Batch, Cancel, Command, StopAtText, Submit, Times
@@ -12,6 +13,13 @@ from engine.outputs import RequestMetrics
 from engine.request import Request
 from engine.sequence import FinishReason
 from engine.stats import Metric
+
+
+async def settled(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all side by side to their ends, then raise the first's error, if there is one."""
+    for result in await asyncio.gather(*works, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 class Stream:

@@ -2,9 +2,9 @@
 
 A message is its length (4 bytes, little endian) and MessagePack (``engine.wire``). The engine's
 own loop writes to the sockets after each step, so a token passes no queue and no further thread on
-its way out. A process that dies closes its connections, which the other side sees at
-once; a host that vanishes is noticed by TCP's keep-alive within ``HOST_TIMEOUT`` seconds. An
-engine that hangs is silent: it says its load twice a second, when no step keeps it.
+its way out. A process that dies closes its connections, which the other side sees at once; a host
+that vanishes is noticed by TCP's keep-alive within ``HOST_TIMEOUT`` seconds. An engine that hangs
+is silent: it says its load twice a second, when no step keeps it.
 """
 
 import asyncio
@@ -98,14 +98,14 @@ class Server:
         self._listener = socket.create_server((host, 0), family=family)
         self._listener.setblocking(False)
         self.address = f"{host} {self._listener.getsockname()[1]} {key}"
-        self._selector = selectors.DefaultSelector()
+        self.selector = selectors.DefaultSelector()  # for the server's thread
         self._awake, self._waker = socket.socketpair()
         self._awake.setblocking(False)
         self._waker.setblocking(False)
         self._posted: deque[Callable[[], None]] = deque()
         self._stopping = False
-        self._watch(self._listener, _READ, self._accept)
-        self._watch(self._awake, _READ, self._run_posted)
+        self.selector.register(self._listener, _READ, self._accept)
+        self.selector.register(self._awake, _READ, self._run_posted)
         self._thread = threading.Thread(target=self._run, name="manta-transport", daemon=True)
         self._thread.start()
         loop.at_end(self._close)
@@ -120,11 +120,11 @@ class Server:
 
     def _run(self) -> None:
         while not self._stopping:
-            for key, events in self._selector.select():
+            for key, events in self.selector.select():
                 key.data(events)
-        for key in list(self._selector.get_map().values()):
+        for key in list(self.selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
-        self._selector.close()
+        self.selector.close()
         self._waker.close()
 
     def _run_posted(self, events: int) -> None:
@@ -140,16 +140,7 @@ class Server:
             _prepare(sock)
             sock.setblocking(False)
             connection = _Connection(sock, self, self._loop)
-            self._watch(sock, _READ, connection.ready)
-
-    def _watch(self, sock: socket.socket, events: int, ready: Callable[[int], None]) -> None:
-        self._selector.register(sock, events, ready)
-
-    def rewatch(self, sock: socket.socket, events: int, ready: Callable[[int], None]) -> None:
-        self._selector.modify(sock, events, ready)
-
-    def unwatch(self, sock: socket.socket) -> None:
-        self._selector.unregister(sock)
+            self.selector.register(sock, _READ, connection.ready)
 
     def greeting(self, key: memoryview) -> bytes:
         """What a client is told first. Raises ValueError for a wrong key."""
@@ -244,7 +235,7 @@ class _Connection:
         with self._writing:
             if self._open:
                 more = selectors.EVENT_WRITE if self._unsent else 0
-                self._server.rewatch(self._socket, _READ | more, self.ready)
+                self._server.selector.modify(self._socket, _READ | more, self.ready)
 
     def _write(self, data: bytes | memoryview) -> int:
         """How many bytes of it the socket took."""
@@ -265,7 +256,7 @@ class _Connection:
     def _close(self) -> None:
         with self._writing:
             self._open = False
-            self._server.unwatch(self._socket)
+            self._server.selector.unregister(self._socket)
             self._socket.close()
         if self._known:
             self._loop.post(lambda: self._loop.leave(self))

@@ -15,8 +15,10 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from cluster.client import EngineClient, EngineInfo, RequestStream
+from cluster.streams import settled
 from engine.chat import load_template
 from engine.errors import EngineError, QueueFull
 from engine.output import RequestText
@@ -52,9 +54,13 @@ class ServedModel:
     fingerprint: str
     created: int
 
+    @cached_property
+    def _facts(self) -> EngineInfo:
+        return _facts(self.info)
+
     def fits(self, engine: EngineClient) -> bool:
         """Whether an engine serves just this; during an update there may be others."""
-        return _facts(engine.info) == _facts(self.info)
+        return _facts(engine.info) == self._facts
 
 
 def _facts(info: EngineInfo) -> EngineInfo:
@@ -120,11 +126,12 @@ class Service:
         async with self._loading:
             engines = await self.reachable()
             model = self._model
-            if model is None and not engines:
+            if model is not None and (not engines or any(map(model.fits, engines))):
+                return model
+            if not engines:
                 raise unavailable("no engine is ready yet", "starting")
-            if model is None or not (any(map(model.fits, engines)) or not engines):
-                model = self._model = await asyncio.to_thread(self._resolve, engines[0].info)
-            return model
+            self._model = await asyncio.to_thread(self._resolve, engines[0].info)
+            return self._model
 
     def _resolve(self, info: EngineInfo) -> ServedModel:
         names = self.config.served_model_name or (info.model,)
@@ -186,10 +193,7 @@ class Service:
             started.append(Generation(text, stream, ticket, number * sampling.n))
 
         try:
-            starts = [start(number, prompt) for number, prompt in enumerate(prompts)]
-            for result in await asyncio.gather(*starts, return_exceptions=True):
-                if isinstance(result, BaseException):
-                    raise result
+            await settled(start(number, prompt) for number, prompt in enumerate(prompts))
             yield sorted(started, key=lambda generation: generation.first_choice)
         finally:
             for generation in started:

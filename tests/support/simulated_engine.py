@@ -9,16 +9,16 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from cluster import transport
-from cluster.client import EngineInfo
 from cluster.loop import EngineLoop
 from cluster.transport import Server
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.sampling_params import SamplingParams
-from tests.support.simulator import VOCAB, SimulatedExecutor
+from tests.support.gated import INFO
+from tests.support.simulator import SimulatedExecutor
 
 STEP_SECONDS = 0.002
 MAX_LEN = 4096
@@ -51,20 +51,12 @@ def main(
     executor = Executor(num_blocks, num_cpu_blocks, 4, max_num_seqs, MAX_LEN, None)
     engine = Engine(config, executor, executor.load(), executor.reserve(), MAX_LEN)
     loop = EngineLoop(engine)
-    info = EngineInfo(
+    info = replace(
+        INFO,
         engine_id="simulated",
-        model="simulated",
-        tokenizer="none",
-        revision=None,
-        chat_template=None,
         max_model_len=MAX_LEN,
-        vocab_size=VOCAB,
-        max_logprobs=20,
-        block_size=4,
         num_device_blocks=num_blocks,
         num_cpu_blocks=num_cpu_blocks,
-        scheduling_policy="fcfs",
-        default_sampling=SamplingParams(),
         step_timeout=step_timeout,
     )
     server = Server(loop, info, "secret")
