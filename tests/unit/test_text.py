@@ -118,11 +118,19 @@ def test_byte_fallback_of_any_tokens(data: st.DataObject, cuts: list[int]) -> No
     tokenizer = load("llama")
     library = sentencepiece.SentencePieceProcessor(str(checkpoints.sentencepiece_model("bpe")))
     size = library.get_piece_size()
+    space = library.piece_to_id("<0x20>")
+    assert (tokenizer.decode([space]), library.decode([space])) == ("", " ")
+
+    def decode(ids: list[int]) -> str:
+        # A text's first space is taken away by tokenizers (so by transformers and vLLM) even where
+        # a byte token wrote it, by the library only where a word did.
+        text = library.decode(ids)
+        return text.removeprefix(" ") if ids[:1] == [space] else text
+
     # Without the control tokens, which end a run of bytes there; bytes are the ids after them.
     any_ids = st.lists(st.integers(3, size - 1) | st.integers(3, 262), max_size=20)
     prompt, ids = data.draw(any_ids), data.draw(any_ids)
-    whole = library.decode(prompt + ids)
-    before = library.decode(prompt)
+    whole, before = decode(prompt + ids), decode(prompt)
     given = stream(tokenizer, prompt, split(ids, cuts))
     assert joins(before, given, whole)
 
