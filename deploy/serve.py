@@ -15,7 +15,7 @@ from cluster.engine_actor import EngineHost, needed
 from cluster.engines import Engines
 from cluster.peers import Peers
 from cluster.ray_metrics import RayMetrics
-from deploy.settings import Settings, with_step_budget
+from deploy.settings import Settings, with_server_defaults
 from engine.stats import Metric
 from manta import __version__
 from router.app import build_app
@@ -66,7 +66,7 @@ class Engine:
         self, options: Mapping[str, Any], application: str
     ) -> None:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        settings = Settings.from_options(with_step_budget(options, resources.get("GPU", 0)))
+        settings = Settings.from_options(with_server_defaults(options, resources.get("GPU", 0)))
         router = settings.router
         self._grace = router.shutdown_timeout
         self._host = await asyncio.to_thread(

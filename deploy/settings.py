@@ -39,18 +39,20 @@ class Settings:
         )
 
 
-def with_step_budget(options: Mapping[str, Any], num_gpus: float) -> dict[str, Any]:
-    """A server's options with a smaller ``max_num_batched_tokens`` where a CPU computes.
+def with_server_defaults(options: Mapping[str, Any], num_gpus: float) -> dict[str, Any]:
+    """A server's options, with what is not given as suits a server where a CPU computes.
 
     A CPU reads about a thousand tokens of prompts a second, however many at once: with large steps
-    the first of many prompts waits for the last. On GPUs, and where it is given, it stays.
+    the first of many prompts waits for the last. And a server has time before its first request
+    to take the memory of its KV blocks. On GPUs, and where it is given, all stays.
     """
-    computes_on_gpu = num_gpus > 0 and options.get("device") != "cpu"
-    whole_prompts = options.get("enable_chunked_prefill") is False
-    if computes_on_gpu or whole_prompts or "max_num_batched_tokens" in options:
+    if num_gpus > 0 and options.get("device") != "cpu":
         return dict(options)
-    budget = max(CPU_STEP_TOKENS, options.get("max_num_seqs", 0))
-    return {**options, "max_num_batched_tokens": budget}
+    defaults: dict[str, Any] = {"prefault_kv_cache": True}
+    if options.get("enable_chunked_prefill") is not False:
+        budget = max(CPU_STEP_TOKENS, options.get("max_num_seqs", 0))
+        defaults["max_num_batched_tokens"] = budget
+    return defaults | dict(options)
 
 
 def server_options() -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -94,6 +94,12 @@ class CacheConfig:
         " is 4 GiB, or 40 % of the free memory if that is less",
         least=1,
     )
+    prefault_kv_cache: bool = option(
+        False,
+        "on a CPU, take the KV blocks' memory from the system in the background after the start,"
+        " not as blocks are first written, which slows steps; servers do by default, and on CUDA"
+        " it is always taken at the start",
+    )
     num_gpu_blocks_override: int | None = option(
         None, "number of device KV blocks, instead of what fits", least=1
     )

@@ -44,7 +44,8 @@ class KVCache:
     ) -> None:
         self.layers = [backend.allocate(num_device_blocks) for _ in range(num_layers)]
         first = self.layers[0]
-        # Not initialised: memory is taken only as blocks are written, and start-up stays short.
+        # Not initialised: memory is taken as blocks are written, or see ``Prefault``, and start-up
+        # stays short.
         shape = num_cpu_blocks, num_layers, *first.shape[1:]
         self._tiers: CudaTiers | CPUTiers
         if device.type == "cuda":

@@ -18,6 +18,7 @@ from workers import weights
 from workers.attention import choose_backend
 from workers.checkpoint import load_config, resolve_dtype
 from workers.clock import StepClock
+from workers.kernels.memory import Prefault
 from workers.kv import KVCache
 from workers.messages import Blocks
 from workers.models import attention_shape, build_model, read_traits
@@ -30,6 +31,7 @@ GIB = 2**30
 WARM_UP_TOKENS = 128
 CUDA_CONTEXT_BYTES = 700 << 20  # what a process takes on a GPU before it allocates anything
 DEFAULT_BLOCK_SIZE = 16
+LONGEST_STEP, IDLE_AFTER = 60.0, 0.05  # seconds, for what waits until there are no steps
 
 
 def choose_device(option: str) -> torch.device:
@@ -105,6 +107,7 @@ class Worker:
         self.device = device or choose_device(config.device.device)
         self.ranks = ranks or Ranks()
         self.neighbours = neighbours
+        self._prefault: Prefault | None = None
 
     def load(self, progress: Progress | None = None) -> ModelFacts:
         """Build the model and fill its weights. Raises CheckpointError or ConfigError."""
@@ -166,6 +169,8 @@ class Worker:
         self.kv = KVCache(self.backend, num_layers, blocks.device, blocks.cpu, self.device)
         seconds_per_token = self._warm_up(blocks.device)
         out, in_ = self.kv.measure()
+        if self.config.cache.prefault_kv_cache and self.device.type == "cpu":
+            self._prefault = Prefault(self.kv.layers)
         return Capacity(
             num_device_blocks=blocks.device,
             num_cpu_blocks=blocks.cpu,
@@ -191,6 +196,8 @@ class Worker:
         ``tokens`` [n, 3] are (slot, position, token) of what the last stage sampled meanwhile,
         for the first stage; of the rows before ``plan``.
         """
+        if self._prefault is not None:
+            self._prefault.pause(LONGEST_STEP)
         if tokens is not None and len(tokens):
             self.slots.learn(tokens)
         for slot in plan.release.tolist():
@@ -216,6 +223,8 @@ class Worker:
         else:
             found = self._sample(plan, hidden, batch.query_starts)
         clock.stop()
+        if self._prefault is not None:
+            self._prefault.pause(IDLE_AFTER)
         return Pending(plan, clock, copied, *found)
 
     def _sample(

@@ -2,13 +2,15 @@
 
 import gc
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from workers.kernels.memory import HUGE_PAGE, huge_tensor, result_tensor
+from workers.kernels.memory import HUGE_PAGE, Prefault, huge_tensor, result_tensor
 
 
 def mapping(tensor: Tensor) -> tuple[str, set[str]]:
@@ -68,3 +70,45 @@ def test_results_are_right_whatever_was_there() -> None:
         result = result_tensor((rows, 1024), torch.float32)
         result.copy_(torch.arange(rows)[:, None].expand(-1, 1024))
         assert (result[:, 7] == torch.arange(rows)).all()
+
+
+def resident(tensor: Tensor) -> int:
+    """Bytes of the tensor's mapping that have memory."""
+    at, inside = tensor.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line):
+            inside = int(found[1], 16) <= at < int(found[2], 16)
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no mapping holds it")
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_prefault_takes_all_memory_and_keeps_contents() -> None:
+    tensors = [huge_tensor((size, 1 << 20), torch.uint8) for size in (70, 41)]
+    for tensor in tensors:
+        tensor[3:5] = 7
+        assert resident(tensor) < 10 << 20
+    Prefault(tensors)
+    assert until(lambda: all(resident(x) >= x.nbytes for x in tensors))
+    assert all(int(tensor.sum(dtype=torch.int64)) == 7 * 2 << 20 for tensor in tensors)
+
+
+def test_prefault_waits_while_paused_and_ends_with_its_tensors() -> None:
+    tensors = [huge_tensor((1 << 30,), torch.uint8) for _ in range(2)]
+    prefault = Prefault(tensors)
+    prefault.pause(60)
+    time.sleep(0.1)  # the piece in progress
+    before = resident(tensors[0])
+    time.sleep(0.3)
+    assert resident(tensors[0]) == before < 1 << 30
+    tensors.pop()
+    prefault.pause(0)
+    assert until(lambda: not prefault._thread.is_alive())
+    assert resident(tensors[0]) < 1 << 30

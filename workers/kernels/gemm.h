@@ -25,6 +25,7 @@ template <int R>
 void gemm_tile(const uint16_t* x, int64_t stride, const uint16_t* w, int64_t K, const char* fetch,
                int64_t step, float* sums) {
     __m512 low[R], high[R];
+#pragma GCC unroll 14  // else gcc fills them in memory first
     for (int r = 0; r < R; r++) low[r] = high[r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < K; k += 2, w += 2 * PANEL) {
         const __m512bh w_low = (__m512bh)_mm512_loadu_si512(w);

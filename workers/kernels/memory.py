@@ -5,9 +5,14 @@ page-table walks: measured, one core reads 34 instead of 22 GB/s.
 """
 
 import contextlib
+import ctypes
 import mmap
+import sys
 import threading
+import time
+import weakref
 from collections import defaultdict
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -19,6 +24,8 @@ from torch import Tensor
 HUGE_PAGE = 2 << 20
 _CHUNK = 16 * HUGE_PAGE  # shared by what is smaller: a weight of 1 MB alone would fill no huge page
 _LINE = 64  # bytes
+_POPULATE = 23  # MADV_POPULATE_WRITE
+_libc = ctypes.CDLL(None)  # mmap.madvise would hold the interpreter's lock
 _lock = threading.Lock()
 _rest = torch.empty(0, dtype=torch.uint8)  # of the last chunk
 
@@ -51,6 +58,45 @@ def _map(size: int) -> Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
     return whole[start : start + size]
+
+
+class Prefault:
+    """Has the system back tensors with memory before they are written, in a thread of its own.
+
+    Their contents stay. It goes through all of them side by side, as KV blocks are used, does
+    nothing while paused, and ends early when one of the tensors is gone. Where the system cannot
+    do it (before Linux 5.14), their memory is taken as it is written.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._paused_until = 0.0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if sys.platform == "linux":
+            self._thread.start()
+
+    def pause(self, seconds: float) -> None:
+        """Leave cores and memory to others for so long from now on."""
+        self._paused_until = time.monotonic() + seconds
+
+    def _run(self) -> None:
+        offset, more = 0, True
+        while more:
+            more = False
+            for weak in self._tensors:
+                while (seconds := self._paused_until - time.monotonic()) > 0:
+                    time.sleep(min(seconds, 0.05))
+                tensor = weak()
+                if tensor is None:
+                    return
+                first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE + offset
+                length = min(HUGE_PAGE, tensor.data_ptr() + tensor.nbytes - first)
+                if length > 0:
+                    more = True
+                    if _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _POPULATE):
+                        return
+                del tensor
+            offset += HUGE_PAGE
 
 
 class _Lease(np.ndarray[Any, Any]):
