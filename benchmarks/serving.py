@@ -140,8 +140,10 @@ def offline(args: argparse.Namespace) -> None:
         dtype="bfloat16",
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=streams,
+        prefault_kv_cache=True,  # as servers do
         use_tqdm_on_load=False,
     )
+    time.sleep(10)
     params = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True)
     for turn in range(args.rounds + 1):
         prompts = make_prompts(turn, STREAMS[streams], INPUT_LEN)
