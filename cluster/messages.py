@@ -103,4 +103,10 @@ class Batch(msgspec.Struct, array_like=True, tag=2):
     failure: str | None = None
 
 
-Message = Hello | Batch
+class AtWork(msgspec.Struct, array_like=True, tag=3):
+    """A step keeps the engine from saying more: it has been running for so long."""
+
+    step_seconds: float
+
+
+Message = Hello | Batch | AtWork

@@ -3,8 +3,9 @@
 A message is its length (4 bytes, little endian) and MessagePack (``engine.wire``). The engine's
 own loop writes to the sockets after each step, so a token passes no queue and no further thread on
 its way out. A process that dies closes its connections, which the other side sees at once; a host
-that vanishes is noticed by TCP's keep-alive within ``HOST_TIMEOUT`` seconds. An engine that hangs
-is silent: it says its load twice a second, when no step keeps it.
+that vanishes is noticed by TCP's keep-alive within ``HOST_TIMEOUT`` seconds. While a step keeps the
+loop, the server's thread says each second for how long: an engine hangs when that is too long, and
+a process (stopped, or its host frozen) when it says nothing.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ import msgspec
 
 from cluster.client import EngineInfo, EngineLoad
 from cluster.loop import EngineLoop
-from cluster.messages import Batch, Command, Drain, Hello, Message
+from cluster.messages import AtWork, Batch, Command, Drain, Hello, Message
 from cluster.streams import Stream, StreamTable
 from engine import wire
 from engine.errors import EngineError
@@ -34,6 +35,8 @@ from engine.stats import Metric
 log = get_logger("transport")
 
 HOST_TIMEOUT = 3  # seconds until a host that says nothing is taken for dead
+BEAT = 1.0  # seconds between two signs of life, at most
+SILENCE = 10.0  # seconds until a process that says nothing is taken to hang
 MOST_BYTES = 1 << 28  # of one message
 MOST_UNREAD = 1 << 26  # bytes that a client may leave unread
 _LENGTH = struct.Struct("<I")
@@ -102,6 +105,7 @@ class Server:
         self._awake, self._waker = socket.socketpair()
         self._awake.setblocking(False)
         self._waker.setblocking(False)
+        self.clients: set[_Connection] = set()  # that have shown the key; for the server's thread
         self._posted: deque[Callable[[], None]] = deque()
         self._stopping = False
         self.selector.register(self._listener, _READ, self._accept)
@@ -119,9 +123,13 @@ class Server:
     # ---- in the server's thread ----
 
     def _run(self) -> None:
+        beat = time.monotonic() + BEAT
         while not self._stopping:
-            for key, events in self.selector.select():
+            for key, events in self.selector.select(max(0.0, beat - time.monotonic())):
                 key.data(events)
+            if time.monotonic() >= beat:
+                self._beat()
+                beat = time.monotonic() + BEAT
         for key in list(self.selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
         self.selector.close()
@@ -133,6 +141,14 @@ class Server:
                 pass
         while self._posted:
             self._posted.popleft()()
+
+    def _beat(self) -> None:
+        """Where a step keeps the loop from writing, say that all is well."""
+        seconds = self._loop.step_seconds
+        if seconds >= BEAT:
+            data = _frame(AtWork(seconds))
+            for connection in self.clients:
+                connection.send(data)
 
     def _accept(self, events: int) -> None:
         with contextlib.suppress(OSError):  # it went away again
@@ -177,7 +193,7 @@ class _Connection:
         self._open = True
 
     def deliver(self, batch: Batch) -> None:
-        self._send(_frame(batch))
+        self.send(_frame(batch))
 
     def ready(self, events: int) -> None:
         """The socket can be read or written; in the server's thread."""
@@ -206,10 +222,12 @@ class _Connection:
             return
         hello = self._server.greeting(message)
         self._known = True
-        self._send(hello)
+        self._server.clients.add(self)
+        self.send(hello)
         self._loop.post(lambda: self._loop.join(self))
 
-    def _send(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
+        """Write a message, or what the socket takes of it; thread-safe."""
         with self._writing:
             if not self._open:
                 return
@@ -258,6 +276,7 @@ class _Connection:
             self._open = False
             self._server.selector.unregister(self._socket)
             self._socket.close()
+        self._server.clients.discard(self)
         if self._known:
             self._loop.post(lambda: self._loop.leave(self))
 
@@ -275,6 +294,7 @@ class RemoteClient(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._heard = time.monotonic()
+        self._step_seconds = 0.0  # of the step that runs at the engine, as it said last
         self._watch: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -294,7 +314,7 @@ class RemoteClient(asyncio.Protocol):
                 raise
             why = f"nothing within {timeout:g} s" if isinstance(error, TimeoutError) else error
             raise EngineError(f"no engine answers at {host}:{port}: {why}") from error
-        client._watch = loop.call_later(client._patience / 4, client._check_silence)
+        client._check_progress()
         return client
 
     @property
@@ -303,7 +323,7 @@ class RemoteClient(asyncio.Protocol):
 
     @property
     def healthy(self) -> bool:
-        return self.connected and self._silence < self._patience
+        return self.connected and self._hang() is None
 
     @property
     def connected(self) -> bool:
@@ -325,14 +345,6 @@ class RemoteClient(asyncio.Protocol):
 
     # ---- inside ----
 
-    @property
-    def _patience(self) -> float:
-        return self.info.step_timeout
-
-    @property
-    def _silence(self) -> float:
-        return time.monotonic() - self._heard
-
     def _send(self, command: Command) -> None:
         self._write(_frame(command))
 
@@ -340,12 +352,21 @@ class RemoteClient(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(data)
 
-    def _check_silence(self) -> None:
-        if self._silence >= self._patience:
-            self._end(f"{self._name} hangs: it has finished no step for {self._silence:.1f} s")
-        elif self._table.failure is None:
+    def _hang(self) -> str | None:
+        """Why the engine makes no progress, if it seems to make none."""
+        silence = time.monotonic() - self._heard
+        if silence >= SILENCE:
+            return f"its process has said nothing for {silence:.1f} s"
+        if self._step_seconds >= self.info.step_timeout:
+            return f"it has finished no step for {self._step_seconds:.1f} s"
+        return None
+
+    def _check_progress(self) -> None:
+        if (why := self._hang()) is not None:
+            self._end(f"{self._name} hangs: {why}")
+        elif self.connected:
             loop = asyncio.get_running_loop()
-            self._watch = loop.call_later(self._patience / 4, self._check_silence)
+            self._watch = loop.call_later(BEAT / 2, self._check_progress)
 
     @property
     def _name(self) -> str:
@@ -372,8 +393,11 @@ class RemoteClient(asyncio.Protocol):
         try:
             for piece in self._reader.take(data):
                 message = self._decoder.decode(piece)
+                self._step_seconds = 0.0
                 if isinstance(message, Batch):
                     self._table.receive(message)
+                elif isinstance(message, AtWork):
+                    self._step_seconds = message.step_seconds
                 elif not self._greeted.done():
                     self.info, self._table.load = message.info, message.load
                     self._greeted.set_result(None)

@@ -98,7 +98,7 @@ def build(options: Mapping[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=stop_seconds,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2.0,
-        health_check_timeout_s=30.0,
+        health_check_timeout_s=10.0,
         max_constructor_retry_count=2,
         ray_actor_options=needed(settings.engine),
     )(Engine)

@@ -12,7 +12,7 @@ from engine.config import EngineConfig, declared_options, refuse_unknown
 from engine.errors import ConfigError
 from router.config import RouterConfig
 
-CPU_STEP_TOKENS = 512
+CPU_STEP_TOKENS = 320
 
 
 @dataclass(frozen=True)

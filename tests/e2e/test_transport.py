@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from cluster import transport
 from cluster.transport import RemoteClient
 from engine.errors import EngineError, PromptTooLong, RequestError
 from tests.support.simulated_engine import EngineProcess
@@ -150,12 +151,16 @@ async def fails(client, act, cause):
 
 
 @pytest.mark.parametrize("kind", ["kill", "stop", "hang", "fail"])
-def test_an_engine_that_dies_or_hangs_is_named_in_every_stream(kind):
+def test_an_engine_that_dies_or_hangs_is_named_in_every_stream(kind, monkeypatch):
+    monkeypatch.setattr(transport, "SILENCE", 3.0)
     with EngineProcess(step_timeout=1.0) as engine:
         act, cause = {
             "kill": (engine.process.kill, "simulated at 127.0.0.1:.* is gone"),
-            "stop": (lambda: os.kill(engine.process.pid, signal.SIGSTOP), "hangs: .* no step"),
-            "hang": (lambda: engine.ask("hang"), "hangs: .* no step"),
+            "stop": (
+                lambda: os.kill(engine.process.pid, signal.SIGSTOP),
+                "hangs: .* said nothing for 3",
+            ),
+            "hang": (lambda: engine.ask("hang"), "hangs: .* no step for 1"),
             "fail": (lambda: engine.ask("fail no more ink"), "OSError: no more ink"),
         }[kind]
 
@@ -166,8 +171,9 @@ def test_an_engine_that_dies_or_hangs_is_named_in_every_stream(kind):
     print(f"seen {seconds * 1e3:.0f} ms after the engine's {kind}")
 
 
-def test_a_long_step_keeps_nobody_at_the_door_and_breaks_no_connection():
-    """Longer than the time in which a host that says nothing is taken for dead."""
+def test_a_long_step_keeps_nobody_at_the_door_and_breaks_no_connection(monkeypatch):
+    """Longer than the time in which a host or a process that says nothing is taken for dead."""
+    monkeypatch.setattr(transport, "SILENCE", 3.0)
     with EngineProcess() as engine:
 
         async def main():
