@@ -44,6 +44,10 @@ class Directory:
             self.remove(kind, id, address)
         return first
 
+    def silent(self, address: str) -> bool:
+        """Whether nobody answered there the last time."""
+        return address in self._silent_since
+
     def answered(self, address: str) -> None:
         """Somebody answered there."""
         self._silent_since.pop(address, None)

@@ -28,6 +28,7 @@ class Engines(Collection[EngineClient]):
         self._clients: dict[str, RemoteClient] = {}
         self._task: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None  # the look that began last
+        self._connecting: dict[str, asyncio.Task[None]] = {}
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -63,7 +64,7 @@ class Engines(Collection[EngineClient]):
 
     async def close(self) -> None:
         """Close every connection; requests in flight end."""
-        for task in (self._task, self._looking):
+        for task in (self._task, self._looking, *list(self._connecting.values())):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -89,8 +90,13 @@ class Engines(Collection[EngineClient]):
         for id, client in list(self._clients.items()):
             if not client.connected:
                 del self._clients[id]
-        new = [(id, address) for id, address in found.items() if id not in self._clients]
-        await asyncio.gather(*(self._connect(id, address) for id, address in new))
+        for id, address in found.items():
+            if id not in self._clients and id not in self._connecting:
+                self._connecting[id] = asyncio.create_task(self._connect(id, address))
+        # Who did not answer the last time is tried again, but keeps nobody waiting.
+        silent = {id for id, address in found.items() if self._directory.silent(address)}
+        if awaited := [task for id, task in self._connecting.items() if id not in silent]:
+            await asyncio.wait(awaited)
 
     async def _connect(self, id: str, address: str) -> None:
         try:
@@ -99,3 +105,5 @@ class Engines(Collection[EngineClient]):
         except EngineError as error:
             if await asyncio.to_thread(self._directory.unanswered, "engine", id, address):
                 log.warning("Engine %s: %s", id, error)
+        finally:
+            del self._connecting[id]

@@ -251,12 +251,15 @@ async def _drain_engines(deadline: float) -> None:
 
     engines = Engines(APPLICATION)
     await engines.open()
+    looking: asyncio.Task[None] | None = None
     try:
         while True:
-            if not at_work():
-                await engines.look()  # one may have come meanwhile, that is to drain too
             engines.drain()
-            if not at_work():
+            if at_work():
+                looking = None
+            elif looking is None:  # one may have come meanwhile, that is to drain too
+                looking = asyncio.create_task(engines.look())
+            elif looking.done():
                 return
             if time.monotonic() > deadline:
                 log.warning("Requests are still in flight; they end now")

@@ -18,6 +18,7 @@ from workers import weights
 from workers.attention import choose_backend
 from workers.checkpoint import load_config, resolve_dtype
 from workers.clock import StepClock
+from workers.host_memory import host_memory
 from workers.kernels.memory import Prefault
 from workers.kv import KVCache
 from workers.messages import Blocks
@@ -290,7 +291,7 @@ class Worker:
                 used = torch.cuda.memory_reserved(self.device) + CUDA_CONTEXT_BYTES
             share = int(total * (cache.gpu_memory_utilization or 0.9)) // self.neighbours
             return share - used - self._activation_bytes()
-        free, total = _host_memory()
+        free, total = host_memory()
         if cache.gpu_memory_utilization is not None:
             share = int(total * cache.gpu_memory_utilization) - (total - free)
             return share // self.neighbours
@@ -324,11 +325,3 @@ class Worker:
                 self.run(decode).result()
         self.table.release(0)
         return seconds[-1] / num
-
-
-def _host_memory() -> tuple[int, int]:
-    """(available, total) bytes of host memory."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    kib = {name: int(value.split()[0]) for name, value in fields.items()}
-    return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024

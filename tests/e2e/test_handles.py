@@ -45,6 +45,7 @@ except manta.EngineError as error:
 @pytest.fixture(scope="module")
 def cluster():
     ray.init(
+        "local",
         num_cpus=2,
         include_dashboard=False,
         logging_level="WARNING",

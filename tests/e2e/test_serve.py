@@ -210,6 +210,20 @@ def test_an_engine_that_is_killed_is_named_and_replaced(server):
     assert httpx.post(f"{URL}/v1/completions", json=body(max_tokens=4)).status_code == 200
 
 
+def test_an_engine_that_hangs_is_not_healthy_is_named_and_replaced(server):
+    process, log, session = server
+    reading = Reading(max_tokens=1900)
+    until(lambda: metric("num_requests_running") == 1)
+    stopped = engine_pid(session)
+    os.kill(stopped, signal.SIGSTOP)
+    reading.thread.join(30)
+    assert "hangs: its process has said nothing" in str(reading.error), reading.error
+    health = httpx.get(f"{URL}/health", timeout=30)
+    assert health.status_code == 503, health.text
+    wait_ready(process, log)
+    assert httpx.post(f"{URL}/v1/completions", json=body(max_tokens=4)).status_code == 200
+
+
 def test_a_port_that_is_taken_is_said_at_once(server):
     again = subprocess.run(
         [sys.executable, "-m", "deploy.cli", "serve", *OPTIONS], capture_output=True, text=True

@@ -1,15 +1,17 @@
 """Memory for weights and results: where it lies, and that nobody gets what another still has."""
 
+import ctypes
 import gc
+import mmap
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.support.waiting import until
 from workers.kernels.memory import HUGE_PAGE, Prefault, huge_tensor, result_tensor
 
 
@@ -73,21 +75,13 @@ def test_results_are_right_whatever_was_there() -> None:
 
 
 def resident(tensor: Tensor) -> int:
-    """Bytes of the tensor's mapping that have memory."""
-    at, inside = tensor.data_ptr(), False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line):
-            inside = int(found[1], 16) <= at < int(found[2], 16)
-        elif inside and line.startswith("Rss:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no mapping holds it")
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
+    """Bytes of the tensor's pages that have memory."""
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - start
+    pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+    libc = ctypes.CDLL(None)
+    assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(length), pages) == 0
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
 
 
 def test_prefault_takes_all_memory_and_keeps_contents() -> None:
@@ -96,7 +90,7 @@ def test_prefault_takes_all_memory_and_keeps_contents() -> None:
         tensor[3:5] = 7
         assert resident(tensor) < 10 << 20
     Prefault(tensors)
-    assert until(lambda: all(resident(x) >= x.nbytes for x in tensors))
+    until(lambda: all(resident(x) >= x.nbytes for x in tensors))
     assert all(int(tensor.sum(dtype=torch.int64)) == 7 * 2 << 20 for tensor in tensors)
 
 
@@ -110,5 +104,5 @@ def test_prefault_waits_while_paused_and_ends_with_its_tensors() -> None:
     assert resident(tensors[0]) == before < 1 << 30
     tensors.pop()
     prefault.pause(0)
-    assert until(lambda: not prefault._thread.is_alive())
+    until(lambda: not prefault._thread.is_alive())
     assert resident(tensors[0]) < 1 << 30
