@@ -1,8 +1,8 @@
 """Finding engines and keeping hold of them."""
 
 import asyncio
-import contextlib
 from collections.abc import Collection, Iterator
+from functools import partial
 
 from cluster.client import EngineClient
 from cluster.directory import Directory
@@ -13,6 +13,7 @@ from engine.log import get_logger
 log = get_logger("engines")
 
 LOOK_EVERY = 1.0  # seconds between two looks into the directory
+BRIEFLY = 0.1  # seconds to wait for an engine that did not answer before
 LOOK_AT_FIRST = 0.03  # while no engine is known
 
 
@@ -29,6 +30,7 @@ class Engines(Collection[EngineClient]):
         self._task: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None  # the look that began last
         self._connecting: dict[str, asyncio.Task[None]] = {}
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -41,6 +43,7 @@ class Engines(Collection[EngineClient]):
 
     async def open(self) -> None:
         """Start keeping the set current."""
+        self._closed = False
         if self._task is None:
             self._task = asyncio.create_task(self._keep_current())
 
@@ -52,9 +55,10 @@ class Engines(Collection[EngineClient]):
         before = self._looking
         if before is not None:
             await asyncio.wait((before,))  # it began too early
-        if self._looking is before:
+        if self._closed:
+            return
+        if self._looking is before or self._looking is None:
             self._looking = asyncio.create_task(self._look())
-        assert self._looking is not None
         await asyncio.wait((self._looking,))
 
     def drain(self) -> None:
@@ -64,11 +68,9 @@ class Engines(Collection[EngineClient]):
 
     async def close(self) -> None:
         """Close every connection; requests in flight end."""
-        for task in (self._task, self._looking, *list(self._connecting.values())):
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        self._closed = True
+        await _end(self._task, self._looking)
+        await _end(*self._connecting.values())
         self._task = self._looking = None
         for client in self._clients.values():
             await client.close()
@@ -77,7 +79,8 @@ class Engines(Collection[EngineClient]):
     async def _keep_current(self) -> None:
         while True:
             await self.look()
-            await asyncio.sleep(LOOK_EVERY if self._clients else LOOK_AT_FIRST)
+            known = self._clients or self._connecting
+            await asyncio.sleep(LOOK_EVERY if known else LOOK_AT_FIRST)
 
     async def _look(self) -> None:
         try:
@@ -92,11 +95,19 @@ class Engines(Collection[EngineClient]):
                 del self._clients[id]
         for id, address in found.items():
             if id not in self._clients and id not in self._connecting:
-                self._connecting[id] = asyncio.create_task(self._connect(id, address))
-        # Who did not answer the last time is tried again, but keeps nobody waiting.
+                task = asyncio.create_task(self._connect(id, address))
+                self._connecting[id] = task
+                task.add_done_callback(partial(self._connected, id))
+        # Who did not answer the last time is tried again, but keeps nobody waiting for long.
         silent = {id for id, address in found.items() if self._directory.silent(address)}
-        if awaited := [task for id, task in self._connecting.items() if id not in silent]:
-            await asyncio.wait(awaited)
+        tasks = list(self._connecting.items())
+        if new := [task for id, task in tasks if id not in silent]:
+            await asyncio.wait(new)
+        if known := [task for id, task in tasks if id in silent]:
+            await asyncio.wait(known, timeout=BRIEFLY)
+
+    def _connected(self, id: str, task: asyncio.Task[None]) -> None:
+        del self._connecting[id]
 
     async def _connect(self, id: str, address: str) -> None:
         try:
@@ -105,5 +116,12 @@ class Engines(Collection[EngineClient]):
         except EngineError as error:
             if await asyncio.to_thread(self._directory.unanswered, "engine", id, address):
                 log.warning("Engine %s: %s", id, error)
-        finally:
-            del self._connecting[id]
+        except Exception as error:
+            log.warning("Engine %s: %s: %s", id, type(error).__name__, error)
+
+
+async def _end(*tasks: asyncio.Task[None] | None) -> None:
+    there = [task for task in tasks if task is not None]
+    for task in there:
+        task.cancel()
+    await asyncio.gather(*there, return_exceptions=True)

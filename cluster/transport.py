@@ -35,7 +35,7 @@ from engine.stats import Metric
 log = get_logger("transport")
 
 HOST_TIMEOUT = 3  # seconds until a host that says nothing is taken for dead
-BEAT = 1.0  # seconds between two signs of life, at most
+BEAT = 1.0  # a step that takes longer is told of so often, in seconds
 SILENCE = 10.0  # seconds until a process that says nothing is taken to hang
 MOST_BYTES = 1 << 28  # of one message
 MOST_UNREAD = 1 << 26  # bytes that a client may leave unread
@@ -293,7 +293,7 @@ class RemoteClient(asyncio.Protocol):
         self._decoder: wire.Decoder[Message] = wire.Decoder(Message)
         self._transport: asyncio.Transport | None = None
         self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._heard = time.monotonic()
+        self._heard = self._checked = time.monotonic()
         self._step_seconds = 0.0  # of the step that runs at the engine, as it said last
         self._watch: asyncio.TimerHandle | None = None
 
@@ -323,7 +323,7 @@ class RemoteClient(asyncio.Protocol):
 
     @property
     def healthy(self) -> bool:
-        return self.connected and self._hang() is None
+        return self.connected  # one that hangs is let go
 
     @property
     def connected(self) -> bool:
@@ -352,18 +352,17 @@ class RemoteClient(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(data)
 
-    def _hang(self) -> str | None:
-        """Why the engine makes no progress, if it seems to make none."""
-        silence = time.monotonic() - self._heard
-        if silence >= SILENCE:
-            return f"its process has said nothing for {silence:.1f} s"
-        if self._step_seconds >= self.info.step_timeout:
-            return f"it has finished no step for {self._step_seconds:.1f} s"
-        return None
-
     def _check_progress(self) -> None:
-        if (why := self._hang()) is not None:
-            self._end(f"{self._name} hangs: {why}")
+        now = time.monotonic()
+        if now - self._checked > 2 * BEAT:  # we slept ourselves: what it sent is still to be read
+            self._heard = now
+        self._checked = now
+        if now - self._heard >= SILENCE:
+            seconds = now - self._heard
+            self._end(f"{self._name} hangs: its process has said nothing for {seconds:.1f} s")
+        elif self._step_seconds >= self.info.step_timeout:
+            seconds = self._step_seconds
+            self._end(f"{self._name} hangs: it has finished no step for {seconds:.1f} s")
         elif self.connected:
             loop = asyncio.get_running_loop()
             self._watch = loop.call_later(BEAT / 2, self._check_progress)

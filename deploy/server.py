@@ -266,6 +266,8 @@ async def _drain_engines(deadline: float) -> None:
                 return
             await asyncio.sleep(0.02)
     finally:
+        if looking is not None:
+            looking.cancel()
         await engines.close()
 
 

@@ -48,7 +48,8 @@ def with_server_defaults(options: Mapping[str, Any], num_gpus: float) -> dict[st
     """
     if num_gpus > 0 and options.get("device") != "cpu":
         return dict(options)
-    defaults: dict[str, Any] = {"prefault_kv_cache": True}
+    # Several that start at once on one machine do not see what the others are about to take.
+    defaults: dict[str, Any] = {"prefault_kv_cache": options.get("num_replicas", 1) == 1}
     if options.get("enable_chunked_prefill") is not False:
         budget = max(CPU_STEP_TOKENS, options.get("max_num_seqs", 0))
         defaults["max_num_batched_tokens"] = budget

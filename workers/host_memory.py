@@ -13,10 +13,13 @@ def host_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> tuple[int, int]
     """
     machine = _fields(proc / "meminfo")
     available, total = (1024 * machine[name] for name in ("MemAvailable:", "MemTotal:"))
-    own = (proc / "self/cgroup").read_text().rpartition("::")[2].strip()
-    group = cgroups / own.lstrip("/")
+    group = cgroups
+    with contextlib.suppress(OSError):  # a kernel without them
+        for line in (proc / "self/cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                group = cgroups / line[3:].lstrip("/")
     while group.is_relative_to(cgroups):
-        with contextlib.suppress(OSError, ValueError):  # the root has no such files; "max"
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such files; "max"
             limit = int((group / "memory.max").read_text())
             used = int((group / "memory.current").read_text())
             kept = _fields(group / "memory.stat")

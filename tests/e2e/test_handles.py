@@ -3,8 +3,10 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -12,6 +14,7 @@ import pytest
 import ray
 
 import manta
+from cluster.directory import Directory
 from cluster.engines import Engines
 from engine.config import EMBEDDED_MODEL
 from manta import ConfigError, EngineError, RequestError, SamplingParams
@@ -107,6 +110,29 @@ def test_a_look_that_is_given_up_spoils_no_other(engine):
         await engines.close()
 
     asyncio.run(main())
+
+
+def test_one_that_does_not_answer_keeps_nobody_waiting(engine):
+    """As a stopped process: its port takes connections, and nothing comes."""
+
+    async def main():
+        engines = Engines("engine:shared")
+        for least, most in ((1.9, 4.0), (0.0, 0.5)):  # the first look learns it
+            started = time.monotonic()
+            await engines.look()
+            assert least < time.monotonic() - started < most
+            assert [client.healthy for client in engines] == [True]
+        await engines.close()  # while it is still being tried
+        assert not engines._connecting and not engines._clients
+
+    directory = Directory("engine:shared")
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        entry = "engine", "deaf", f"127.0.0.1 {deaf.getsockname()[1]} key"
+        directory.add(*entry)
+        try:
+            asyncio.run(main())
+        finally:
+            directory.remove(*entry)
 
 
 def value(engine, name):

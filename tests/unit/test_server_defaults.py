@@ -22,6 +22,7 @@ def test_a_cpu_takes_the_memory_of_its_blocks_at_the_start() -> None:
         ({"device": "cpu"}, 4, True),
         ({}, 4, False),
         ({"prefault_kv_cache": False}, 0, False),
+        ({"num_replicas": 2}, 0, False),
         ({"enable_chunked_prefill": False}, 0, True),
     ):
         settings = Settings.from_options(with_server_defaults(options, num_gpus))
