@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import ssl
+import sys
 import tempfile
 import threading
 import time
@@ -234,6 +235,10 @@ class _Server:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signalled.is_set():
             _kill_descendants()
+            if self._own_ray and "ray" in sys.modules:
+                from ray._common.utils import reset_ray_address
+
+                reset_ray_address()  # else programs would look for this Ray for minutes
             shutil.rmtree(self._folder, ignore_errors=True)
             os._exit(128 + number)
         self._signalled.set()
