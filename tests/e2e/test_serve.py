@@ -221,6 +221,8 @@ def test_an_engine_that_hangs_is_not_healthy_is_named_and_replaced(server):
     until(lambda: httpx.get(f"{URL}/health").status_code == 503, 5)  # of either ingress replica
     wait_ready(process, log)
     assert httpx.post(f"{URL}/v1/completions", json=body(max_tokens=4)).status_code == 200
+    with contextlib.suppress(ProcessLookupError):  # Serve's shutdown would wait for it
+        os.kill(stopped, signal.SIGKILL)
 
 
 def test_a_port_that_is_taken_is_said_at_once(server):
@@ -234,8 +236,9 @@ def test_a_port_that_is_taken_is_said_at_once(server):
 def test_a_signal_drains_and_nothing_is_left(server):
     """The last of the module: it stops the server."""
     process, log, session = server
-    slow = send(max_tokens=1000, n=8, temperature=1, logprobs=20, receive_buffer=4096)
     readings = [Reading(max_tokens=900, seed=i) for i in range(3)]
+    until(lambda: metric("num_requests_running") == 3)
+    slow = send(max_tokens=1000, n=8, temperature=1, logprobs=20, receive_buffer=4096)
     until(lambda: metric("num_requests_running") == 4)
     process.terminate()
     refused = None
