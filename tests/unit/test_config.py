@@ -118,7 +118,7 @@ def test_names_are_known_and_unique():
     assert BY_NAME.keys() >= VLLM
     assert BY_NAME.keys() - VLLM == {  # vLLM has none such, or under another meaning
         "device", "attention_backend", "preemption_mode", "max_queued_requests",
-        "max_queued_tokens", "schedule_log",
+        "max_queued_tokens", "prefault_kv_cache", "schedule_log",
     }  # fmt: skip
 
 
