@@ -262,14 +262,16 @@ async def _drain_engines(deadline: float) -> None:
             engines.drain()
             if at_work():
                 looking = None
-            elif looking is None:  # one may have come meanwhile, that is to drain too
-                looking = asyncio.create_task(engines.look())
-            elif looking.done():
+                await asyncio.sleep(0.02)
+            elif looking is None or not looking.done():
+                # One may have come meanwhile, that is to drain too, and at once.
+                looking = looking or asyncio.create_task(engines.look())
+                await asyncio.wait((looking,), timeout=0.02)
+            else:
                 return
             if time.monotonic() > deadline:
                 log.warning("Requests are still in flight; they end now")
                 return
-            await asyncio.sleep(0.02)
     finally:
         if looking is not None:
             looking.cancel()
