@@ -143,7 +143,7 @@ def offline(args: argparse.Namespace) -> None:
         prefault_kv_cache=True,  # as servers do
         use_tqdm_on_load=False,
     )
-    time.sleep(10)
+    time.sleep(10)  # until it is taken
     params = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True)
     for turn in range(args.rounds + 1):
         prompts = make_prompts(turn, STREAMS[streams], INPUT_LEN)

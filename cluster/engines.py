@@ -91,7 +91,7 @@ class Engines(Collection[EngineClient]):
 
     async def _update(self, found: dict[str, str]) -> None:
         for id, client in list(self._clients.items()):
-            if not client.connected:
+            if not client.healthy:
                 del self._clients[id]
         for id, address in found.items():
             if id not in self._clients and id not in self._connecting:

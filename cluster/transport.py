@@ -323,11 +323,7 @@ class RemoteClient(asyncio.Protocol):
 
     @property
     def healthy(self) -> bool:
-        return self.connected  # one that hangs is let go
-
-    @property
-    def connected(self) -> bool:
-        return self._table.failure is None
+        return self._table.failure is None  # one that hangs is let go
 
     async def submit(self, request: Request) -> Stream:
         return await self._table.submit(request)
@@ -357,13 +353,12 @@ class RemoteClient(asyncio.Protocol):
         if now - self._checked > 2 * BEAT:  # we slept ourselves: what it sent is still to be read
             self._heard = now
         self._checked = now
-        if now - self._heard >= SILENCE:
-            seconds = now - self._heard
-            self._end(f"{self._name} hangs: its process has said nothing for {seconds:.1f} s")
-        elif self._step_seconds >= self.info.step_timeout:
-            seconds = self._step_seconds
-            self._end(f"{self._name} hangs: it has finished no step for {seconds:.1f} s")
-        elif self.connected:
+        silence, step = now - self._heard, self._step_seconds
+        if silence >= SILENCE:
+            self._end(f"{self._name} hangs: its process has said nothing for {silence:.1f} s")
+        elif step >= self.info.step_timeout:
+            self._end(f"{self._name} hangs: it has finished no step for {step:.1f} s")
+        elif self.healthy:
             loop = asyncio.get_running_loop()
             self._watch = loop.call_later(BEAT / 2, self._check_progress)
 
