@@ -11,7 +11,8 @@ class Batch:
 
     Row r's queries are tokens ``query_starts[r] : query_starts[r + 1]``; they are the last ones
     of its ``context_lens[r]`` tokens. Position p of row r lives in block
-    ``block_tables[r, p // block_size]`` at offset ``p % block_size``.
+    ``block_tables[r, p // block_size]`` at offset ``p % block_size``. Only ``outputs``
+    go through the whole of the network's last layer.
     """
 
     tokens: Tensor  # [T] int64
@@ -22,3 +23,4 @@ class Batch:
     cells: Tensor  # [T] int64: block * block_size + offset where a token's key and value go
     max_query_len: int
     max_context_len: int
+    outputs: Tensor | None = None  # [n] int64: tokens; None: all

@@ -1,9 +1,10 @@
 """A worker's device tables, one row for each slot, and how a plan's rows become a batch."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plan import Ints, StepPlan
+from engine.plan import Ints, StepPlan, ints
 from workers.batch import Batch
 
 
@@ -40,8 +41,17 @@ class Slots:
         slot, position, token = self.upload(tokens).unbind(1)
         self.tokens[slot, position] = token.int()
 
-    def batch(self, plan: StepPlan) -> Batch:
-        """The rows of ``plan`` laid end to end."""
+    def sampled_after(self, plan: StepPlan) -> Tensor:
+        """[n] int64: the tokens of ``plan``, laid end to end, that one is to be sampled after.
+
+        If there are none, the last token: no kernel has to know of empty batches.
+        """
+        ends = np.cumsum(plan.counts) - 1
+        found = ends[plan.wants == 1]
+        return self.upload(ints(found if len(found) else ends[-1:]))
+
+    def batch(self, plan: StepPlan, whole: bool = False) -> Batch:
+        """The rows of ``plan`` laid end to end; ``whole``: all are carried to the network's end."""
         total, rows = plan.num_tokens, len(plan.slots)
         contexts = plan.starts + plan.counts
         slots, starts = self.upload(plan.slots), self.upload(plan.starts)
@@ -60,6 +70,7 @@ class Slots:
         blocks = self.block_tables[row_slots, positions // self.block_size].long()
         most = int(contexts.max())
         used = -(-most // self.block_size)
+        everything = whole or plan.wants.sum() == total
         return Batch(
             tokens=self.tokens[row_slots, positions].long(),
             positions=positions,
@@ -69,4 +80,5 @@ class Slots:
             cells=blocks * self.block_size + positions % self.block_size,
             max_query_len=int(plan.counts.max()),
             max_context_len=most,
+            outputs=None if everything else self.sampled_after(plan),
         )

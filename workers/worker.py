@@ -209,7 +209,7 @@ class Worker:
         if plan.copies:
             self.kv.copy(plan.copies)
         copied = self.kv.copied()
-        batch = self.slots.batch(plan)
+        batch = self.slots.batch(plan, whole=self.table.any_prompt_logprobs)
         self.backend.begin(batch)
         hidden = None
         pipeline = self.ranks.pipeline
@@ -222,14 +222,14 @@ class Worker:
         if pipeline is not None and not self.stage.last:
             pipeline.send(hidden)
         else:
-            found = self._sample(plan, hidden, batch.query_starts)
+            found = self._sample(plan, hidden)
         clock.stop()
         if self._prefault is not None:
             self._prefault.pause(IDLE_AFTER)
         return Pending(plan, clock, copied, *found)
 
     def _sample(
-        self, plan: StepPlan, hidden: Tensor, query_starts: Tensor
+        self, plan: StepPlan, hidden: Tensor
     ) -> tuple[Sampled | None, dict[int, list[TokenLogprobs]]]:
         """Rank 0 of the last stage samples; where the first stage is the last, the others of the
         group are told, for they look the tokens up in the next step."""
@@ -238,10 +238,9 @@ class Worker:
         rows = ints(np.flatnonzero(plan.wants))
         if not len(rows):
             return None, prompt_logprobs
-        ends = query_starts[1:].long() - 1
-        if len(rows) < len(plan.slots):
-            ends = ends[self.slots.upload(rows)]
-        logits = self.model.logits(hidden[ends] if len(hidden) > len(rows) else hidden)
+        if len(hidden) > len(rows):  # it was all carried to the end, for prompt_logprobs
+            hidden = hidden[self.slots.sampled_after(plan)]
+        logits = self.model.logits(hidden)
         slots, positions = plan.slots[rows], (plan.starts + plan.counts)[rows]
         sampled = None
         if self.sampler is not None:

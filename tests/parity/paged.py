@@ -1,6 +1,6 @@
 """Runs a model on a paged cache without an engine: blocks in a scrambled order, any chunking."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -84,9 +84,10 @@ class Paged:
             for model, backend in self.stages
         ]
 
-    def step(self, rows: list[tuple[int, int, int]]) -> Tensor:
-        """Logits [T, vocab_size] of every token of the step."""
+    def step(self, rows: list[tuple[int, int, int]], outputs: Tensor | None = None) -> Tensor:
+        """Logits [n, vocab_size] of the step's tokens ``outputs`` [n], or of every token."""
         batch = make_batch(self.sequences, rows, self.block_size)
+        batch = replace(batch, outputs=outputs)
         hidden = None
         for (model, backend), caches in zip(self.stages, self.caches, strict=True):
             backend.begin(batch)

@@ -103,6 +103,24 @@ def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: 
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", BIT_STABLE)
+@pytest.mark.parametrize("cut", [1, 2, 3])
+@pytest.mark.parametrize("name", ["llama", "qwen3-sliding", "opt", "opt-post-norm"])
+def test_outputs_alone_are_carried_to_the_end(
+    name: str, cut: int, dtype: torch.dtype, checkpoint: Checkpoint
+) -> None:
+    """What is asked for has the same bits, and what later steps read has them too."""
+    path = checkpoint(name)
+    stages = [Stage(0, cut, 3), Stage(cut, 3, 3)] if cut < 3 else [Stage.whole(3)]
+    models = [build(path, stage=stage, dtype=dtype) for stage in stages]
+    whole, narrow = Paged(models, SEQUENCES), Paged(models, SEQUENCES)
+    for rows in RAGGED:
+        count = torch.tensor([count for _, _, count in rows])
+        for outputs in (count.cumsum(0) - 1, torch.tensor([0])):
+            got = narrow.step(rows, outputs)
+            assert torch.equal(got, whole.step(rows)[outputs])
+
+
 def test_bfloat16_is_as_close_as_bfloat16_can_be(checkpoint: Checkpoint) -> None:
     ours = Paged([build(checkpoint("qwen3"), dtype=torch.bfloat16)], SEQUENCES).logits(ALONE)
     model = next(m for m in TINY_MODELS if m.name == "qwen3").build().bfloat16()

@@ -45,8 +45,10 @@ class Heads:
 class Attention:
     """Projections q, k and v as one product, the backend, and the output projection.
 
-    ``rotary`` rotates q and k; ``head_norm`` is the eps of their RMS norms (Qwen3), None for no
-    norm; ``window`` is the sliding window in tokens.
+    ``last`` says that it is the network's last: only ``batch.outputs`` leave it, as nothing reads
+    what that layer would make of the other tokens. ``rotary`` rotates q and k; ``head_norm`` is
+    the eps of their RMS norms (Qwen3), None for no norm; ``window`` is the sliding window in
+    tokens.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Attention:
         head_norm: float | None = None,
         window: int | None = None,
         rotary: Rotary | None = None,
+        last: bool = False,
     ) -> None:
         mine, shared = heads.split(place.group)
         self._size = heads.size
@@ -71,6 +74,7 @@ class Attention:
         self._backend = backend
         self._window = window
         self._rotary = rotary
+        self._last = last
 
         def part(which: str, count: int, cut: slice) -> Part:
             width = slice(cut.start * heads.size, cut.stop * heads.size)
@@ -94,7 +98,10 @@ class Attention:
         return chain(self._qkv.parameters(), *norms, self._output.parameters())
 
     def __call__(self, x: Tensor, residual: Tensor, batch: Batch, cache: Tensor) -> Tensor:
-        """x [T, hidden] to residual + attention [T, hidden]; keys and values go to ``cache``."""
+        """x [T, hidden] to residual + attention [T, hidden]; keys and values go to ``cache``.
+
+        The last one gives [n, hidden], of ``batch.outputs``.
+        """
         widths = [self._q_width, self._kv_width, self._kv_width]
         q, k, v = (
             part.view(len(x), -1, self._size)
@@ -105,4 +112,6 @@ class Attention:
         if self._rotary is not None:
             self._rotary(q, k, batch.positions)
         y = self._backend.attend(cache, q, k, v, self._window)
+        if self._last and batch.outputs is not None:
+            y, residual = y[batch.outputs], residual[batch.outputs]
         return self._output(y, residual)

@@ -115,7 +115,7 @@ class Model(ABC):
 
         ``caches`` holds one attention cache for each layer of the stage; ``hidden`` [T, H] comes
         from the stage before, None on the first. Returns [T, H] for the next stage or, on the
-        last one, for ``logits``, which normalises the rows it is given.
+        last one, [n, H] of ``batch.outputs`` for ``logits``, which normalises what it is given.
         """
 
     @abstractmethod

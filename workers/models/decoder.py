@@ -162,6 +162,7 @@ class DecoderLayer:
             head_norm=eps if traits.head_norm else None,
             window=traits.windows[index],
             rotary=rotary,
+            last=index == traits.num_layers - 1,
         )
         self._mlp_norm = RMSNorm(place, f"{name}.post_attention_layernorm", hidden, eps)
         self._mlp = GatedMLP(

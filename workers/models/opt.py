@@ -100,6 +100,7 @@ class OPTLayer:
             output="out_proj",
             qkv_bias=traits.bias,
             output_bias=traits.bias,
+            last=index == traits.num_layers - 1,
         )
         self._attention_norm = LayerNorm(
             place, f"{name}.self_attn_layer_norm", hidden, NORM_EPS, affine
