@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import cpu_seconds
+from deploy.ports import free_ports
 
 HERE = Path(__file__).resolve().parent
-STREAMS = {1: 6, 8: 32, 32: 96}  # number of streams: requests in a run
+STREAMS = {1: 16, 8: 32, 32: 96}  # number of streams: requests in a run
 MAX_MODEL_LEN = 2048
 INPUT_LEN, OUTPUT_LEN = 128, 64
 
@@ -40,9 +40,7 @@ class Server:
     """A server in processes of its own, from its start to its end."""
 
     def __init__(self, name: str, model: str, vllm_python: str | None, options: list[str]) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         self.name, self.model = name, model
         self.url = f"http://127.0.0.1:{port}"
         common = ["--port", str(port), "--dtype", "bfloat16"]

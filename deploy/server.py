@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from deploy import haproxy
+from deploy.ports import free_ports
 from deploy.settings import Settings
 from engine.errors import ConfigError, EngineError
 from engine.log import get_logger
@@ -181,6 +182,7 @@ class _Server:
 
         router = self._settings.router
         folder = self._folder
+        metrics, stats, fallback = free_ports(3, besides=router.port)
         variables = {
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.program(folder)),
             "MANTA_HAPROXY": get_haproxy_binary(),
@@ -190,9 +192,9 @@ class _Server:
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         }
         if router.ssl_certfile is not None and router.ssl_keyfile is not None:
@@ -317,13 +319,6 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _kill_descendants() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import openai
 
+from deploy.ports import free_ports
+
 PORT = 8000
 SHOWN = (
     "manta:prompt_tokens_total", "manta:generation_tokens_total", "manta:request_success_total",
@@ -21,11 +23,7 @@ SHOWN = (
 
 
 def main() -> int:
-    port = PORT if is_free(PORT) else 0
-    while not port:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    port = PORT if is_free(PORT) else free_ports(1)[0]
     print(f"$ manta serve --port {port}")
     command = [sys.executable, "-m", "deploy.cli", "serve", "--port", str(port)]
     with tempfile.NamedTemporaryFile(prefix="manta-demo-", suffix=".log") as log:

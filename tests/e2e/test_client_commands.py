@@ -20,7 +20,8 @@ import pytest
 
 from deploy.bench_serve import arrivals
 from deploy.cli import main
-from tests.support.served import ROOT, Served, free_port, serve
+from deploy.ports import free_ports
+from tests.support.served import ROOT, Served, serve
 
 QUESTION = "What is the capital of France?"
 
@@ -467,7 +468,7 @@ def test_failed_requests_are_counted_and_named(
         (["--header", "x"], "--header must be NAME=VALUE, got 'x'"),
         (["--result-dir", "/no/such"], "there is no folder /no/such"),
         (["--num-promts", "5"], "unknown option --num-promts; did you mean --num-prompts?"),
-        (["--port", str(free_port())], "no answer from http://127.0.0.1:"),
+        (["--port", str(free_ports(1)[0])], "no answer from http://127.0.0.1:"),
     ],
 )
 def test_bench_options_are_checked(

@@ -16,7 +16,8 @@ import pytest
 
 from deploy.http_stream import HttpClient
 from deploy.load import Outcome, Shot, fire
-from tests.support.served import Served, free_port, serve
+from deploy.ports import free_ports
+from tests.support.served import Served, serve
 from tests.support.waiting import until
 
 MODEL = "manta-demo"
@@ -99,7 +100,7 @@ def prometheus(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iter
         ],
     }
     (folder / "prometheus.yml").write_text(json.dumps(config))
-    port = free_port()
+    (port,) = free_ports(1)
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             ["prometheus", f"--config.file={folder / 'prometheus.yml'}",

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.served import free_port
+from deploy.ports import free_ports
 from tests.support.waiting import until
 
 PORT = 8123
@@ -324,7 +324,7 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path):
         RAY_AUTH_MODE="disabled",  # else the ports below want a token
         RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
     )
-    ports = [free_port() for _ in range(3)]
+    ports = free_ports(3)
     names = ("--port", "--dashboard-port", "--metrics-export-port")
     options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
     agent = f"http://127.0.0.1:{ports[2]}/metrics"

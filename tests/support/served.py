@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,15 +12,10 @@ from pathlib import Path
 
 import httpx
 
+from deploy.ports import free_ports
+
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Served:
@@ -55,7 +49,7 @@ class Served:
 @contextmanager
 def serve(*options: str, model: str = "manta-demo", **env: str) -> Iterator[Served]:
     """``manta serve MODEL`` with options, ready to answer; stopped at the end, with status 0."""
-    port = free_port()
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "deploy.cli", "serve", model, "--port", str(port), *options]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
