@@ -26,9 +26,10 @@ soak-serve: .venv/ready
 soak-faults: .venv/ready
 	$(BIN)/python -m tests.soak.faults
 
-# As root: two hosts with their own addresses, as network namespaces.
+# As root: two hosts with their own addresses, as network namespaces; workers, then a server.
 soak-hosts: .venv/ready
 	$(BIN)/python -m tests.soak.hosts
+	$(BIN)/python -m tests.soak.serve_hosts
 
 check: .venv/ready
 	$(BIN)/ruff check .

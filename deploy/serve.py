@@ -23,6 +23,7 @@ from router.config import RouterConfig
 
 APPLICATION = "manta"
 MOST_AT_ONCE = 1 << 20  # requests that Serve lets through: the engines' queues have their own limit
+HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 10.0  # seconds; Serve asks so often, and waits so long
 STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a replica
 
 
@@ -97,8 +98,8 @@ def build(options: Mapping[str, Any]) -> serve.Application:
         max_ongoing_requests=MOST_AT_ONCE,
         graceful_shutdown_timeout_s=stop_seconds,
         graceful_shutdown_wait_loop_s=0.1,
-        health_check_period_s=2.0,
-        health_check_timeout_s=10.0,
+        health_check_period_s=HEALTH_PERIOD,
+        health_check_timeout_s=HEALTH_TIMEOUT,
         max_constructor_retry_count=2,
         ray_actor_options=needed(settings.engine),
     )(Engine)
@@ -108,6 +109,8 @@ def build(options: Mapping[str, Any]) -> serve.Application:
         max_ongoing_requests=MOST_AT_ONCE,
         graceful_shutdown_timeout_s=stop_seconds,
         graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=HEALTH_PERIOD,
+        health_check_timeout_s=HEALTH_TIMEOUT,
         ray_actor_options={"num_cpus": 0},
     )(Router)
     return ingress.bind(router, APPLICATION, engine.bind(dict(settings.options), APPLICATION))

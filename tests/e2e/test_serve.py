@@ -306,9 +306,59 @@ def test_https_a_key_and_a_config_file_and_a_second_signal_that_ends_it_at_once(
         probe.bind(("127.0.0.1", PORT))
 
 
-def test_the_printed_config_is_one_that_serve_deploys(tmp_path):
+@contextlib.contextmanager
+def cluster(log, **variables):
+    """A Ray cluster of this machine, as an operator starts it; gives its ports."""
+    names = ("--port", "--dashboard-port", "--metrics-export-port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    own = {
+        "RAY_AUTH_MODE": "disabled",  # else the ports want a token
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
+    process = subprocess.Popen(
+        [Path(sys.executable).parent / "ray", "start", "--head", "--block",
+         "--node-ip-address=127.0.0.1", *(f"{name}={port}" for name, port in ports.items())],
+        env=os.environ | own | variables,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
+        wait_ready(process, log, dashboard, 60, "/api/version")
+        yield process, ports
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def one_answer():
+    """A request through HAProxy as manta configures it: Serve's own adds an x-request-id."""
+    response = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=3))
+    assert response.status_code == 200, response.text
+    assert response.json()["usage"]["completion_tokens"] == 3
+    assert response.headers.get_list("x-request-id") == [response.json()["id"]]
+
+
+def test_it_joins_a_cluster_and_leaves_it_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("MANTA_TEST", session := f"joined-{os.getpid()}")
+    with (tmp_path / "log").open("w") as log, cluster(log) as (process_of_ray, ports):
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{ports['--port']}")
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        process = start_server(*OPTIONS, log=log)
+        wait_ready(process, log)
+        one_answer()
+        process.terminate()
+        assert process.wait(60) == 0, Path(log.name).read_text()
+        ours = re.compile("Serve|Proxy|haproxy|deploy.cli")
+        until(lambda: not [found for found in left_of(session) if ours.search(found)], 30)
+        assert process_of_ray.poll() is None
+    gone(session)
+
+
+def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
     """On a cluster that runs already; Ray's own agent there has the metrics of both sides."""
-    os.environ["MANTA_TEST"] = session = f"config-{os.getpid()}"
+    monkeypatch.setenv("MANTA_TEST", session := f"config-{os.getpid()}")
     programs = Path(sys.executable).parent
     printed = subprocess.run(
         [sys.executable, "-m", "deploy.cli", "serve", "--print-serve-config", *OPTIONS],
@@ -317,45 +367,27 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path):
         check=True,
     )
     (tmp_path / "serve.yaml").write_text(printed.stdout)
-    environment = dict(
-        os.environ,
+    variables = dict(
         RAY_SERVE_ENABLE_HA_PROXY="1",
         RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
-        RAY_AUTH_MODE="disabled",  # else the ports below want a token
-        RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
+        RAY_SERVE_HAPROXY_BINARY_PATH=str(programs / "manta-haproxy"),
     )
-    ports = free_ports(3)
-    names = ("--port", "--dashboard-port", "--metrics-export-port")
-    options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
-    agent = f"http://127.0.0.1:{ports[2]}/metrics"
-    dashboard = f"http://127.0.0.1:{ports[1]}"
-    with (tmp_path / "log").open("w") as log:
-        cluster = subprocess.Popen(
-            [programs / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1",
-             *options],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+    assert all(name in printed.stdout for name in variables)
+    with (tmp_path / "log").open("w") as log, cluster(log, **variables) as (process, ports):
+        dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
+        agent = f"http://127.0.0.1:{ports['--metrics-export-port']}/metrics"
+        subprocess.run(
+            [programs / "serve", "deploy", "serve.yaml", "--address", dashboard],
+            cwd=tmp_path, env=os.environ | variables | {"RAY_AUTH_MODE": "disabled"},
+            stdout=log, stderr=subprocess.STDOUT, check=True,
         )  # fmt: skip
-        try:
-            wait_ready(cluster, log, dashboard, 60, "/api/version")
-            subprocess.run(
-                [programs / "serve", "deploy", "serve.yaml", "--address", dashboard],
-                cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True,
-            )  # fmt: skip
-            wait_ready(cluster, log)
-            answer = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=3))
-            assert answer.status_code == 200, answer.text
-            assert answer.json()["usage"]["completion_tokens"] == 3
-            for line in (
-                r"ray_manta_generation_tokens_total{.*} 3\.0",
-                r"ray_manta_router_stage_seconds_count{.*stage=\"tokenize\".*} 1\.0",
-            ):
-                until(lambda line=line: re.search(line, httpx.get(agent).text), 60)
-        finally:
-            cluster.terminate()
-            cluster.wait(60)
+        wait_ready(process, log)
+        one_answer()
+        for line in (
+            r"ray_manta_generation_tokens_total{.*} 3\.0",
+            r"ray_manta_router_stage_seconds_count{.*stage=\"tokenize\".*} 1\.0",
+        ):
+            until(lambda line=line: re.search(line, httpx.get(agent).text), 60)
     gone(session)
 
 

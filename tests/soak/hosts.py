@@ -1,17 +1,15 @@
-"""Two hosts with addresses of their own: network namespaces, joined by a virtual cable.
+"""Workers on two hosts with addresses of their own (tests/support/hosts.py).
 
-python -m tests.soak.hosts (as root). Each host runs a Ray node; the driver, on the first, runs a
-replica with a stage on each, compares its tokens with one process's, then does it again with a
-stage's ranks on both hosts, and at last kills the second host's node under a running replica.
+python -m tests.soak.hosts (as root). The driver, on the first host, runs a replica with a stage on
+each, compares its tokens with one process's, then does it again with a stage's ranks on both hosts,
+and at last kills the second host's node under a running replica.
 """
 
 import workers  # noqa: F401, I001  # before torch
 
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,45 +20,11 @@ from engine.errors import EngineError
 from manta import LLM, SamplingParams
 from tests.parity.tiny_models import TINY_MODELS
 from tests.support.faults import BASE, add_requests, leftovers, worker_pids
+from tests.support.hosts import HOSTS, run_on_head
 from tests.support.tiny_tokenizer import save_tokenizer
 
-HOSTS = {"manta-a": "10.77.0.1", "manta-b": "10.77.0.2"}
-PORT = 6399
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
 PROMPTS = [[3 + i, 4, 5 + i] * (i + 1) for i in range(10)]
-
-
-def sh(command: str) -> None:
-    subprocess.run(command.split(), check=True)
-
-
-def lay_cable() -> None:
-    for name in HOSTS:
-        sh(f"ip netns add {name}")
-    sh("ip link add eth-a netns manta-a type veth peer name eth-b netns manta-b")
-    for (name, address), link in zip(HOSTS.items(), ("eth-a", "eth-b"), strict=True):
-        for words in (f"addr add {address}/24 dev {link}", f"link set {link} up", "link set lo up"):
-            sh(f"ip -n {name} {words}")
-
-
-def start_node(name: str, head: bool, folder: str) -> subprocess.Popen[bytes]:
-    role = f"--head --port={PORT}" if head else f"--address={HOSTS['manta-a']}:{PORT}"
-    command = (
-        f"ip netns exec {name} {Path(sys.executable).parent}/ray start {role} --block --num-cpus=2"
-        f" --node-ip-address={HOSTS[name]}"
-    )
-    if head:
-        command += f" --temp-dir={folder} --include-dashboard=false"
-    return subprocess.Popen(
-        command.split(), start_new_session=True, stdout=subprocess.DEVNULL, env=environment()
-    )
-
-
-def environment() -> dict[str, str]:
-    path = str(Path(__file__).resolve().parents[2])
-    address = f"{HOSTS['manta-a']}:{PORT}"
-    own = {"PYTHONPATH": path, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
-    return os.environ | own
 
 
 def drive(folder: Path) -> None:
@@ -104,31 +68,8 @@ def drive(folder: Path) -> None:
     print("left behind:", leftovers(pids) or "nothing")
 
 
-def main() -> None:
+if __name__ == "__main__":
     if len(sys.argv) > 1:
         drive(Path(sys.argv[1]))
-        return
-    nodes = []
-    with tempfile.TemporaryDirectory(prefix="mh") as folder:
-        try:
-            lay_cable()
-            nodes.append(start_node("manta-a", True, f"{folder}/ray"))
-            knock = f"until (echo > /dev/tcp/{HOSTS['manta-a']}/{PORT}); do sleep 0.2; done"
-            wait = ["ip", "netns", "exec", "manta-a", "timeout", "60", "bash", "-c", knock]
-            subprocess.run(wait, stderr=subprocess.DEVNULL, check=True)
-            time.sleep(3)  # it listens before it serves
-            nodes.append(start_node("manta-b", False, f"{folder}/ray"))
-            command = f"ip netns exec manta-a {sys.executable} -m tests.soak.hosts {folder}"
-            environ = environment() | {"NODE_B": str(nodes[1].pid)}
-            done = subprocess.run(command.split(), env=environ, check=False)
-        finally:
-            for node in nodes:
-                node.terminate()
-                node.wait(20)
-            for name in HOSTS:
-                subprocess.run(f"ip netns delete {name}".split(), check=False)
-    sys.exit(done.returncode)
-
-
-if __name__ == "__main__":
-    main()
+    else:
+        sys.exit(run_on_head("tests.soak.hosts"))

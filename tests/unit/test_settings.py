@@ -58,5 +58,6 @@ def test_haproxy_is_given_the_certificate_and_a_better_answer():
     assert "    bind 127.0.0.1:8000 ssl crt /k.pem alpn h2,http/1.1\n" in adapt(HAPROXY, "/k.pem")
     assert plain.count("http-response set-header x-request-id") == 1
     assert "splice" in HAPROXY and "splice" not in plain and "no-delay" in plain
+    assert plain.startswith("defaults\n    option srvtcpka\n")
     with pytest.raises(ValueError, match="default backend is not where"):
         adapt("global\n", None)

@@ -1,0 +1,128 @@
+"""``manta serve`` on two hosts with addresses of their own (tests/support/hosts.py).
+
+python -m tests.soak.serve_hosts (as root). A server with an engine and an ingress replica on each
+host is asked through either host's HAProxy; then the cable is pulled out under running streams, and
+put back.
+"""
+
+import workers  # noqa: F401, I001  # before torch
+
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+
+import ray
+
+from cluster.directory import Directory, Kind
+from deploy.haproxy import HOST_TIMEOUT
+from deploy.http_stream import HttpClient
+from tests.support.hosts import HOSTS, OTHER, pull_cable, run_on_head, start_node
+from tests.support.served import Served, serve
+
+STREAMS = 16
+
+
+async def ask(url: str, tokens: int, seed: int) -> tuple[str, float]:
+    """A streamed completion: how it ended, and after how many seconds."""
+    body = {
+        "model": "manta-demo", "prompt": f"{seed}, this is the story of", "max_tokens": tokens,
+        "ignore_eos": True, "stream": True, "seed": seed,
+    }  # fmt: skip
+    events: list[bytes] = []
+    begun = time.monotonic()
+    try:
+        answer = await asyncio.wait_for(
+            HttpClient(url).request(
+                "POST", "/v1/completions", json.dumps(body).encode(), lambda e, _: events.append(e)
+            ),
+            timeout=60,
+        )
+        end = f"status {answer.status}"
+        if events and events[-1] != b"[DONE]":
+            end = f"the stream stops at {events[-1]!r}"
+        elif len(events) > 1 and b'"error"' in events[-2]:
+            end = json.loads(events[-2])["error"]["message"]
+    except OSError as error:
+        end = f"{type(error).__name__}: {error}"
+    return end, time.monotonic() - begun
+
+
+async def together(url: str, tokens: int) -> list[tuple[str, float]]:
+    """Some streams at once; prints and gives how they ended, and after how many seconds."""
+    answers = await asyncio.gather(*(ask(url, tokens, i) for i in range(STREAMS)))
+    for end, count in Counter(end for end, _ in answers).items():
+        seconds = [after for this, after in answers if this == end]
+        print(f"  {count} streams: {end} ({min(seconds):.2f} to {max(seconds):.2f} s)", flush=True)
+    return answers
+
+
+async def answered(url: str) -> dict[str, int]:
+    """Requests answered, by engine."""
+    text = (await HttpClient(url).request("GET", "/metrics")).body.decode()
+    count: Counter[str] = Counter()
+    for line in text.splitlines():
+        if line.startswith("manta:request_success_total{"):
+            count[line.split('engine="')[1].split('"')[0]] += int(float(line.split()[-1]))
+    return dict(count)
+
+
+async def watch(url: str, seconds: float) -> None:
+    """A request every two seconds, that must be answered; prints when it began and ended."""
+
+    async def one(after: float) -> None:
+        await asyncio.sleep(after)
+        end, took = await ask(url, 5, 1)
+        print(f"  {after:5.1f} s: {end} after {took:.2f} s", flush=True)
+        assert end == "status 200"
+
+    begun = time.monotonic()
+    requests = [asyncio.create_task(one(2.0 * i)) for i in range(int(seconds / 2))]
+    there = where()
+    while not all(request.done() for request in requests):
+        if there != where():
+            there = where()
+            print(f"  {time.monotonic() - begun:5.1f} s: engines {there}", flush=True)
+        await asyncio.sleep(0.1)
+    await asyncio.gather(*requests)
+
+
+def where(kind: Kind = "engine") -> dict[str, str]:
+    """The host of each."""
+    return {id: a.split()[0] for id, a in Directory("manta").find(kind).items()}
+
+
+async def drive(folder: str, served: Served) -> None:
+    """What the driver does, on the first host."""
+    ray.init(log_to_driver=False)
+    while len(where()) < 2:
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(2)  # every ingress replica has looked
+    print("engines:", where(), "ingress:", where("ingress"))
+    assert sorted(where().values()) == sorted(HOSTS.values())
+    for name, address in HOSTS.items():
+        print(f"asked at {name}:")
+        answers = await together(f"http://{address}:{served.port}", 60)
+        assert {end for end, _ in answers} == {"status 200"}
+    print("answered, by engine:", await answered(served.url))
+    print("The cable is pulled out:")
+    streams = asyncio.create_task(together(served.url, 1500))
+    await asyncio.sleep(1.0)
+    pull_cable()
+    await watch(served.url, 60)
+    assert max(took for end, took in await streams if end != "status 200") < HOST_TIMEOUT + 2
+    print("It is put back, and the second host's node started anew:")
+    pull_cable(out=False)
+    node = start_node(OTHER, folder)
+    await watch(served.url, 30)
+    print("answered, by engine:", await answered(served.url))
+    node.terminate()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        with serve("--num-replicas", "2", "--num-ingress-replicas", "2") as served:
+            asyncio.run(drive(sys.argv[1], served))
+    else:
+        sys.exit(run_on_head("tests.soak.serve_hosts"))
