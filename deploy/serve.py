@@ -23,7 +23,9 @@ from router.config import RouterConfig
 
 APPLICATION = "manta"
 MOST_AT_ONCE = 1 << 20  # requests that Serve lets through: the engines' queues have their own limit
-HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 10.0  # seconds; Serve asks so often, and waits so long
+# Seconds after which Serve asks again, and which it waits: a replica that hangs, or whose host
+# vanished, is replaced after three times the latter.
+HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 10.0
 STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a replica
 
 

@@ -81,6 +81,8 @@ class _Server:
         self._own_serve = there is None
         if there is not None and there != router.port:
             raise ConfigError(f"Serve runs on this cluster already, at port {there}: give --port")
+        if not self._own_serve:
+            log.warning("Serve runs on this cluster already: HAProxy keeps the settings it has")
         serve.start(
             http_options={"host": router.host, "port": router.port},
             proxy_location="EveryNode",
@@ -150,6 +152,8 @@ class _Server:
             "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
             # Statistics of every event that its processes handle: an eighth of what they take.
             "RAY_event_stats": "0",
+            # Else a replica whose host vanished is sent requests for 5 s more.
+            "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
             # ``drain`` does this better.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }
@@ -188,7 +192,7 @@ class _Server:
         folder = self._folder
         metrics, stats, fallback = free_ports(3, besides=router.port)
         variables = {
-            **haproxy.environment(),
+            haproxy.RUN_BY_SERVE: str(haproxy.program(folder)),
             # Several servers on one machine must not share these.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / haproxy.ADMIN_SOCKET),

@@ -209,7 +209,7 @@ class Worker:
         if plan.copies:
             self.kv.copy(plan.copies)
         copied = self.kv.copied()
-        batch = self.slots.batch(plan, whole=self.table.any_prompt_logprobs)
+        batch = self.slots.batch(plan, whole=self._asks_for_prompt_logprobs(plan))
         self.backend.begin(batch)
         hidden = None
         pipeline = self.ranks.pipeline
@@ -255,6 +255,13 @@ class Worker:
         at = self.slots.upload(slots), self.slots.upload(positions)
         self.slots.tokens[at] = tokens
         return sampled, prompt_logprobs
+
+    def _asks_for_prompt_logprobs(self, plan: StepPlan) -> bool:
+        if not self.table.any_prompt_logprobs:
+            return False
+        rows = zip(plan.slots.tolist(), plan.starts.tolist(), strict=True)
+        asked = ((self.table.prompt_logprobs(slot), start) for slot, start in rows)
+        return any(num is not None and start < prompt - 1 for (num, prompt), start in asked)
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """Of rows whose request asks for them: entries for positions start + 1 of the prompt on."""

@@ -346,9 +346,11 @@ def test_it_joins_a_cluster_and_leaves_it_as_it_was(tmp_path, monkeypatch):
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{ports['--port']}")
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
         process = start_server(*OPTIONS, log=log)
-        wait_ready(process, log)
-        one_answer()
-        process.terminate()
+        try:
+            wait_ready(process, log)
+            one_answer()
+        finally:
+            process.terminate()
         assert process.wait(60) == 0, Path(log.name).read_text()
         ours = re.compile("Serve|Proxy|haproxy|deploy.cli")
         until(lambda: not [found for found in left_of(session) if ours.search(found)], 30)

@@ -14,9 +14,3 @@ def test_a_port_in_use_or_spoken_for_is_not_chosen(monkeypatch: pytest.MonkeyPat
         assert sorted(ports.free_ports(3, besides=spoken_for)) == free
         with pytest.raises(OSError, match="no 4 free ports from 23456 to 23460"):
             ports.free_ports(4, besides=spoken_for)
-
-
-def test_the_system_gives_no_connection_such_a_port() -> None:
-    with open("/proc/sys/net/ipv4/ip_local_port_range") as limits:
-        lowest = int(limits.read().split()[0])
-    assert ports.CHOICE.stop <= lowest

