@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from ray._common.utils import reset_ray_address
 
 from deploy.ports import free_ports
 from tests.support.waiting import until
@@ -330,6 +331,7 @@ def cluster(log, **variables):
     finally:
         process.terminate()
         process.wait(60)
+        reset_ray_address()  # it leaves it behind: programs would look for this Ray for minutes
 
 
 def one_answer():
@@ -352,8 +354,11 @@ def test_it_joins_a_cluster_and_leaves_it_as_it_was(tmp_path, monkeypatch):
         finally:
             process.terminate()
         assert process.wait(60) == 0, Path(log.name).read_text()
-        ours = re.compile("Serve|Proxy|haproxy|deploy.cli")
-        until(lambda: not [found for found in left_of(session) if ours.search(found)], 30)
+        ours = re.compile(r"ray::(Serve|Proxy|HAProxy)|haproxy|deploy\.cli")
+        deadline = time.monotonic() + 30
+        while left := [found for found in left_of(session) if ours.search(found)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
         assert process_of_ray.poll() is None
     gone(session)
 
