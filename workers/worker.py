@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,16 @@ def check_split(config: EngineConfig, path: Path) -> None:
     size = parallel.pipeline_parallel_size
     for stage in Stage.split(traits.num_layers, size, parallel.partition):
         build_model(checkpoint, place, stage, backend, 1)
+
+
+class PromptRow(NamedTuple):
+    """A row that prompt_logprobs are asked of: at the step's tokens ``at : at + num``, of each next
+    token and the ``asked`` likeliest ones."""
+
+    row: int
+    at: int
+    num: int
+    asked: int
 
 
 @dataclass
@@ -209,7 +220,8 @@ class Worker:
         if plan.copies:
             self.kv.copy(plan.copies)
         copied = self.kv.copied()
-        batch = self.slots.batch(plan, whole=self._asks_for_prompt_logprobs(plan))
+        prompt_rows = self._prompt_rows(plan)
+        batch = self.slots.batch(plan, whole=bool(prompt_rows) or not self.stage.last)
         self.backend.begin(batch)
         hidden = None
         pipeline = self.ranks.pipeline
@@ -222,19 +234,19 @@ class Worker:
         if pipeline is not None and not self.stage.last:
             pipeline.send(hidden)
         else:
-            found = self._sample(plan, hidden)
+            found = self._sample(plan, hidden, prompt_rows)
         clock.stop()
         if self._prefault is not None:
             self._prefault.pause(IDLE_AFTER)
         return Pending(plan, clock, copied, *found)
 
     def _sample(
-        self, plan: StepPlan, hidden: Tensor
+        self, plan: StepPlan, hidden: Tensor, prompt_rows: list[PromptRow]
     ) -> tuple[Sampled | None, dict[int, list[TokenLogprobs]]]:
         """Rank 0 of the last stage samples; where the first stage is the last, the others of the
         group are told, for they look the tokens up in the next step."""
         group = self.ranks.group
-        prompt_logprobs = self._prompt_logprobs(plan, hidden)
+        prompt_logprobs = self._prompt_logprobs(plan, hidden, prompt_rows)
         rows = ints(np.flatnonzero(plan.wants))
         if not len(rows):
             return None, prompt_logprobs
@@ -256,16 +268,9 @@ class Worker:
         self.slots.tokens[at] = tokens
         return sampled, prompt_logprobs
 
-    def _asks_for_prompt_logprobs(self, plan: StepPlan) -> bool:
-        if not self.table.any_prompt_logprobs:
-            return False
-        rows = zip(plan.slots.tolist(), plan.starts.tolist(), strict=True)
-        asked = ((self.table.prompt_logprobs(slot), start) for slot, start in rows)
-        return any(num is not None and start < prompt - 1 for (num, prompt), start in asked)
-
-    def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
-        """Of rows whose request asks for them: entries for positions start + 1 of the prompt on."""
-        found: dict[int, list[TokenLogprobs]] = {}
+    def _prompt_rows(self, plan: StepPlan) -> list[PromptRow]:
+        """The rows of ``plan`` that prompt_logprobs are asked of."""
+        found: list[PromptRow] = []
         if not self.table.any_prompt_logprobs:
             return found
         at = 0
@@ -275,11 +280,21 @@ class Worker:
             asked, prompt_len = self.table.prompt_logprobs(slot)
             num = min(count, prompt_len - 1 - start)
             if asked is not None and num > 0:
-                logits = self.model.logits(hidden[at : at + num])
-                if self.sampler is not None:
-                    targets = self.slots.tokens[slot, start + 1 : start + 1 + num].long()
-                    found[row] = self.sampler.prompt_logprobs(logits, targets, asked)
+                found.append(PromptRow(row, at, num, asked))
             at += count
+        return found
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, hidden: Tensor, rows: list[PromptRow]
+    ) -> dict[int, list[TokenLogprobs]]:
+        """By row: entries for positions start + 1 of the prompt on."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        for row, at, num, asked in rows:
+            logits = self.model.logits(hidden[at : at + num])
+            if self.sampler is not None:
+                slot, start = int(plan.slots[row]), int(plan.starts[row])
+                targets = self.slots.tokens[slot, start + 1 : start + 1 + num].long()
+                found[row] = self.sampler.prompt_logprobs(logits, targets, asked)
         return found
 
     # ---- start-up ----
