@@ -1,21 +1,24 @@
 """``manta serve`` beside ``vllm serve``: the same checkpoint, the same load, in turns.
 
     python -m benchmarks.serving round MODEL FILE --vllm-python VENV/bin/python --seed 1
-    python -m benchmarks.serving offline MODEL FILE
+    python -m benchmarks.serving lost MODEL FILE
     python -m benchmarks.serving table FILE
 
 ``round`` starts each server on an idle machine (which of them first depends on the seed), waits
 until it answers a request, loads it with benchmarks/load_generator.py at 1, 8 and 32 streams, and
 stops it: random prompts of 128 tokens, 64 tokens of output, greedy, bf16. It appends a line of
 JSON for each server and number of streams to FILE, with the CPU time of the server's processes
-by name. ``offline`` appends the engine's own speed with 32 sequences at a time on such prompts.
-``table`` prints medians over the rounds, and ratios.
+by name. ``lost`` has the offline engine compute such prompts, 32 at a time, in turns of some
+seconds with a server at 32 streams; whichever has not the turn is stopped (SIGSTOP), so both meet
+the same machine. ``table`` prints medians over the rounds or turns, and ratios.
 
 vLLM is told to use all cores: its default on a CPU leaves one out.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import statistics
@@ -24,10 +27,12 @@ import sys
 import time
 import urllib.request
 from collections import defaultdict
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import cpu_seconds
+from benchmarks.processes import cpu_seconds, tree
 from deploy.ports import free_ports
 
 HERE = Path(__file__).resolve().parent
@@ -59,6 +64,7 @@ class Server:
         self._process = subprocess.Popen(
             command, cwd=HERE.parent, env=environment, stdout=self._log, stderr=self._log
         )
+        self.pid = self._process.pid
         self._wait()
         self.ready_seconds = time.perf_counter() - started
 
@@ -81,7 +87,7 @@ class Server:
 
     def load(self, streams: int, requests: int, seed: int) -> dict[str, Any]:
         """One run of the load generator, with the CPU time that the server spent on it."""
-        before = cpu_seconds(self._process.pid)
+        before = cpu_seconds(self.pid)
         command = [
             sys.executable, str(HERE / "load_generator.py"), "--url", self.url, "--model",
             self.model, "--streams", str(streams), "--requests", str(requests), "--seed",
@@ -91,7 +97,7 @@ class Server:
         if done.returncode:
             raise SystemExit(f"{self.name}, {streams} streams: {done.stderr}")
         figures: dict[str, Any] = json.loads(done.stdout)
-        after = cpu_seconds(self._process.pid)
+        after = cpu_seconds(self.pid)
         spent = {name: seconds - before.get(name, 0.0) for name, seconds in after.items()}
         figures["cpu_us_per_token"] = {
             name: round(1e6 * seconds / figures["tokens"], 1)
@@ -128,30 +134,76 @@ def one_round(args: argparse.Namespace) -> None:
         time.sleep(2)
 
 
-def offline(args: argparse.Namespace) -> None:
+def lost(args: argparse.Namespace) -> None:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    offline = context.Process(target=_offline, args=(args.model, there), daemon=True)
+    offline.start()
+    here.recv()
+    assert offline.pid
+    with _stopped(offline.pid):
+        server = Server("manta", args.model, None, (args.options or "").split())
+        server.load(8, 8, 10**6)  # warms up
+        time.sleep(15)  # until its memory is taken
+    streams, requests = max(STREAMS), STREAMS[max(STREAMS)]
+    try:
+        for turn in range(args.turns):
+            figures: dict[str, Any] = {"server": "lost", "model": args.model, "round": turn}
+            for side in ("offline", "served") if turn % 2 else ("served", "offline"):
+                if side == "served":
+                    with _stopped(offline.pid):
+                        figures[side] = server.load(streams, requests, turn)["output_tok_s"]
+                else:
+                    with _stopped(server.pid):
+                        here.send(turn)
+                        figures[side] = here.recv()
+            append(args.file, figures)
+    finally:
+        server.stop()
+        offline.kill()
+
+
+@contextlib.contextmanager
+def _stopped(root: int) -> Iterator[None]:
+    """Stop a process and all that descend from it for a while."""
+    pids = tree(root)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        time.sleep(1.5)  # what waited for a timer has had it
+
+
+def _offline(model: str, turns: Connection) -> None:
+    """Output tokens per second of the offline engine, for each number that comes."""
     from benchmarks.offline import make_prompts
     from manta import LLM, SamplingParams
 
     streams = max(STREAMS)
     llm = LLM(
-        args.model,
+        model,
         dtype="bfloat16",
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=streams,
         prefault_kv_cache=True,  # as servers do
         use_tqdm_on_load=False,
     )
-    time.sleep(10)  # until it is taken
+    time.sleep(15)  # until it is taken
     params = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True)
-    for turn in range(args.rounds + 1):
-        prompts = make_prompts(turn, STREAMS[streams], INPUT_LEN)
-        started, cpu = time.perf_counter(), time.process_time()
+
+    def speed(seed: int, requests: int) -> float:
+        prompts = make_prompts(seed, requests, INPUT_LEN)
+        started = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
-        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        if turn:  # the first warms up
-            tokens = len(prompts) * OUTPUT_LEN
-            figures = {"output_tok_s": tokens / seconds, "cpu_us_per_token": 1e6 * cpu / tokens}
-            append(args.file, {"server": "offline", "streams": streams, "round": turn} | figures)
+        return len(prompts) * OUTPUT_LEN / (time.perf_counter() - started)
+
+    turns.send(speed(10**6, streams))  # warms up
+    while True:
+        turns.send(speed(turns.recv(), STREAMS[streams]))
 
 
 def append(file: str, figures: dict[str, Any]) -> None:
@@ -173,7 +225,7 @@ def table(args: argparse.Namespace) -> None:
         for column in COLUMNS:
             mine, theirs = (
                 {x["round"]: x[column] for x in lines
-                 if x["server"] == name and x["streams"] == streams}
+                 if x["server"] == name and x.get("streams") == streams}
                 for name in ("manta", "vllm")
             )  # fmt: skip
             cells = [f"{statistics.median(v.values()):.1f}" if v else "" for v in (mine, theirs)]
@@ -186,15 +238,19 @@ def table(args: argparse.Namespace) -> None:
     }
     print("start to ready, s:", {n: round(statistics.median(v.values()), 2)
                                  for n, v in ready.items() if v})  # fmt: skip
-    alone = [x["output_tok_s"] for x in lines if x["server"] == "offline"]
-    served = [x["output_tok_s"] for x in lines if x["server"] == "manta" and x["streams"] == 32]
-    if alone and served:
-        kept = statistics.median(served) / statistics.median(alone)
-        print(f"offline {statistics.median(alone):.1f} tok/s at 32; served is {kept:.2f} of it")
+    if turns := [x for x in lines if x["server"] == "lost"]:
+        alone, served = (
+            statistics.median(x[side] for x in turns) for side in ("offline", "served")
+        )
+        lost = sorted(1 - x["served"] / x["offline"] for x in turns)
+        print(
+            f"32 at a time: offline {alone:.1f}, served {served:.1f} tok/s; lost"
+            f" {statistics.median(lost):.3f} ({lost[0]:.3f} to {lost[-1]:.3f})"
+        )
     for name in ("manta", "vllm"):
         spent: dict[str, list[float]] = defaultdict(list)
         for line in lines:
-            if line["server"] == name and line["streams"] == 32:
+            if line["server"] == name and line.get("streams") == 32:
                 for title_, cost in line["cpu_us_per_token"].items():
                     spent[title_].append(cost)
         print(f"{name}: CPU µs per token at 32 streams:")
@@ -206,7 +262,7 @@ def table(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     commands = parser.add_subparsers(required=True)
-    for name, run in (("round", one_round), ("offline", offline), ("table", table)):
+    for name, run in (("round", one_round), ("lost", lost), ("table", table)):
         command = commands.add_parser(name)
         if name != "table":
             command.add_argument("model")
@@ -215,9 +271,10 @@ def main() -> None:
             command.add_argument("--vllm-python", help="interpreter of an environment with vLLM")
             command.add_argument("--seed", type=int, default=1)
             command.add_argument("--only", choices=["manta", "vllm"])
+        if name == "lost":
+            command.add_argument("--turns", type=int, default=6)
+        if name != "table":
             command.add_argument("--options", help="further ones of manta serve, in one word")
-        if name == "offline":
-            command.add_argument("--rounds", type=int, default=3)
         command.set_defaults(run=run)
     args = parser.parse_args()
     args.run(args)

@@ -40,6 +40,9 @@ class EngineHost:
         if config.parallel.world_size == 1:  # it computes here; Ray has set a thread for each CPU
             cpus = config.parallel.worker_cpus or (os.cpu_count() or 1) // share
             os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
+            # Whoever serves shares these cores with the router: its threads are to let go of them
+            # while Python runs between two kernels, sooner than workers/__init__.py has it.
+            os.environ.setdefault("GOMP_SPINCOUNT", "3000")
         from cluster.replica import start_engine  # imports torch, which reads the environment
 
         self.engine_id = secrets.token_hex(4)
