@@ -19,7 +19,7 @@ from router.config import RouterConfig
 from router.errors import ApiError, api_error, unavailable, wrong
 from router.fields import read
 from router.guard import KeyGuard, RootPath, Unforeseen
-from router.metrics import CONTENT_TYPE
+from router.metrics import CONTENT_TYPE, PREFIXES
 from router.openapi import describe
 from router.replies import Reply
 from router.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -197,9 +197,12 @@ class _Routes:
         """The server's version."""
         return _json(responses.Version(self._version))
 
-    async def metrics(self) -> Response:
+    async def metrics(self, request: Request) -> Response:
         """Prometheus text of every engine and ingress process."""
-        return Response(await self._service.scrape(), media_type=CONTENT_TYPE)
+        names = request.query_params.get("names", "vllm")
+        if names not in PREFIXES:
+            raise wrong(f"names must be {' or '.join(PREFIXES)}, got {names[:100]!r}", "names")
+        return Response(await self._service.scrape(names), media_type=CONTENT_TYPE)
 
     async def _body(self, request: Request, kind: type[T]) -> T:
         """The request's body, checked. Raises ApiError 413, 415 or 400."""

@@ -1,7 +1,8 @@
 """GET /metrics: the whole application's metrics as Prometheus text, in one scrape.
 
-Names are vLLM's under ``manta:`` with its labels, so that its dashboards carry over. An engine's
-series have its id as the label ``engine``; an ingress process's have ``ingress``.
+Names are vLLM's under ``manta:`` with its labels, so that its dashboards carry over; or, where they
+are asked for, the same as Prometheus' own rules want them. An engine's series have its id as the
+label ``engine``; an ingress process's have ``ingress``.
 """
 
 import asyncio
@@ -20,7 +21,9 @@ from cluster.client import EngineClient
 from engine.errors import EngineError
 from engine.stats import Metric, Sample
 
-PREFIX = "manta:"
+# By what ``names`` may be. Prometheus keeps the colon for recording rules, and the ending _total,
+# which one histogram of vLLM's has, for counters.
+PREFIXES = {"vllm": "manta:", "prometheus": "manta_"}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PATIENCE = 2.0  # seconds for an engine to answer; one that does not is left out
 
@@ -29,11 +32,14 @@ Labels = Mapping[str, str]
 
 
 async def scrape(
-    engines: Sequence[EngineClient], name: str | None, ingress: Mapping[str, list[Metric]]
+    engines: Sequence[EngineClient],
+    name: str | None,
+    ingress: Mapping[str, list[Metric]],
+    names: str,
 ) -> bytes:
     """Prometheus text of engines, asked now, and of ingress processes by their ids.
 
-    name: of the model; each engine's own by default.
+    name: of the model; each engine's own by default. names: a key of ``PREFIXES``.
     """
     counted = await asyncio.gather(*map(_ask, engines))
     sources: list[tuple[Labels, list[Metric]]] = [
@@ -41,7 +47,7 @@ async def scrape(
         for engine, metrics in zip(engines, counted, strict=True)
     ]
     sources += [({"ingress": id}, metrics) for id, metrics in sorted(ingress.items())]
-    return render(sources)
+    return render(sources, names)
 
 
 async def _ask(engine: EngineClient) -> list[Metric]:
@@ -52,23 +58,25 @@ async def _ask(engine: EngineClient) -> list[Metric]:
         return []
 
 
-def render(sources: Iterable[tuple[Labels, list[Metric]]]) -> bytes:
+def render(sources: Iterable[tuple[Labels, list[Metric]]], names: str) -> bytes:
     """Prometheus text of several sources' metrics, each with labels of its own."""
     families: dict[str, Family] = {}
     for labels, metrics in sources:
         for metric in metrics:
             family = families.get(metric.name)
             if family is None:
-                family = families[metric.name] = _family(metric, [*labels, *metric.labels])
+                family = families[metric.name] = _family(metric, [*labels, *metric.labels], names)
             for sample in metric.samples:
                 _add(family, [*labels.values(), *sample.labels], metric, sample)
     return generate_latest(_Families(families.values()))
 
 
-def _family(metric: Metric, labels: list[str]) -> Family:
-    name = PREFIX + metric.name
+def _family(metric: Metric, labels: list[str], names: str) -> Family:
+    name = PREFIXES[names] + metric.name
     if metric.kind == "counter":
         return CounterMetricFamily(name, metric.help, labels=labels)
+    if names == "prometheus":
+        name = name.removesuffix("_total")
     if metric.kind == "gauge":
         return GaugeMetricFamily(name, metric.help, labels=labels)
     return HistogramMetricFamily(name, metric.help, labels=labels)

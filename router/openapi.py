@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from router import responses
 from router.errors import ErrorResponse
 from router.fields import HARMLESS, NEUTRAL
+from router.metrics import PREFIXES
 from router.schema import (
     ChatRequest,
     CompletionRequest,
@@ -45,7 +46,7 @@ _PATHS: Mapping[str, tuple[str, Any, Any, tuple[int, ...]]] = {
     "/health": ("get", None, None, (503,)),
     "/load": ("get", None, responses.Load, ()),
     "/version": ("get", None, responses.Version, ()),
-    "/metrics": ("get", None, None, ()),
+    "/metrics": ("get", None, None, (400,)),
 }  # fmt: skip
 _STREAMS = ("/v1/completions", "/v1/chat/completions")
 _OPEN = ("/health", "/metrics")
@@ -85,6 +86,9 @@ def _description(app: FastAPI, keys: bool) -> dict[str, Any]:
             operation["parameters"] = [
                 {"name": "id", "in": "path", "required": True, "schema": schema}
             ]
+        if path == "/metrics":
+            schema = {"enum": [*PREFIXES], "default": "vllm"}
+            operation["parameters"] = [{"name": "names", "in": "query", "schema": schema}]
         if keys and path not in _OPEN:
             operation["security"] = [{"key": []}]
         paths[path] = {method: operation}

@@ -241,12 +241,13 @@ class Service:
         """What this process has counted."""
         return self.stats.metrics()
 
-    async def scrape(self) -> bytes:
-        """The whole application's metrics as Prometheus text."""
+    async def scrape(self, names: str) -> bytes:
+        """The whole application's metrics as Prometheus text; ``names`` as in router/metrics.py."""
         ingress = {} if self._others is None else dict(await self._others())
         ingress[self.id] = self.metrics()
-        names = self.config.served_model_name
-        return await scrape(list(engines_by_id(self.engines)), names[0] if names else None, ingress)
+        served = self.config.served_model_name
+        engines = list(engines_by_id(self.engines))
+        return await scrape(engines, served[0] if served else None, ingress, names)
 
     def _observe(self, generations: list[Generation]) -> None:
         for generation in generations:

@@ -127,3 +127,19 @@ def test_promtool_finds_nothing_but_the_names(server: Server) -> None:
         'iteration_tokens_total non-counter metrics should not have "_total" suffix',
     )
     assert [line for line in complaints if not line.endswith(expected)] == []
+
+
+def test_names_as_prometheus_wants_them(server: Server) -> None:
+    def samples(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("#")]
+
+    theirs = httpx.get(f"{server.url}/metrics", params={"names": "vllm"}).text
+    ours = httpx.get(f"{server.url}/metrics", params={"names": "prometheus"}).text
+    renamed = theirs.replace("manta:iteration_tokens_total", "manta:iteration_tokens")
+    assert len(samples(theirs)) > 200 and ":iteration_tokens_total_count" in theirs
+    assert [line.split(" ")[0] for line in samples(renamed.replace("manta:", "manta_"))] == [
+        line.split(" ")[0] for line in samples(ours)
+    ]
+    wrong = httpx.get(f"{server.url}/metrics", params={"names": "other"})
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "names"
+    assert "vllm or prometheus" in wrong.json()["error"]["message"]
