@@ -1,5 +1,6 @@
 """The executor over several workers: it brings them up, hands them plans, and sees them die."""
 
+import atexit
 import contextlib
 import select
 import socket
@@ -382,6 +383,9 @@ class ParallelExecutor:
         self._device = launcher.device
         self._workers = Workers(config, launcher)
         self._finalizer = weakref.finalize(self, self._workers.stop)
+        # finalize's own turn at the end of the program may come after Ray's, which ends the workers
+        # as if they had failed; what is registered last comes first.
+        atexit.register(self._finalizer)
         self._pending: deque[_Pending] = deque()
         self._learned: list[Ints] = []  # tokens that the first stage has not been told
         self._admitted = np.full(config.scheduler.max_num_seqs, -1)  # step of a slot's admission
@@ -477,3 +481,4 @@ class ParallelExecutor:
 
     def stop(self) -> None:
         self._finalizer()
+        atexit.unregister(self._finalizer)

@@ -92,6 +92,32 @@ def test_the_command_line_joins_the_cluster_of_ray_address(cluster, checkpoint, 
     assert printed[0] == printed[1] and len(printed[0]) == 1
 
 
+# A finalizer that was there before Ray makes all others run after Ray's own end.
+PROGRAM = """
+import atexit, sys, weakref
+finalizer = weakref.finalize(type("Early", (), {}), id, 0)
+import ray
+from ray.util import placement_group_table
+atexit.register(lambda: print([group["state"] for group in placement_group_table().values()]))
+from manta import LLM
+model, tokenizer = sys.argv[1:]
+llm = LLM(model, tokenizer=tokenizer, tensor_parallel_size=2)
+"""
+
+
+def test_the_workers_end_before_ray_does_at_the_end_of_a_program(checkpoint, tokenizer) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, checkpoint("llama"), tokenizer],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "['REMOVED']\n"), done.stderr
+    assert "failed" not in done.stderr and "Traceback" not in done.stderr
+
+
 def test_what_can_never_be_placed_is_refused_at_once(start) -> None:
     asked = r"tensor_parallel_size=2 × pipeline_parallel_size=3 asks for 6 workers of 1 CPU each"
     with pytest.raises(
