@@ -98,23 +98,25 @@ import atexit, sys, weakref
 finalizer = weakref.finalize(type("Early", (), {}), id, 0)
 import ray
 from ray.util import placement_group_table
-atexit.register(lambda: print([group["state"] for group in placement_group_table().values()]))
+atexit.register(lambda: print({group["state"] for group in placement_group_table().values()}))
 from manta import LLM
 model, tokenizer = sys.argv[1:]
 llm = LLM(model, tokenizer=tokenizer, tensor_parallel_size=2)
 """
 
 
-def test_the_workers_end_before_ray_does_at_the_end_of_a_program(checkpoint, tokenizer) -> None:
+def test_the_workers_end_before_ray_does_at_the_end_of_a_program(
+    cluster, checkpoint, tokenizer
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, checkpoint("llama"), tokenizer],
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        env=os.environ | {"RAY_ADDRESS": cluster.address},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert (done.returncode, done.stdout) == (0, "['REMOVED']\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "{'REMOVED'}\n"), done.stderr
     assert "failed" not in done.stderr and "Traceback" not in done.stderr
 
 
