@@ -143,21 +143,27 @@ def lost(args: argparse.Namespace) -> None:
     assert offline.pid
     with _stopped(offline.pid):
         server = Server("manta", args.model, None, (args.options or "").split())
-        server.load(8, 8, 10**6)  # warms up
-        time.sleep(15)  # until its memory is taken
     streams, requests = max(STREAMS), STREAMS[max(STREAMS)]
+
+    def computed(turn: int) -> Any:
+        here.send(turn)
+        return here.recv()
+
+    def served(turn: int) -> Any:
+        return server.load(streams, requests, turn)["output_tok_s"]
+
+    sides = [("served", served, offline.pid), ("offline", computed, server.pid)]
     try:
+        with _stopped(offline.pid):
+            server.load(8, 8, 10**6)  # warms up
+            time.sleep(15)  # until its memory is taken
         for turn in range(args.turns):
             figures: dict[str, Any] = {"server": "lost", "model": args.model, "round": turn}
-            for side in ("offline", "served") if turn % 2 else ("served", "offline"):
-                if side == "served":
-                    with _stopped(offline.pid):
-                        figures[side] = server.load(streams, requests, turn)["output_tok_s"]
-                else:
-                    with _stopped(server.pid):
-                        here.send(turn)
-                        figures[side] = here.recv()
+            for side, run, other in sides:
+                with _stopped(other):
+                    figures[side] = run(turn)
             append(args.file, figures)
+            sides.reverse()
     finally:
         server.stop()
         offline.kill()
@@ -242,10 +248,10 @@ def table(args: argparse.Namespace) -> None:
         alone, served = (
             statistics.median(x[side] for x in turns) for side in ("offline", "served")
         )
-        lost = sorted(1 - x["served"] / x["offline"] for x in turns)
+        shares = sorted(1 - x["served"] / x["offline"] for x in turns)
         print(
             f"32 at a time: offline {alone:.1f}, served {served:.1f} tok/s; lost"
-            f" {statistics.median(lost):.3f} ({lost[0]:.3f} to {lost[-1]:.3f})"
+            f" {statistics.median(shares):.3f} ({shares[0]:.3f} to {shares[-1]:.3f})"
         )
     for name in ("manta", "vllm"):
         spent: dict[str, list[float]] = defaultdict(list)

@@ -48,6 +48,14 @@ _PATHS: Mapping[str, tuple[str, Any, Any, tuple[int, ...]]] = {
     "/version": ("get", None, responses.Version, ()),
     "/metrics": ("get", None, None, (400,)),
 }  # fmt: skip
+_PARAMETERS: Mapping[str, dict[str, Any]] = {
+    "/v1/models/{id}": {
+        "name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}
+    },
+    "/metrics": {
+        "name": "names", "in": "query", "schema": {"enum": [*PREFIXES], "default": "vllm"}
+    },
+}  # fmt: skip
 _STREAMS = ("/v1/completions", "/v1/chat/completions")
 _OPEN = ("/health", "/metrics")
 
@@ -81,14 +89,8 @@ def _description(app: FastAPI, keys: bool) -> dict[str, Any]:
         if request is not None:
             content = {"application/json": {"schema": by_kind[request]}}
             operation["requestBody"] = {"required": True, "content": content}
-        if "{id}" in path:
-            schema = {"type": "string", "minLength": 1}
-            operation["parameters"] = [
-                {"name": "id", "in": "path", "required": True, "schema": schema}
-            ]
-        if path == "/metrics":
-            schema = {"enum": [*PREFIXES], "default": "vllm"}
-            operation["parameters"] = [{"name": "names", "in": "query", "schema": schema}]
+        if path in _PARAMETERS:
+            operation["parameters"] = [_PARAMETERS[path]]
         if keys and path not in _OPEN:
             operation["security"] = [{"key": []}]
         paths[path] = {method: operation}
