@@ -1,0 +1,230 @@
+"""The arithmetic of the Triton kernels, against plain PyTorch: by Triton's interpreter where there
+is no GPU (tests/conftest.py), compiled where there is one."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from workers.kernels import plain
+from workers.kernels.gpu import attention, elementwise, heads, norm, rows
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCK_SIZE = 16
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert error < tolerance, error
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    """In every bit where the kernels are compiled; the interpreter's products are NumPy's, whose
+    sums depend on the shape."""
+    if DEVICE.type == "cuda":
+        assert torch.equal(found, expected)
+    else:
+        close(found, expected)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+class Sequences:
+    """Sequences with keys and values in scattered blocks, and queries that end each of them."""
+
+    def __init__(self, counts: list[int], contexts: list[int], dim: int, num_heads: int,
+                 kv_heads: int) -> None:  # fmt: skip
+        self.counts, self.contexts = counts, contexts
+        self.num_heads, self.kv_heads, self.dim = num_heads, kv_heads, dim
+        longest = max(contexts)
+        per_row = -(-longest // BLOCK_SIZE)
+        total = len(counts) * per_row
+        self.cache = normal(total + 3, 2, kv_heads, BLOCK_SIZE, dim)
+        self.tables = (torch.randperm(total) + 3).view(len(counts), per_row).int().to(DEVICE)
+        self.q = normal(sum(counts), num_heads * dim)
+
+    def rows(self, split: bool = True) -> attention.Rows:
+        """``split``: rows of one query as decode items, else as prefill ones."""
+        decode, prefill, firsts = [], [], []
+        tile = attention.prefill_tile(self.num_heads, self.kv_heads)
+        for row, (count, context) in enumerate(zip(self.counts, self.contexts, strict=True)):
+            firsts.append(len(decode) if count == 1 and split else -1)
+            if count == 1 and split:
+                decode += [(row, i) for i in range(-(-context // attention.SPLIT))]
+            else:
+                prefill += [(row, i) for i in range(-(-count // tile))]
+        starts = [0, *torch.tensor(self.counts).cumsum(0).tolist()]
+        spare = [(0, 0)] * 3  # room that is not used
+
+        def ints(values: object) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+        return attention.Rows(
+            slots=ints(list(range(len(self.counts)))), contexts=ints(self.contexts),
+            starts=ints(starts), firsts=ints(firsts), counts=ints([len(decode), len(prefill)]),
+            decode_items=ints(decode + spare), prefill_items=ints(prefill + spare),
+        )  # fmt: skip
+
+    def attend(self, traits: attention.Traits, split: bool = True, programs: int = 5) -> Tensor:
+        rows = self.rows(split)
+        out = torch.full_like(self.q, float("nan"))
+        scratch = attention.Scratch(len(rows.decode_items), self.num_heads, self.dim, DEVICE)
+        attention.decode(self.q, self.cache, self.tables, rows, traits, scratch, out, programs)
+        attention.prefill(self.q, self.cache, self.tables, rows, traits, out)
+        return out
+
+    def expected(self, traits: attention.Traits) -> Tensor:
+        found, at = [], 0
+        for row, (count, context) in enumerate(zip(self.counts, self.contexts, strict=True)):
+            pages = self.cache[self.tables[row].long()].double()
+            keys, values = (
+                pages[:, i].transpose(0, 1).flatten(1, 2)[:, :context]
+                .repeat_interleave(self.num_heads // self.kv_heads, 0)
+                for i in (0, 1)
+            )  # fmt: skip
+            q = self.q[at : at + count].double().view(count, self.num_heads, -1).transpose(0, 1)
+            s = q @ keys.transpose(1, 2) * traits.scale
+            if traits.cap:
+                s = traits.cap * (s / traits.cap).tanh()
+            key = torch.arange(context, device=DEVICE)
+            position = torch.arange(context - count, context, device=DEVICE)[:, None]
+            seen = key <= position
+            if traits.window is not None:
+                seen &= key > position - traits.window
+            s = s.masked_fill(~seen, -torch.inf)
+            if traits.sinks is not None:
+                sink = traits.sinks.double()[:, None, None].expand(-1, count, 1)
+                p = torch.cat((s, sink), -1).softmax(-1)[..., :-1]
+            else:
+                p = s.softmax(-1)
+            found.append((p @ values).transpose(0, 1).reshape(count, -1))
+            at += count
+        return torch.cat(found)
+
+
+CASES = [
+    pytest.param(64, 4, 2, {}, id="grouped"),
+    pytest.param(64, 3, 3, {"window": 40}, id="window"),
+    pytest.param(80, 6, 2, {}, id="head-80"),
+    pytest.param(128, 7, 1, {"cap": 3.0}, id="seven-of-one-capped"),
+    pytest.param(64, 4, 4, {"sinks": True}, id="sinks"),
+    pytest.param(96, 5, 1, {"window": 700, "sinks": True, "cap": 5.0}, id="everything"),
+]
+
+
+def make_traits(num_heads: int, dim: int, options: dict) -> attention.Traits:
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = normal(num_heads)
+    return attention.Traits(heads=num_heads, scale=dim**-0.5, **options)
+
+
+@pytest.mark.parametrize(("dim", "num_heads", "kv_heads", "options"), CASES)
+def test_attention_is_that_of_softmax(dim, num_heads, kv_heads, options) -> None:
+    sequences = Sequences([1, 1, 37, 1, 3, 1], [5, 600, 90, 1, 530, 1100], dim, num_heads, kv_heads)
+    traits = make_traits(num_heads, dim, options)
+    close(sequences.attend(traits), sequences.expected(traits))
+
+
+@pytest.mark.parametrize(("dim", "num_heads", "kv_heads", "options"), CASES)
+def test_decode_and_prefill_agree_in_every_bit(dim, num_heads, kv_heads, options) -> None:
+    """Alone or with others, as a decode or as the end of a longer row."""
+    whole = Sequences([530], [1100], dim, num_heads, kv_heads)
+    traits = make_traits(num_heads, dim, options)
+    expected = whole.attend(traits)
+    for count in (1, 2, 45):
+        part = Sequences([count], [1100], dim, num_heads, kv_heads)
+        part.cache, part.tables, part.q = whole.cache, whole.tables, whole.q[-count:].contiguous()
+        for split in (True, False):
+            for programs in (1, 64):
+                found = part.attend(traits, split, programs)
+                same(found, expected[-count:])
+
+
+def test_blocks_that_nobody_sees_may_hold_anything() -> None:
+    sequences = Sequences([1, 20], [700, 650], 64, 2, 1)
+    traits = attention.Traits(heads=2, scale=0.1, window=50)
+    expected = sequences.attend(traits)
+    for row, (count, context) in enumerate(zip(sequences.counts, sequences.contexts, strict=True)):
+        gone = (context - count - 50) // BLOCK_SIZE
+        sequences.cache[sequences.tables[row, :gone].long()] = float("nan")
+    same(sequences.attend(traits), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width", [48, 768])
+def test_norms_add_the_update_first(width: int, bias: bool) -> None:
+    x, update = normal(5, width), normal(5, width)
+    weight, offset, extra = normal(width), normal(width), normal(width)
+    added = x + update + extra if bias else x + update
+    for kernel, expected in (
+        (lambda x, *more: norm.rms_norm(x, weight, 1e-5, *more), plain.rms_norm(added, weight, 1e-5)),
+        (
+            lambda x, *more: norm.layer_norm(x, weight, offset, 1e-5, *more),
+            plain.layer_norm(added, weight, offset, 1e-5),
+        ),
+    ):
+        y = x.clone()
+        close(kernel(y, update, extra if bias else None), expected)
+        close(y, added)
+    close(norm.rms_norm(x, weight, 1e-5), plain.rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_activations(bias: bool) -> None:
+    x = normal(3, 2 * 1100)
+    extra = normal(2 * 1100) if bias else None
+    biased = x if extra is None else x + extra
+    close(elementwise.silu_mul(x, extra), plain.silu_mul(biased))
+    for name, function in (("relu", torch.relu), ("gelu", torch.nn.functional.gelu)):
+        close(elementwise.bias_act(x.clone(), extra, name), function(biased))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("half", [None, 32, 24])
+def test_heads_are_normed_rotated_and_placed(bias: bool, normed: bool, half: int | None) -> None:
+    tokens, num_heads, kv_heads, dim = 5, 6, 2, 64
+    qkv = normal(tokens, (num_heads + 2 * kv_heads) * dim)
+    extra = normal(qkv.shape[1]) if bias else None
+    weights = (normal(dim), normal(dim)) if normed else None
+    positions = torch.randint(0, 90, (tokens,), device=DEVICE, dtype=torch.int32)
+    tables = None if half is None else (normal(90, half), normal(90, half))
+    cells = torch.randperm(4 * BLOCK_SIZE)[:tokens].int().to(DEVICE)
+    cache = torch.zeros(4, 2, kv_heads, BLOCK_SIZE, dim, device=DEVICE)
+    found = heads.place(
+        qkv, cache, cells, positions, num_heads, bias=extra, norms=weights, eps=1e-6,
+        rotation=tables,
+    )  # fmt: skip
+    biased = (qkv if extra is None else qkv + extra).view(tokens, -1, dim)
+    q, k, v = (part.clone() for part in biased.split([num_heads, kv_heads, kv_heads], 1))
+    if weights is not None:
+        q, k = plain.rms_norm(q, weights[0], 1e-6), plain.rms_norm(k, weights[1], 1e-6)
+    if tables is not None:
+        plain.rope(q, k, positions.long(), *tables)
+    close(found, q.reshape(tokens, -1))
+    block, offset = cells.long() // BLOCK_SIZE, cells.long() % BLOCK_SIZE
+    close(cache[block, 0, :, offset], k)
+    close(cache[block, 1, :, offset], v)
+    cache[block, :, :, offset] = 0
+    assert not cache.any()
+
+
+def test_rows_look_up_their_tokens_and_cells() -> None:
+    rng = random.Random(0)
+    tokens = torch.randint(0, 999, (7, 100), device=DEVICE, dtype=torch.int32)
+    tables = torch.randint(0, 50, (7, 7), device=DEVICE, dtype=torch.int32)
+    slots = torch.tensor([rng.randrange(7) for _ in range(200)], dtype=torch.int32, device=DEVICE)
+    positions = torch.tensor([rng.randrange(100) for _ in range(200)], device=DEVICE).int()
+    ids, cells = rows.look_up(tokens, tables, slots, positions, BLOCK_SIZE)
+    assert torch.equal(ids, tokens[slots.long(), positions.long()])
+    blocks = tables[slots.long(), positions.long() // BLOCK_SIZE]
+    assert torch.equal(cells, blocks * BLOCK_SIZE + positions % BLOCK_SIZE)

@@ -1,0 +1,333 @@
+"""Paged causal attention (FlashAttention's online softmax, arXiv 2307.08691, over a paged cache).
+
+Two kernels that agree in every bit: ``decode`` for rows of one query, cut into spans of ``SPLIT``
+keys that are computed side by side and then merged, and ``prefill`` for rows of several queries,
+which takes the same spans one after the other. So it does not matter whether a token was decoded,
+recomputed after preemption, or part of a prompt, nor how that was cut. What makes it so:
+
+- a span is the same keys in both, in the same blocks of ``BLOCK_N`` keys, from its start;
+- the running maximum is rounded up to a whole number (of powers of two), so that every later
+  rescaling is a multiplication by a power of two, which is exact: it does not matter when it is
+  done, nor whether the compiler makes one instruction of a product and a sum;
+- probabilities are summed by a matrix product with ones, whose order does not depend on how many
+  threads share a tile, as that of a reduction does.
+
+A layer's cache is [num_blocks, 2, kv_heads, block_size, D]. Decode is bound by reading it, prefill
+by its products: 4 · T · context · heads · D operations, and a twelfth of that for the sums.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPLIT = 512  # keys of a span: enough of these keep a GPU busy, few enough cost little to merge
+BLOCK_N = 64  # keys of a step of the loops
+PREFILL_M = 128  # queries times heads of a tile
+LOG2E = 1.4426950408889634
+_LOG2E = tl.constexpr(LOG2E)
+_NOTHING = tl.constexpr(-1e30)  # the maximum of no keys
+
+
+@triton.jit
+def _power(exponent):
+    """2 ** exponent for whole exponents of at most 0, exactly; below 2 ** -126 it is 0."""
+    k = tl.maximum(exponent, -127.0).to(tl.int32)
+    return ((k + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _span(
+    q, positions, cache, table, head, start, low, stop, scale, window,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """Attention of q [M, DP] at ``positions`` [M] over keys start to stop - 1 of one sequence; of
+    those before ``low`` no query sees any, and their blocks may hold anything.
+
+    ``scale`` has log2(e) in it. Returns maximum [M], sum [M] and weighted values [M, DP] of the
+    exponentials (powers of two) less that maximum.
+    """
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    d = tl.arange(0, DP)
+    ones = tl.full([N, 16], 1.0, cache.dtype.element_ty)
+    first = tl.arange(0, 16)[None, :] == 0
+    most = tl.full([M], _NOTHING, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, DP], tl.float32)
+    for at in range(start, stop, N):
+        key = at + tl.arange(0, N)
+        there = (key >= low) & (key < stop)
+        block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+        cell = block * (2 * KV_HEADS * BLOCK_SIZE * D) + (key % BLOCK_SIZE) * D
+        cell += head * BLOCK_SIZE * D
+        inside = there[:, None] & (d < D)[None, :]
+        k = tl.load(cache + cell[:, None] + d[None, :], mask=inside, other=0.0)
+        v = tl.load(
+            cache + KV_HEADS * BLOCK_SIZE * D + cell[:, None] + d[None, :], mask=inside, other=0.0
+        )
+        s = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+        if CAP > 0:  # soft cap (Gemma 2): cap · tanh(s / cap)
+            s = CAP * _LOG2E * (2 * tl.sigmoid(s * (2 / (CAP * _LOG2E))) - 1)
+        seen = key[None, :] <= positions[:, None]
+        if WINDOW:
+            seen = seen & (key[None, :] > positions[:, None] - window)
+        s = tl.where(seen, s, _NOTHING)
+        higher = tl.maximum(most, tl.ceil(tl.max(s, 1)))
+        p = tl.where(seen, tl.exp2(s - higher[:, None]), 0.0).to(v.dtype)
+        less = _power(most - higher)
+        sums = tl.dot(p, ones, input_precision=precision)
+        total = total * less + tl.sum(tl.where(first, sums, 0.0), 1)
+        acc = acc * less[:, None] + tl.dot(p, v, input_precision=precision)
+        most = higher
+    return most, total, acc
+
+
+@triton.jit
+def _decode(
+    q, q_stride, cache, tables, table_stride, slots, contexts, starts, items, counts,
+    out, partial, stats, sinks, scale, window,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    SPAN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
+    IEEE: tl.constexpr,
+):  # fmt: skip
+    """Rows of one query. An item is (row, span); ``counts[0]`` says how many there are.
+
+    Programs go through items and kv heads in turn, so that the grid need not know their number.
+    The only span of a row goes to ``out`` at once, others to ``partial`` and ``stats``.
+    """
+    end = tl.load(counts) * KV_HEADS
+    m = tl.arange(0, M)
+    d = tl.arange(0, DP)
+    for work in range(tl.program_id(0), end, tl.num_programs(0)):
+        item = work // KV_HEADS
+        head = work % KV_HEADS
+        row = tl.load(items + 2 * item)
+        span = tl.load(items + 2 * item + 1)
+        context = tl.load(contexts + row)
+        slot = tl.load(slots + row).to(tl.int64)
+        token = tl.load(starts + row).to(tl.int64)
+        start = span * SPAN
+        stop = tl.minimum(start + SPAN, context)
+        begin = 0
+        if WINDOW:
+            begin = tl.maximum(context - window, 0)
+            start = tl.maximum(start, begin // N * N)
+        if start < stop:
+            mine = (m < GROUP)[:, None] & (d < D)[None, :]
+            heads = head * GROUP + m
+            query = tl.load(
+                q + token * q_stride + heads[:, None] * D + d[None, :], mask=mine, other=0.0,
+            )  # fmt: skip
+            positions = tl.full([M], 0, tl.int32) + (context - 1)
+            most, total, acc = _span(
+                query, positions, cache, tables + slot * table_stride, head, start, begin, stop,
+                scale, window, KV_HEADS, D, DP, BLOCK_SIZE, M, N, WINDOW, CAP, IEEE,
+            )  # fmt: skip
+            alone = (begin // SPAN == span) & (context <= (span + 1) * SPAN)
+            if alone:
+                if SINK:
+                    sink = tl.load(sinks + heads, mask=m < GROUP, other=0.0).to(tl.float32)
+                    total += tl.exp2(sink * _LOG2E - most)
+                done = acc / total[:, None]
+                at = out + token * (HEADS * D) + heads[:, None] * D + d[None, :]
+                tl.store(at, done.to(out.dtype.element_ty), mask=mine)
+            else:
+                at = (item * HEADS + heads).to(tl.int64)
+                tl.store(partial + at[:, None] * D + d[None, :], acc, mask=mine)
+                tl.store(stats + at * 2, most, mask=m < GROUP)
+                tl.store(stats + at * 2 + 1, total, mask=m < GROUP)
+
+
+@triton.jit
+def _merge(
+    contexts, starts, firsts, out, partial, stats, sinks, window,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPAN: tl.constexpr,
+    STEP: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
+):  # fmt: skip
+    """The spans of each row of ``_decode`` that has several, in order. ``firsts`` [rows] is the
+    index of each row's first item; -1 where ``_decode`` has nothing of the row."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    context = tl.load(contexts + row)
+    item = tl.load(firsts + row)
+    token = tl.load(starts + row).to(tl.int64)
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(context - window, 0) // SPAN
+    end = tl.cdiv(context, SPAN)
+    if (item >= 0) & (end - begin > 1):
+        d = tl.arange(0, DP)
+        many = tl.arange(0, STEP)
+        most = _NOTHING
+        for at in range(begin, end, STEP):
+            index = ((item + at + many) * HEADS + head).to(tl.int64)
+            top = tl.load(stats + index * 2, mask=at + many < end, other=_NOTHING)
+            most = tl.maximum(most, tl.max(top, 0))
+        total = 0.0
+        acc = tl.zeros([DP], tl.float32)
+        for at in range(begin, end):
+            index = ((item + at) * HEADS + head).to(tl.int64)
+            less = _power(tl.load(stats + index * 2) - most)
+            total += tl.load(stats + index * 2 + 1) * less
+            acc += tl.load(partial + index * D + d, mask=d < D, other=0.0) * less
+        if SINK:
+            total += tl.exp2(tl.load(sinks + head).to(tl.float32) * _LOG2E - most)
+        at = out + token * (HEADS * D) + head * D + d
+        tl.store(at, (acc / total).to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _prefill(
+    q, q_stride, cache, tables, table_stride, slots, contexts, starts, items, counts,
+    out, sinks, scale, window,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    SPAN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
+    IEEE: tl.constexpr,
+):  # fmt: skip
+    """Rows of several queries. An item is (row, tile): M // GROUP queries of the row with all the
+    query heads of a kv head; ``counts[1]`` says how many there are, ``starts`` [rows + 1] where
+    each row's queries begin."""
+    item = tl.program_id(0)
+    head = tl.program_id(1)
+    if item < tl.load(counts + 1):
+        row = tl.load(items + 2 * item)
+        tile = tl.load(items + 2 * item + 1)
+        start = tl.load(starts + row)
+        count = tl.load(starts + row + 1) - start
+        context = tl.load(contexts + row)
+        slot = tl.load(slots + row).to(tl.int64)
+        m = tl.arange(0, M)
+        d = tl.arange(0, DP)
+        query = tile * (M // GROUP) + m // GROUP
+        valid = (m < M // GROUP * GROUP) & (query < count)
+        positions = tl.where(valid, context - count + query, -1)
+        heads = head * GROUP + m % GROUP
+        token = (start + query).to(tl.int64)
+        mine = valid[:, None] & (d < D)[None, :]
+        tile_q = tl.load(
+            q + token[:, None] * q_stride + heads[:, None] * D + d[None, :], mask=mine, other=0.0
+        )
+        stop = context - count + tl.minimum((tile + 1) * (M // GROUP), count)
+        begin = 0
+        if WINDOW:
+            begin = tl.maximum(context - count + tile * (M // GROUP) - window + 1, 0)
+        most = tl.full([M], _NOTHING, tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, DP], tl.float32)
+        for at in range(begin // SPAN * SPAN, stop, SPAN):
+            first = at
+            if WINDOW:
+                first = tl.maximum(at, begin // N * N)
+            most_s, total_s, acc_s = _span(
+                tile_q, positions, cache, tables + slot * table_stride, head, first, begin,
+                tl.minimum(at + SPAN, stop), scale, window, KV_HEADS, D, DP, BLOCK_SIZE, M, N,
+                WINDOW, CAP, IEEE,
+            )  # fmt: skip
+            higher = tl.maximum(most, most_s)
+            less, less_s = _power(most - higher), _power(most_s - higher)
+            total = total * less + total_s * less_s
+            acc = acc * less[:, None] + acc_s * less_s[:, None]
+            most = higher
+        if SINK:
+            sink = tl.load(sinks + heads).to(tl.float32)
+            total += tl.exp2(sink * _LOG2E - most)
+        done = acc / total[:, None]
+        at = out + token[:, None] * (HEADS * D) + heads[:, None] * D + d[None, :]
+        tl.store(at, done.to(out.dtype.element_ty), mask=mine)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What attention must know of a step's R rows; int32, on the device.
+
+    Token t of row r is ``starts[r] + t``. ``decode_items`` [n, 2] are (row, span of SPLIT keys),
+    of rows of one query, ``prefill_items`` [n, 2] are (row, tile), of the others; ``counts`` [2]
+    says how many of each there are, as there may be room for more. ``firsts`` [R] are the rows'
+    first decode items, -1 where a row has none.
+    """
+
+    slots: Tensor  # [R]
+    contexts: Tensor  # [R], this step's tokens included
+    starts: Tensor  # [R + 1]
+    firsts: Tensor  # [R]
+    counts: Tensor  # [2]
+    decode_items: Tensor
+    prefill_items: Tensor
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How a layer attends. ``cap`` is a soft cap of the logits, ``sinks`` [heads] logits that take
+    a share of every query's attention and give nothing."""
+
+    heads: int
+    scale: float
+    window: int | None = None
+    cap: float = 0.0
+    sinks: Tensor | None = None
+
+
+def prefill_tile(heads: int, kv_heads: int) -> int:
+    """How many queries of a row a tile of ``_prefill`` takes."""
+    return max(1, PREFILL_M // (heads // kv_heads))
+
+
+def _options(cache: Tensor, traits: Traits) -> dict[str, Any]:
+    _, _, kv_heads, block_size, dim = cache.shape
+    return {
+        "HEADS": traits.heads, "KV_HEADS": kv_heads, "GROUP": traits.heads // kv_heads, "D": dim,
+        "DP": max(16, triton.next_power_of_2(dim)), "BLOCK_SIZE": block_size, "N": BLOCK_N,
+        "SPAN": SPLIT, "WINDOW": traits.window is not None, "CAP": traits.cap,
+        "SINK": traits.sinks is not None, "IEEE": cache.dtype == torch.float32,
+    }  # fmt: skip
+
+
+def decode(
+    q: Tensor, cache: Tensor, tables: Tensor, rows: Rows, traits: Traits, scratch: "Scratch",
+    out: Tensor, programs: int,
+) -> None:  # fmt: skip
+    """Attention of the rows of one query: q [T, heads · D] to ``out`` [T, heads · D].
+
+    ``tables`` [slots, blocks] int32 are the block tables. ``programs`` is how many run at once.
+    """
+    options = _options(cache, traits)
+    group = options["GROUP"]
+    window = traits.window or 0
+    _decode[(programs,)](
+        q, q.stride(0), cache, tables, tables.stride(0), rows.slots, rows.contexts,
+        rows.starts, rows.decode_items, rows.counts, out, scratch.partial, scratch.stats, traits.sinks,
+        traits.scale * LOG2E, window, M=max(16, triton.next_power_of_2(group)), num_warps=4,
+        num_stages=3, **options,
+    )  # fmt: skip
+    kept = ("HEADS", "D", "DP", "SPAN", "WINDOW", "SINK")
+    _merge[(len(rows.firsts), traits.heads)](
+        rows.contexts, rows.starts, rows.firsts, out, scratch.partial, scratch.stats, traits.sinks, window,
+        STEP=16, num_warps=1, **{name: options[name] for name in kept},
+    )  # fmt: skip
+
+
+def prefill(
+    q: Tensor, cache: Tensor, tables: Tensor, rows: Rows, traits: Traits, out: Tensor
+) -> None:
+    """Attention of the rows of several queries: q [T, heads · D] to ``out`` [T, heads · D]."""
+    options = _options(cache, traits)
+    tile = max(16, triton.next_power_of_2(max(PREFILL_M, options["GROUP"])))
+    _prefill[(len(rows.prefill_items), options["KV_HEADS"])](
+        q, q.stride(0), cache, tables, tables.stride(0), rows.slots, rows.contexts, rows.starts,
+        rows.prefill_items, rows.counts, out, traits.sinks, traits.scale * LOG2E,
+        traits.window or 0, M=tile, num_warps=8, num_stages=2, **options,
+    )  # fmt: skip
+
+
+class Scratch:
+    """Where spans of ``decode`` wait to be merged; room for ``items`` of them."""
+
+    def __init__(self, items: int, heads: int, dim: int, device: torch.device) -> None:
+        self.partial = torch.empty(items, heads, dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(items, heads, 2, dtype=torch.float32, device=device)

@@ -1,0 +1,95 @@
+"""Norms over a hidden state, with the addition to the residual before them. Bound by memory."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rms(
+    x, x_stride, update, update_bias, weight, out, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """A row each: x += update + bias, in place, then out = x / sqrt(mean(x²) + eps) · weight
+    (arXiv 1910.07467). Sums are of x as it is stored; the product with the weight is of the
+    rounded quotient, as in transformers."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < WIDTH
+    dtype = x.dtype.element_ty
+    value = tl.load(x + row * x_stride + at, mask=mask, other=0.0)
+    if ADD:
+        more = tl.load(update + row * WIDTH + at, mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            more += tl.load(update_bias + at, mask=mask, other=0.0).to(tl.float32)
+            more = more.to(dtype).to(tl.float32)
+        value = (value.to(tl.float32) + more).to(dtype)
+        tl.store(x + row * x_stride + at, value, mask=mask)
+    wide = value.to(tl.float32)
+    mean = tl.sum(wide * wide, 0) / WIDTH
+    scale = tl.load(weight + at, mask=mask, other=0.0)
+    normed = (wide * (1.0 / tl.sqrt_rn(mean + eps))).to(dtype)
+    tl.store(out + row * WIDTH + at, (normed.to(tl.float32) * scale).to(dtype), mask=mask)
+
+
+@triton.jit
+def _layer(
+    x, x_stride, update, update_bias, weight, bias, out, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """As ``_rms`` with a layer norm: (x - mean) / sqrt(variance + eps) · weight + bias."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < WIDTH
+    dtype = x.dtype.element_ty
+    value = tl.load(x + row * x_stride + at, mask=mask, other=0.0)
+    if ADD:
+        more = tl.load(update + row * WIDTH + at, mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            more += tl.load(update_bias + at, mask=mask, other=0.0).to(tl.float32)
+            more = more.to(dtype).to(tl.float32)
+        value = (value.to(tl.float32) + more).to(dtype)
+        tl.store(x + row * x_stride + at, value, mask=mask)
+    wide = value.to(tl.float32)
+    mean = tl.sum(wide, 0) / WIDTH
+    centred = tl.where(mask, wide - mean, 0.0)
+    variance = tl.sum(centred * centred, 0) / WIDTH
+    normed = centred * (1.0 / tl.sqrt_rn(variance + eps))
+    scale = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    offset = tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + at, (normed * scale + offset).to(dtype), mask=mask)
+
+
+def _shape(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"WIDTH": width, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """RMS norm of x [T, W] (rows may be strided), after ``x += update + bias`` if there is one."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _rms[(len(x),)](
+        x, x.stride(0), update, bias, weight, out, eps, ADD=update is not None,
+        BIAS=bias is not None, **_shape(x.shape[1]),
+    )  # fmt: skip
+    return out
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    eps: float,
+    update: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """As ``rms_norm`` with a layer norm of ``weight`` and ``offset``."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _layer[(len(x),)](
+        x, x.stride(0), update, bias, weight, offset, out, eps, ADD=update is not None,
+        BIAS=bias is not None, **_shape(x.shape[1]),
+    )  # fmt: skip
+    return out
