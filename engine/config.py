@@ -145,11 +145,15 @@ class DeviceConfig:
     )
     attention_backend: str = option(
         "auto",
-        "cpu is the compiled kernels, gather plain PyTorch; auto takes the fastest that works",
-        choices=("auto", "cpu", "gather"),
+        "triton is the kernels for NVIDIA GPUs, cpu the compiled ones, gather plain PyTorch; auto"
+        " takes the fastest that works",
+        choices=("auto", "triton", "cpu", "gather"),
     )
     enforce_eager: bool = option(
-        False, "never capture CUDA graphs or compile (none is captured or compiled today)"
+        False, "never capture CUDA graphs: a faster start, and slower steps"
+    )
+    max_cudagraph_capture_size: int = option(
+        512, "on CUDA, steps of up to so many tokens are captured as graphs", least=1
     )
 
 

@@ -192,13 +192,13 @@ class RingReceiver:
                 return ready
             if self._closed:
                 raise ChannelClosed
+            left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
+            if left <= 0:
+                return 0
             if spins:
                 spins -= 1
                 os.sched_yield()  # whoever is waited for may want this core
                 continue
-            left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
-            if left <= 0:
-                return 0
             memory.sleep(seen, left)
 
     def _take(self, count: int) -> bytearray:

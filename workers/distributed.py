@@ -173,6 +173,10 @@ class ProcessGroup(Group):
 
     backend: _Backend = field(kw_only=True)
 
+    @property
+    def capturable(self) -> bool:
+        return not self.backend.staged
+
     def all_reduce(self, x: Tensor) -> Tensor:
         return self.backend.all_reduce(x)
 

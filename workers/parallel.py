@@ -21,6 +21,11 @@ class Group:
     size: int = 1
     rank: int = 0
 
+    @property
+    def capturable(self) -> bool:
+        """Whether the verbs can be part of a CUDA graph."""
+        return True
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's ``x``; may be done in place."""
         return x

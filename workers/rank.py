@@ -13,7 +13,6 @@ import queue
 import sys
 import threading
 import traceback
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +96,12 @@ class _Executor:
             if not self._over:
                 os._exit(1)
 
+    def fail(self, error: BaseException) -> None:
+        """This rank gives up."""
+        trace = "".join(traceback.format_exception(error))
+        with contextlib.suppress(ChannelClosed):
+            self.report(Report(failure=Failure(type(error).__name__, str(error), trace)))
+
     def leave(self) -> None:
         """Told to stop: the executor may go."""
         self._over = True
@@ -117,9 +122,7 @@ def serve(rank: int, own_host: str, call: Call, cpus: float | None = None) -> No
         _run(executor, _take_place(executor, rank, cpus))
         executor.leave()
     except BaseException as error:
-        name = type(error).__name__
-        with contextlib.suppress(ChannelClosed):
-            executor.report(Report(failure=Failure(name, str(error), traceback.format_exc())))
+        executor.fail(error)
         raise SystemExit(1) from None  # the executor tells the user
 
 
@@ -165,22 +168,50 @@ def _checkpoint(setup: Setup) -> Path:
 
 
 def _run(executor: _Executor, worker: Worker) -> None:
-    """Run plans; on a GPU, where a step goes on by itself, start one before the last one's end."""
-    ahead = 1 if worker.device.type == "cuda" else 0
-    pending: deque[Pending] = deque()
-    while True:
-        data = executor.plans.receive(0 if pending else None)
-        if data is not None:
-            if not data:
-                return  # told to stop
-            step = _step_decoder.decode(data)
-            started = worker.run(step.plan, step.tokens)
-            if worker.sampler is None:
-                continue
-            pending.append(started)
-            if len(pending) <= ahead:
-                continue
-        executor.results.send(wire.encode(pending.popleft().result()))
+    """Run plans until told to stop. On a GPU, where a step goes on by itself, results are waited
+    for in a thread of their own, so that the next step is started meanwhile."""
+    sender = _ResultSender(executor) if worker.device.type == "cuda" else None
+    while data := executor.plans.receive():
+        step = _step_decoder.decode(data)
+        started = worker.run(step.plan, step.tokens)
+        if worker.sampler is None:
+            continue
+        if sender is None:
+            executor.results.send(wire.encode(started.result()))
+        else:
+            sender.send(started)
+    if sender is not None:
+        sender.finish()
+
+
+class _ResultSender:
+    """Sends the results of steps, in order, as they come."""
+
+    def __init__(self, executor: _Executor) -> None:
+        self._executor = executor
+        self._steps: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="manta-results", daemon=True)
+        self._thread.start()
+
+    def send(self, step: Pending) -> None:
+        """Raises what kept an earlier result from being sent."""
+        if self._failure is not None:
+            raise self._failure
+        self._steps.put(step)
+
+    def finish(self) -> None:
+        """Send what is left."""
+        self._steps.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while (step := self._steps.get()) is not None:
+                self._executor.results.send(wire.encode(step.result()))
+        except BaseException as error:
+            self._failure = error
+            self._executor.fail(error)
 
 
 def main() -> None:

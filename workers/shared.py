@@ -60,6 +60,10 @@ class SharedGroup(Group):
     memory: SharedMemory = field(kw_only=True)
     library: Library = field(kw_only=True)
 
+    @property
+    def capturable(self) -> bool:
+        return False
+
     def all_reduce(self, x: Tensor) -> Tensor:
         kind = x.dtype if x.dtype in self.library.group_reduce else torch.float32
         y = x.to("cpu", kind).contiguous()

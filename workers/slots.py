@@ -1,28 +1,92 @@
-"""A worker's device tables, one row for each slot, and how a plan's rows become a batch."""
+"""A worker's tables, a row for each slot, and what a plan's rows are in terms of them."""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.plan import Ints, StepPlan, ints
-from workers.batch import Batch
+
+
+class HostRows(NamedTuple):
+    """A plan's R rows of T tokens, on the host, as int32."""
+
+    slots: Ints  # [R]
+    contexts: Ints  # [R], this step's tokens included
+    starts: Ints  # [R + 1]: where each row's tokens begin
+    token_slots: Ints  # [T]
+    positions: Ints  # [T]
+    outputs: Ints  # [n]: the tokens that one is to be sampled after; the last if there are none
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> "HostRows":
+        ends, total = np.cumsum(plan.counts), plan.num_tokens
+        if total == len(ends):  # decodes only
+            token_slots, positions = plan.slots, plan.starts
+        else:
+            row = np.repeat(np.arange(len(ends)), plan.counts)
+            token_slots = plan.slots[row]
+            positions = ints(np.arange(total) - (ends - plan.counts - plan.starts)[row])
+        outputs = (ends - 1)[plan.wants == 1]
+        return cls(
+            slots=plan.slots,
+            contexts=plan.starts + plan.counts,
+            starts=ints(np.concatenate(([0], ends))),
+            token_slots=token_slots,
+            positions=positions,
+            outputs=ints(outputs if len(outputs) else ends[-1:] - 1),
+        )
+
+    def padded(self, rows: int, tokens: int, spare: int) -> "HostRows":
+        """As many rows (and outputs) and tokens as a captured step has. What is added reads and
+        writes the slot ``spare`` alone; outputs that are added mean nothing."""
+        more = rows - len(self.slots)
+        return HostRows(
+            slots=_pad(self.slots, rows, spare),
+            contexts=_pad(self.contexts, rows, 1),
+            # In a step of decodes each row has a token, in others those added have none.
+            starts=ints(np.arange(rows + 1))
+            if rows == tokens
+            else np.concatenate((self.starts, np.full(more, self.starts[-1], np.int32))),
+            token_slots=_pad(self.token_slots, tokens, spare),
+            positions=_pad(self.positions, tokens, 0),
+            outputs=_pad(self.outputs, rows, 0),
+        )
+
+
+def _pad(values: Ints, size: int, value: int) -> Ints:
+    padded = np.full(size, value, np.int32)
+    padded[: len(values)] = values
+    return padded
 
 
 class Slots:
-    """Tokens and block tables of the running sequences, kept current by the plans' changes."""
+    """Tokens and block tables of the running sequences, kept current by the plans' changes.
+
+    Both have a row more than there are slots: ``spare``, whose blocks are ``spare_block``.
+    """
 
     def __init__(
-        self, num_slots: int, max_model_len: int, block_size: int, device: torch.device
+        self,
+        num_slots: int,
+        max_model_len: int,
+        block_size: int,
+        spare_block: int,
+        device: torch.device,
     ) -> None:
         max_blocks = -(-max_model_len // block_size)
+        self.spare = num_slots
         self.block_size = block_size
         self.device = device
-        self.tokens = torch.zeros(num_slots, max_model_len, dtype=torch.int32, device=device)
-        self.block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(num_slots + 1, max_model_len, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
+        self.block_tables[self.spare] = spare_block
 
-    def upload(self, values: Ints) -> Tensor:
-        """A host array as a device tensor of int64, without waiting for the device."""
-        tensor = torch.from_numpy(values).long()
+    def upload(self, values: NDArray[np.int32]) -> Tensor:
+        """A host array as a device tensor, without waiting for the device."""
+        tensor = torch.from_numpy(values)
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
@@ -30,55 +94,12 @@ class Slots:
     def update(self, plan: StepPlan) -> None:
         """Carry out what the plan says of admitted slots and new cells."""
         for admit in plan.admits:
-            tokens = torch.from_numpy(admit.tokens)
-            self.tokens[admit.slot, : len(admit.tokens)] = tokens.to(self.device)
+            self.tokens[admit.slot, : len(admit.tokens)] = self.upload(admit.tokens)
         if len(plan.cells):
             slot, index, block = self.upload(plan.cells).unbind(1)
-            self.block_tables[slot, index] = block.int()
+            self.block_tables[slot, index] = block
 
     def learn(self, tokens: Ints) -> None:
         """Take [n, 3] (slot, position, token) into the table."""
         slot, position, token = self.upload(tokens).unbind(1)
-        self.tokens[slot, position] = token.int()
-
-    def sampled_after(self, plan: StepPlan) -> Tensor:
-        """[n] int64: the tokens of ``plan``, laid end to end, that one is to be sampled after.
-
-        If there are none, the last token: no kernel has to know of empty batches.
-        """
-        ends = np.cumsum(plan.counts) - 1
-        found = ends[plan.wants == 1]
-        return self.upload(ints(found if len(found) else ends[-1:]))
-
-    def batch(self, plan: StepPlan, whole: bool = False) -> Batch:
-        """The rows of ``plan`` laid end to end; ``whole``: all are carried to the network's end."""
-        total, rows = plan.num_tokens, len(plan.slots)
-        contexts = plan.starts + plan.counts
-        slots, starts = self.upload(plan.slots), self.upload(plan.starts)
-        if total == rows:  # decodes only
-            row_slots, positions = slots, starts
-            query_starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
-        else:
-            counts = self.upload(plan.counts)
-            ends = counts.cumsum(0)
-            row = torch.repeat_interleave(
-                torch.arange(rows, device=self.device), counts, output_size=total
-            )
-            row_slots = slots[row]
-            positions = torch.arange(total, device=self.device) - (ends - counts - starts)[row]
-            query_starts = torch.nn.functional.pad(ends, (1, 0)).int()
-        blocks = self.block_tables[row_slots, positions // self.block_size].long()
-        most = int(contexts.max())
-        used = -(-most // self.block_size)
-        everything = whole or plan.wants.sum() == total
-        return Batch(
-            tokens=self.tokens[row_slots, positions].long(),
-            positions=positions,
-            query_starts=query_starts,
-            context_lens=self.upload(contexts).int(),
-            block_tables=self.block_tables[slots, :used],
-            cells=blocks * self.block_size + positions % self.block_size,
-            max_query_len=int(plan.counts.max()),
-            max_context_len=most,
-            outputs=None if everything else self.sampled_after(plan),
-        )
+        self.tokens[slot, position] = token

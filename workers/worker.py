@@ -1,7 +1,8 @@
 """One rank: a shard of the model, its tables and its KV blocks. It carries plans out."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,24 +16,29 @@ from engine.executor import Capacity, ModelFacts
 from engine.plan import Admit, CopyTimes, Ints, StepPlan, StepResult, TokenLogprobs, ints
 from engine.preempt import MeasuredCosts
 from engine.sampling_params import SamplingParams
-from workers import weights
+from workers import kernels, weights
 from workers.attention import choose_backend
+from workers.attention.triton import TritonAttention
+from workers.batch import Batch
 from workers.checkpoint import load_config, resolve_dtype
 from workers.clock import StepClock
+from workers.graphs import Graphs, Size
 from workers.host_memory import host_memory
 from workers.kernels.memory import Prefault
 from workers.kv import KVCache
 from workers.messages import Blocks
 from workers.models import attention_shape, build_model, read_traits
 from workers.parallel import Group, Place, Ranks, Stage
-from workers.sampler import Sampled, Sampler, SamplingTable
-from workers.slots import Slots
+from workers.sampler import HostCopy, HostSampled, Sampled, Sampler, SamplingTable
+from workers.slots import HostRows, Slots
+from workers.staging import Staging
 from workers.weights import Progress
 
 GIB = 2**30
 WARM_UP_TOKENS = 128
 CUDA_CONTEXT_BYTES = 700 << 20  # what a process takes on a GPU before it allocates anything
 DEFAULT_BLOCK_SIZE = 16
+NOTHING = StepPlan(-1, slots=ints(), starts=ints(), counts=ints(), wants=ints(), cells=ints())
 LONGEST_STEP, IDLE_AFTER = 60.0, 0.05  # seconds, for what waits until there are no steps
 
 
@@ -70,6 +76,24 @@ class PromptRow(NamedTuple):
     asked: int
 
 
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A step as its computation finds it: tensors on the device, of int32, and what of it is known
+    on the host without looking at them."""
+
+    slots: Tensor  # [R]
+    contexts: Tensor  # [R]
+    starts: Tensor  # [R + 1]
+    token_slots: Tensor  # [T]
+    positions: Tensor  # [T]
+    outputs: Tensor | None  # [n]; None: every token
+    sampled_slots: Tensor  # [n]
+    sampled_positions: Tensor  # [n]
+    attention: tuple[Tensor, ...]
+    max_query_len: int
+    max_context_len: int
+
+
 @dataclass
 class Pending:
     """A step that was started; its tensors may still be on the way."""
@@ -77,14 +101,15 @@ class Pending:
     plan: StepPlan
     clock: StepClock
     copied: CopyTimes
-    sampled: Sampled | None
+    sampled: HostCopy[HostSampled] | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
 
     def result(self) -> StepResult:
+        """Waits for this step, and for none after it."""
         if self.sampled is None:
             tokens, failed, logprobs = ints(), np.zeros(0, np.bool_), {}
         else:
-            host = self.sampled.to_host()
+            host = self.sampled.result()
             tokens, failed, logprobs = host.tokens, host.failed, host.logprobs
         return StepResult(
             step=self.plan.step,
@@ -172,15 +197,12 @@ class Worker:
     @torch.inference_mode()
     def reserve(self, blocks: Blocks) -> Capacity:
         """Allocate slots and KV blocks, warm up, and measure what copies and tokens cost."""
-        shape, num_layers = self.backend.shape, self._num_layers
-        num_slots = self.config.scheduler.max_num_seqs
-        self.slots = Slots(num_slots, self.max_model_len, shape.block_size, self.device)
-        self.table = SamplingTable(num_slots, self.traits.vocab_size, self.slots.tokens)
-        samples = self.stage.last and self.ranks.group.rank == 0
-        self.sampler = Sampler(self.table) if samples else None
-        self.kv = KVCache(self.backend, num_layers, blocks.device, blocks.cpu, self.device)
+        shape = self.backend.shape
+        self._make_tables(blocks)
         seconds_per_token = self._warm_up(blocks.device)
         out, in_ = self.kv.measure()
+        if self._graphs is not None:
+            self._capture(self._graphs, self._graphs.sizes)
         if self.config.cache.prefault_kv_cache and self.device.type == "cpu":
             self._prefault = Prefault(self.kv.layers)
         return Capacity(
@@ -191,6 +213,34 @@ class Worker:
             attention_backend=type(self.backend).__name__,
             costs=MeasuredCosts(out, in_, seconds_per_token),
         )
+
+    def _make_tables(self, blocks: Blocks) -> None:
+        """Slots, KV blocks (one of which is spare) and whatever is as large as a step."""
+        num_slots = self.config.scheduler.max_num_seqs
+        block_size = self.backend.shape.block_size
+        spare = blocks.device
+        self.slots = Slots(num_slots, self.max_model_len, block_size, spare, self.device)
+        self.table = SamplingTable(num_slots, self.traits.vocab_size, self.slots.tokens)
+        samples = self.stage.last and self.ranks.group.rank == 0
+        self.sampler = Sampler(self.table) if samples else None
+        self.kv = KVCache(self.backend, self._num_layers, spare + 1, blocks.cpu, self.device)
+        most = self.config.scheduler.max_num_batched_tokens
+        largest = Size(num_slots, most, decodes=False)
+        self._staging = Staging(Staging.needed(self._room(largest)), self.device)
+        self._graphs = self._make_graphs()
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _make_graphs(self) -> Graphs | None:
+        """None where steps cannot be captured, or are not to be."""
+        scheduler, options = self.config.scheduler, self.config.device
+        can = kernels.has_triton(self.device) and isinstance(self.backend, TritonAttention)
+        if options.enforce_eager or not can or not self.ranks.group.capturable:
+            return None
+        most = min(options.max_cudagraph_capture_size, scheduler.max_num_batched_tokens)
+        shape = most, self.traits.hidden_size
+        self._hidden = torch.zeros(shape, dtype=self.place.dtype, device=self.device)
+        self._results = torch.empty(0, device=self.device)
+        return Graphs(scheduler.max_num_seqs, most)
 
     @property
     def _num_layers(self) -> int:
@@ -210,6 +260,24 @@ class Worker:
         """
         if self._prefault is not None:
             self._prefault.pause(LONGEST_STEP)
+        self._update(plan, tokens)
+        copied = self.kv.copied()
+        prompt_rows = self._prompt_rows(plan)
+        whole = bool(prompt_rows)
+        size = None if self._graphs is None or whole else self._graphs.size_of(plan)
+        inputs = self._prepare(plan, size, whole)
+        hidden = self._receive(plan)
+        clock = StepClock(self.device)
+        result = self._forward(plan, inputs, hidden, size, whole)
+        pending = self._finish(plan, inputs, result, prompt_rows, clock, copied)
+        if self._prefault is not None:
+            self._prefault.pause(IDLE_AFTER)
+        return pending
+
+    # ---- a step: prepare, forward, finish ----
+
+    def _update(self, plan: StepPlan, tokens: Ints | None) -> None:
+        """What comes before the rows compute: the tables, and copies of blocks."""
         if tokens is not None and len(tokens):
             self.slots.learn(tokens)
         for slot in plan.release.tolist():
@@ -219,54 +287,127 @@ class Worker:
         self.slots.update(plan)
         if plan.copies:
             self.kv.copy(plan.copies)
-        copied = self.kv.copied()
-        prompt_rows = self._prompt_rows(plan)
-        batch = self.slots.batch(plan, whole=bool(prompt_rows) or not self.stage.last)
-        self.backend.begin(batch)
-        hidden = None
-        pipeline = self.ranks.pipeline
-        if pipeline is not None and not self.stage.first:
-            shape = plan.num_tokens, self.traits.hidden_size
-            hidden = pipeline.receive(shape, self.place.dtype)
-        clock = StepClock(self.device)
-        hidden = self.model.forward(batch, self.kv.layers, hidden)
-        found: tuple[Sampled | None, dict[int, list[TokenLogprobs]]] = None, {}
-        if pipeline is not None and not self.stage.last:
-            pipeline.send(hidden)
-        else:
-            found = self._sample(plan, hidden, prompt_rows)
-        clock.stop()
-        if self._prefault is not None:
-            self._prefault.pause(IDLE_AFTER)
-        return Pending(plan, clock, copied, *found)
 
-    def _sample(
-        self, plan: StepPlan, hidden: Tensor, prompt_rows: list[PromptRow]
-    ) -> tuple[Sampled | None, dict[int, list[TokenLogprobs]]]:
+    def _prepare(self, plan: StepPlan, size: Size | None, whole: bool) -> Inputs:
+        """The plan's rows on the device, padded to ``size``. ``whole``: all tokens are carried to
+        the network's end."""
+        rows = HostRows.of(plan)
+        wanted = plan.wants == 1
+        sampled = plan.slots[wanted], rows.contexts[wanted]
+        everything = whole or not self.stage.last or len(rows.outputs) == plan.num_tokens
+        room = None
+        if size is not None:
+            everything = size.decodes or not self.stage.last
+            rows = rows.padded(size.rows, size.tokens, self.slots.spare)
+            room = self._room(size)
+        arrays = self.backend.arrays(plan, len(rows.slots))
+        found = self._staging.upload([*rows, *sampled, *arrays], room)
+        slots, contexts, starts, token_slots, positions, outputs = found[:6]
+        return Inputs(
+            slots, contexts, starts, token_slots, positions,
+            outputs=None if everything else outputs,
+            sampled_slots=found[6][: len(sampled[0])],
+            sampled_positions=found[7][: len(sampled[0])],
+            attention=tuple(found[8:]),
+            max_query_len=int(plan.counts.max(initial=0)),
+            max_context_len=int(rows.contexts.max(initial=0)),
+        )  # fmt: skip
+
+    def _room(self, size: Size) -> tuple[int, ...]:
+        """Elements of each array that ``_prepare`` uploads of a step of ``size``."""
+        rows, tokens = size.rows, size.tokens
+        attention = self.backend.room(rows, tokens, size.decodes, self.max_model_len)
+        return rows, rows, rows + 1, tokens, tokens, rows, rows, rows, *attention
+
+    def _receive(self, plan: StepPlan) -> Tensor | None:
+        """Hidden states from the stage before, if there is one."""
+        if self.ranks.pipeline is None or self.stage.first:
+            return None
+        shape = plan.num_tokens, self.traits.hidden_size
+        return self.ranks.pipeline.receive(shape, self.place.dtype)
+
+    def _forward(
+        self, plan: StepPlan, inputs: Inputs, hidden: Tensor | None, size: Size | None, whole: bool
+    ) -> Tensor:
+        """Logits [n, V] of the outputs; on other stages, and of a ``whole`` step, hidden states."""
+        if size is None:
+            result = self._compute(inputs, hidden, whole)
+        else:
+            assert self._graphs is not None
+            if hidden is not None:
+                self._hidden[: len(hidden)] = hidden
+            result = self._graphs.replay(size)
+        if self.ranks.pipeline is not None and not self.stage.last:
+            self.ranks.pipeline.send(result[: plan.num_tokens])
+        return result
+
+    def _compute(self, inputs: Inputs, hidden: Tensor | None, whole: bool = False) -> Tensor:
+        """A function of what is on the device: nothing in it looks at that on the host or waits."""
+        slots = self.slots
+        tokens, cells = kernels.look_up(
+            slots.tokens, slots.block_tables, inputs.token_slots, inputs.positions,
+            slots.block_size,
+        )  # fmt: skip
+        batch = Batch(
+            tokens=tokens,
+            positions=inputs.positions.to(cells.dtype),
+            cells=cells,
+            slots=inputs.slots,
+            query_starts=inputs.starts,
+            context_lens=inputs.contexts,
+            block_tables=slots.block_tables,
+            max_query_len=inputs.max_query_len,
+            max_context_len=inputs.max_context_len,
+            outputs=inputs.outputs,
+        )
+        batch = replace(batch, attention=self.backend.begin(batch, inputs.attention))
+        hidden = self.model.forward(batch, self.kv.layers, hidden)
+        return self.model.logits(hidden) if self.stage.last and not whole else hidden
+
+    def _finish(
+        self,
+        plan: StepPlan,
+        inputs: Inputs,
+        result: Tensor,
+        prompt_rows: list[PromptRow],
+        clock: StepClock,
+        copied: CopyTimes,
+    ) -> Pending:
+        """Sample, and send what was sampled on its way to the host."""
+        sampled: Sampled | None = None
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        if self.stage.last:
+            if prompt_rows:
+                prompt_logprobs = self._prompt_logprobs(plan, result, prompt_rows)
+                ends = np.cumsum(plan.counts)[plan.wants == 1] - 1
+                result = self.model.logits(result[torch.from_numpy(ends)]) if len(ends) else result
+            sampled = self._sample(plan, inputs, result)
+        clock.stop()
+        copy = None if sampled is None else sampled.start_copy(self._side)
+        return Pending(plan, clock, copied, copy, prompt_logprobs)
+
+    def _sample(self, plan: StepPlan, inputs: Inputs, logits: Tensor) -> Sampled | None:
         """Rank 0 of the last stage samples; where the first stage is the last, the others of the
         group are told, for they look the tokens up in the next step."""
         group = self.ranks.group
-        prompt_logprobs = self._prompt_logprobs(plan, hidden, prompt_rows)
-        rows = ints(np.flatnonzero(plan.wants))
-        if not len(rows):
-            return None, prompt_logprobs
-        if len(hidden) > len(rows):  # it was all carried to the end, for prompt_logprobs
-            hidden = hidden[self.slots.sampled_after(plan)]
-        logits = self.model.logits(hidden)
-        slots, positions = plan.slots[rows], (plan.starts + plan.counts)[rows]
+        at = inputs.sampled_slots, inputs.sampled_positions
+        count = len(at[0])
+        if not count:
+            return None
         sampled = None
         if self.sampler is not None:
-            sampled = self.sampler.sample(logits, slots, positions)
+            wanted = plan.wants == 1
+            positions = (plan.starts + plan.counts)[wanted]
+            sampled = self.sampler.sample(logits[:count], plan.slots[wanted], positions)
             tokens = sampled.tokens
         elif self.stage.first:
-            tokens = self.slots.tokens.new_empty(len(rows))
+            tokens = self.slots.tokens.new_empty(count)
         else:
-            return None, prompt_logprobs
+            return None
         if self.stage.first:
             tokens = group.broadcast(tokens)
-        at = self.slots.upload(slots), self.slots.upload(positions)
         self.slots.tokens[at] = tokens
-        return sampled, prompt_logprobs
+        return sampled
 
     def _prompt_rows(self, plan: StepPlan) -> list[PromptRow]:
         """The rows of ``plan`` that prompt_logprobs are asked of."""
@@ -305,25 +446,60 @@ class Worker:
         if cache.kv_cache_memory_bytes is not None:
             return cache.kv_cache_memory_bytes
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            self._rehearse()
             free, total = torch.cuda.mem_get_info(self.device)
             used = total - free
             if self.neighbours > 1:  # the others' memory is not this rank's business
                 used = torch.cuda.memory_reserved(self.device) + CUDA_CONTEXT_BYTES
             share = int(total * (cache.gpu_memory_utilization or 0.9)) // self.neighbours
-            return share - used - self._activation_bytes()
+            self._forget_rehearsal()
+            return share - used
         free, total = host_memory()
         if cache.gpu_memory_utilization is not None:
             share = int(total * cache.gpu_memory_utilization) - (total - free)
             return share // self.neighbours
         return int(min(4 * GIB, 0.4 * free / self.neighbours))
 
-    def _activation_bytes(self) -> int:
-        """The most that a step's activations take, from the widest of them."""
-        tokens = self.config.scheduler.max_num_batched_tokens
-        seqs = self.config.scheduler.max_num_seqs
-        widest = 12 * self.traits.hidden_size * self.backend.shape.dtype.itemsize
-        return 2 * tokens * widest + 7 * seqs * self.traits.vocab_size * 4
+    @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """Take all the memory that steps need beside KV blocks: the largest step, the largest
+        sample, and the largest graphs, on tables whose only block is the spare one."""
+        self._make_tables(Blocks(0, 0))
+        scheduler = self.config.scheduler
+        seqs = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+        size = Size(seqs, scheduler.max_num_batched_tokens, decodes=False)
+        hidden = None
+        if not self.stage.first:
+            shape = size.tokens, self.traits.hidden_size
+            hidden = torch.zeros(shape, dtype=self.place.dtype, device=self.device)
+        result = self._compute(self._prepare(NOTHING, size, whole=False), hidden)
+        if self.sampler is not None:
+            self.sampler.warm_up(result)
+        del result, hidden
+        if self._graphs is not None:
+            largest = max(self._graphs.sizes, key=lambda size: size.tokens)
+            self._capture(self._graphs, [largest])
+
+    def _forget_rehearsal(self) -> None:
+        del self.slots, self.table, self.sampler, self.kv, self._staging, self._graphs
+        torch.cuda.empty_cache()
+
+    def _capture(self, graphs: Graphs, sizes: Sequence[Size]) -> None:
+        """Capture steps of ``sizes``, the largest first."""
+
+        def prepare(size: Size) -> Callable[[], Tensor]:
+            inputs = self._prepare(NOTHING, size, whole=False)
+            hidden = None if self.stage.first else self._hidden[: size.tokens]
+
+            def compute() -> Tensor:
+                result = self._compute(inputs, hidden)
+                if len(result) > len(self._results):  # the first time, before it is captured
+                    self._results = torch.empty_like(result)
+                return self._results[: len(result)].copy_(result)
+
+            return compute
+
+        graphs.capture(sizes, prepare)
 
     def _warm_up(self, num_blocks: int) -> float:
         """Run a prefill and a decode twice, so that kernels are there; seconds per token."""

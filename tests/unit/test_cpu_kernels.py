@@ -84,18 +84,6 @@ def test_rms_norm_rounds_as_transformers(dtype: torch.dtype) -> None:
 @BOTH
 @EACH_DTYPE
 @SIZES
-def test_add_rms_norm(module: Any, dtype: torch.dtype, rows: int, width: int) -> None:
-    x, weight = strided(rows, width, dtype), torch.randn(width, dtype=dtype)
-    residual = torch.randn(rows, width, dtype=dtype)
-    total = residual + x
-    y = module.add_rms_norm(x, residual, weight, 1e-6)
-    assert torch.equal(residual, total)
-    close(y, exact_rms(total, weight))
-
-
-@BOTH
-@EACH_DTYPE
-@SIZES
 def test_layer_norm(module: Any, dtype: torch.dtype, rows: int, width: int) -> None:
     x = strided(rows, width, dtype) + 3
     weight, bias = torch.randn(2, width, dtype=dtype)

@@ -54,15 +54,16 @@ class Sequences:
     def rows(self, split: bool = True) -> attention.Rows:
         """``split``: rows of one query as decode items, else as prefill ones."""
         decode, prefill, firsts = [], [], []
-        tile = attention.prefill_tile(self.num_heads, self.kv_heads)
+        tile = attention.tile_queries(self.num_heads, self.kv_heads, self.dim, self.cache.dtype)
+        token = 0
         for row, (count, context) in enumerate(zip(self.counts, self.contexts, strict=True)):
             firsts.append(len(decode) if count == 1 and split else -1)
             if count == 1 and split:
-                decode += [(row, i) for i in range(-(-context // attention.SPLIT))]
+                decode += [(token, row, context, i) for i in range(-(-context // attention.SPLIT))]
             else:
                 prefill += [(row, i) for i in range(-(-count // tile))]
+            token += count
         starts = [0, *torch.tensor(self.counts).cumsum(0).tolist()]
-        spare = [(0, 0)] * 3  # room that is not used
 
         def ints(values: object) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=DEVICE)
@@ -70,13 +71,13 @@ class Sequences:
         return attention.Rows(
             slots=ints(list(range(len(self.counts)))), contexts=ints(self.contexts),
             starts=ints(starts), firsts=ints(firsts), counts=ints([len(decode), len(prefill)]),
-            decode_items=ints(decode + spare), prefill_items=ints(prefill + spare),
+            decode=ints(decode + [(0, 0, 0, 0)] * 3), prefill=ints(prefill + [(0, 0)] * 3),
         )  # fmt: skip
 
     def attend(self, traits: attention.Traits, split: bool = True, programs: int = 5) -> Tensor:
         rows = self.rows(split)
         out = torch.full_like(self.q, float("nan"))
-        scratch = attention.Scratch(len(rows.decode_items), self.num_heads, self.dim, DEVICE)
+        scratch = attention.Scratch(len(rows.decode), self.num_heads, self.dim, DEVICE)
         attention.decode(self.q, self.cache, self.tables, rows, traits, scratch, out, programs)
         attention.prefill(self.q, self.cache, self.tables, rows, traits, out)
         return out
@@ -166,7 +167,10 @@ def test_norms_add_the_update_first(width: int, bias: bool) -> None:
     weight, offset, extra = normal(width), normal(width), normal(width)
     added = x + update + extra if bias else x + update
     for kernel, expected in (
-        (lambda x, *more: norm.rms_norm(x, weight, 1e-5, *more), plain.rms_norm(added, weight, 1e-5)),
+        (
+            lambda x, *more: norm.rms_norm(x, weight, 1e-5, *more),
+            plain.rms_norm(added, weight, 1e-5),
+        ),
         (
             lambda x, *more: norm.layer_norm(x, weight, offset, 1e-5, *more),
             plain.layer_norm(added, weight, offset, 1e-5),

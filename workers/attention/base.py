@@ -1,12 +1,16 @@
 """The interface of attention backends: a step's metadata in, attention out."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from engine.plan import Ints, StepPlan
+from workers import kernels
 from workers.batch import Batch
+
+Arrays = tuple[Ints, ...]
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,42 @@ class AttentionShape:
         return 2 * self.block_size * self.num_kv_heads * self.head_dim
 
 
+@dataclass(frozen=True)
+class Prologue:
+    """What becomes of a layer's fused projection before attention: ``bias`` (where the product
+    has not added it), RMS norms of q and k of ``eps``, rotation by tables of cos and sin."""
+
+    bias: Tensor | None = None
+    norms: tuple[Tensor, Tensor] | None = None
+    eps: float = 0.0
+    rotation: tuple[Tensor, Tensor] | None = None
+    window: int | None = None
+
+    def split(
+        self, qkv: Tensor, positions: Tensor, shape: AttentionShape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, num_heads, head_dim], k and v [T, num_kv_heads, head_dim] of qkv [T, ...]."""
+        if self.bias is not None:
+            qkv = qkv + self.bias
+        counts = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+        q, k, v = torch.split_with_sizes(
+            qkv.view(len(qkv), sum(counts), shape.head_dim), counts, dim=1
+        )
+        if self.norms is not None:
+            q, k = (
+                kernels.rms_norm(x, weight, self.eps)
+                for x, weight in zip((q, k), self.norms, strict=True)
+            )
+        if self.rotation is not None:
+            kernels.rope(q, k, positions, *self.rotation)
+        return q, k, v
+
+
 class AttentionBackend(Protocol):
     """Paged causal attention. The layout inside a block is the backend's own business;
 
     a layer's cache is one tensor whose first dimension is the block, so that whole blocks can be
-    copied without knowing more.
+    copied without knowing more. A backend keeps nothing of a step.
     """
 
     shape: AttentionShape
@@ -42,17 +77,26 @@ class AttentionBackend(Protocol):
         """One layer's cache: a tensor [num_blocks, ...] of ``block_elements`` each."""
         ...
 
-    def begin(self, batch: Batch) -> None:
-        """Once a step, before any layer."""
+    def arrays(self, plan: StepPlan, rows: int) -> Arrays:
+        """What it wants to have on the device of a plan that is padded to ``rows`` rows; only the
+        last one may be large."""
         ...
 
-    def attend(
-        self, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
-    ) -> Tensor:
-        """Write k and v into ``cache``, then attend.
+    def room(self, rows: int, tokens: int, decodes: bool, max_context: int) -> tuple[int, ...]:
+        """The most elements of each of ``arrays``, of any plan of so many rows and tokens.
+        ``decodes``: all rows have one token."""
+        ...
 
-        q is [T, num_heads, head_dim]; k and v are [T, num_kv_heads, head_dim] (any strides on the
-        token dimension). ``window`` w lets a query at position p see positions p - w + 1 to p.
+    def begin(self, batch: Batch, arrays: tuple[Tensor, ...]) -> Any:
+        """Once a step, before any layer: what ``attend`` finds as ``batch.attention``. ``arrays``
+        are those of the plan, on the device, with room behind each."""
+        ...
+
+    def attend(self, batch: Batch, cache: Tensor, qkv: Tensor, prologue: Prologue) -> Tensor:
+        """Write a layer's keys and values into ``cache``, then attend.
+
+        qkv is [T, (num_heads + 2 num_kv_heads) * head_dim]; it may be written to.
+        ``prologue.window`` w lets a query at position p see positions p - w + 1 to p.
         Returns [T, num_heads * head_dim].
         """
         ...

@@ -1,12 +1,14 @@
 """Attention on the CPU by the compiled kernel: one pass over the cache for any mix of rows."""
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from workers.attention.base import AttentionShape
+from engine.plan import StepPlan
+from workers.attention.base import Arrays, AttentionShape, Prologue
 from workers.batch import Batch
 from workers.kernels.build import DTYPES, library
 from workers.kernels.memory import huge_tensor, result_tensor
@@ -34,6 +36,14 @@ class AttentionStep(ctypes.Structure):
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class CpuStep:
+    """A step's metadata, and the tables that it points to."""
+
+    step: AttentionStep
+    tables: Tensor
+
+
 class CpuAttention:
     """An AttentionBackend for bf16 and fp32, head dimensions that are multiples of 16 up to 256 and
     block sizes that are multiples of 16.
@@ -53,13 +63,6 @@ class CpuAttention:
             )
         self.shape = shape
         self.kernel = kernels.functions["attend", shape.dtype]
-        self.step = AttentionStep(
-            heads=shape.num_heads,
-            kv_heads=shape.num_kv_heads,
-            dim=shape.head_dim,
-            block_size=shape.block_size,
-            scale=shape.scale,
-        )
 
     @staticmethod
     def supports(shape: AttentionShape) -> bool:
@@ -79,28 +82,42 @@ class CpuAttention:
         size = (num_blocks, self.shape.num_kv_heads, 2, self.shape.block_size, self.shape.head_dim)
         return huge_tensor(size, self.shape.dtype)
 
-    def begin(self, batch: Batch) -> None:
-        step = self.step
-        self.batch = batch  # keeps alive what the pointers point to
-        assert batch.block_tables.stride(1) == 1 and batch.block_tables.dtype == torch.int32
-        step.rows = batch.context_lens.shape[0]
-        step.tokens = batch.cells.shape[0]
-        step.table_stride = batch.block_tables.stride(0)
-        step.query_starts = batch.query_starts.data_ptr()
-        step.context_lens = batch.context_lens.data_ptr()
-        step.tables = batch.block_tables.data_ptr()
-        step.cells = batch.cells.data_ptr()
+    def arrays(self, plan: StepPlan, rows: int) -> Arrays:
+        return ()
 
-    def attend(
-        self, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
-    ) -> Tensor:
-        tokens, heads, dim = q.shape
+    def room(self, rows: int, tokens: int, decodes: bool, max_context: int) -> tuple[int, ...]:
+        return ()
+
+    def begin(self, batch: Batch, arrays: tuple[Tensor, ...] = ()) -> "CpuStep":
+        used = -(-batch.max_context_len // self.shape.block_size)
+        tables = batch.block_tables[batch.slots, :used]
+        assert tables.stride(1) == 1 and tables.dtype == torch.int32
+        shape = self.shape
+        step = AttentionStep(
+            heads=shape.num_heads,
+            kv_heads=shape.num_kv_heads,
+            dim=shape.head_dim,
+            block_size=shape.block_size,
+            scale=shape.scale,
+            rows=batch.context_lens.shape[0],
+            tokens=batch.cells.shape[0],
+            table_stride=tables.stride(0),
+            query_starts=batch.query_starts.data_ptr(),
+            context_lens=batch.context_lens.data_ptr(),
+            tables=tables.data_ptr(),
+            cells=batch.cells.data_ptr(),
+        )
+        return CpuStep(step, tables)
+
+    def attend(self, batch: Batch, cache: Tensor, qkv: Tensor, prologue: Prologue) -> Tensor:
+        q, k, v = prologue.split(qkv, batch.positions, self.shape)
+        tokens, count, dim = q.shape
         assert q.stride(1) == k.stride(1) == v.stride(1) == dim
         assert q.stride(2) == k.stride(2) == v.stride(2) == 1
-        out = result_tensor((tokens, heads * dim), q.dtype)
+        out = result_tensor((tokens, count * dim), q.dtype)
         self.kernel(
-            ctypes.byref(self.step), cache.data_ptr(), q.data_ptr(), q.stride(0), k.data_ptr(),
-            k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(), window or 0,
-            torch.get_num_threads(),
+            ctypes.byref(batch.attention.step), cache.data_ptr(), q.data_ptr(), q.stride(0),
+            k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(),
+            prologue.window or 0, torch.get_num_threads(),
         )  # fmt: skip
         return out

@@ -1,13 +1,24 @@
 """Attention in plain PyTorch: gathers each row's keys and values, then masks and multiplies."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.attention.base import AttentionShape
+from engine.plan import StepPlan
+from workers.attention.base import Arrays, AttentionShape, Prologue
 from workers.batch import Batch
 
 MAX_GATHERED = 1 << 26  # elements of keys gathered at once
+
+
+class Group(NamedTuple):
+    """Rows that are attended together: indices of the rows, their tokens, the longest context."""
+
+    rows: Tensor
+    tokens: Tensor | slice
+    context: int
 
 
 class GatherAttention:
@@ -19,14 +30,23 @@ class GatherAttention:
     def __init__(self, shape: AttentionShape) -> None:
         self.shape = shape
 
+    @staticmethod
+    def supports(shape: AttentionShape) -> bool:
+        return True
+
     def allocate(self, num_blocks: int) -> Tensor:
         s = self.shape
         size = (num_blocks, 2, s.block_size, s.num_kv_heads, s.head_dim)
         return torch.empty(size, dtype=s.dtype, device=s.device)
 
-    def begin(self, batch: Batch) -> None:
-        """Plans the step: groups of rows that are attended together, as row and token indices."""
-        self.batch = batch
+    def arrays(self, plan: StepPlan, rows: int) -> Arrays:
+        return ()
+
+    def room(self, rows: int, tokens: int, decodes: bool, max_context: int) -> tuple[int, ...]:
+        return ()
+
+    def begin(self, batch: Batch, arrays: tuple[Tensor, ...] = ()) -> list[Group]:
+        """Groups of rows that are attended together."""
         starts, contexts = batch.query_starts.tolist(), batch.context_lens.tolist()
         lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
         per_token = self.shape.num_kv_heads * self.shape.head_dim
@@ -41,8 +61,8 @@ class GatherAttention:
             room -= 1
         groups += [[r] for r, n in enumerate(lengths) if n > 1]
         device = batch.cells.device
-        self.groups = [
-            (
+        return [
+            Group(
                 torch.tensor(rows, device=device),
                 slice(starts[rows[0]], starts[rows[0] + 1])
                 if len(rows) == 1
@@ -52,27 +72,27 @@ class GatherAttention:
             for rows in groups
         ]
 
-    def attend(
-        self, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
-    ) -> Tensor:
-        s, batch = self.shape, self.batch
+    def attend(self, batch: Batch, cache: Tensor, qkv: Tensor, prologue: Prologue) -> Tensor:
+        s = self.shape
+        q, k, v = prologue.split(qkv, batch.positions, s)
         block, offset = batch.cells // s.block_size, batch.cells % s.block_size
         cache[block, 0, offset] = k
         cache[block, 1, offset] = v
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for rows, tokens, context in self.groups:
-            out[tokens] = self._rows(cache, q[tokens], rows, context, window).to(out.dtype)
+        for group in batch.attention:
+            part = self._rows(batch, cache, q[group.tokens], group, prologue.window)
+            out[group.tokens] = part.to(out.dtype)
         return out.view(q.shape[0], -1)
 
     def _rows(
-        self, cache: Tensor, q: Tensor, rows: Tensor, context: int, window: int | None
+        self, batch: Batch, cache: Tensor, q: Tensor, group: Group, window: int | None
     ) -> Tensor:
         """Attention of q [rows * queries, heads, D], each row with as many queries."""
-        s = self.shape
+        s, rows, context = self.shape, group.rows, group.context
         queries = q.shape[0] // rows.shape[0]
-        lens = self.batch.context_lens[rows].long()[:, None, None]
+        lens = batch.context_lens[rows].long()[:, None, None]
         blocks = -(-context // s.block_size)
-        tables = self.batch.block_tables[rows, :blocks].long()
+        tables = batch.block_tables[batch.slots[rows], :blocks].long()
         position = lens - queries + torch.arange(queries, device=q.device)[:, None]
         key = torch.arange(blocks * s.block_size, device=q.device)
         seen = key <= position  # [rows, queries, keys]

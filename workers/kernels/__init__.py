@@ -1,21 +1,62 @@
 """Everything a layer computes beside matrix products and attention.
 
 Each function takes tensors of any device and dtype. CPU tensors of bf16 or fp32 go to compiled
-kernels (cpu.cpp), all others to the same in PyTorch (plain.py). Maths is in fp32 inside, and
+kernels (cpu.cpp), those of an NVIDIA GPU to Triton's (gpu/), all others to the same in PyTorch
+(plain.py). Maths is in fp32 inside, and
 rounding follows transformers. The last dimension is contiguous; tokens may be strided, so that
 slices of a fused projection need no copy.
 """
 
+import functools
+import logging
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from workers.kernels import plain
-from workers.kernels.build import library
+from workers.kernels.build import cache_dir, library
 from workers.kernels.memory import result_tensor
 
-__all__ = ["add_rms_norm", "argmax_lse", "layer_norm", "rms_norm", "rope", "silu_mul"]
+__all__ = [
+    "argmax_lse",
+    "bias_act",
+    "has_triton",
+    "layer_norm",
+    "look_up",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels compute on ``device``: an NVIDIA GPU from Ampere on, with a C
+    compiler on the machine for Triton's launchers. What is missing is logged, once."""
+    if (
+        device.type != "cuda"
+        or torch.version.hip
+        or torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        return False
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
+    try:
+        from workers.kernels.gpu import rows
+
+        zeros = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        rows.look_up(zeros, zeros, zeros[0], zeros[0], 1)
+    except Exception as error:
+        logger.warning(
+            "Triton's kernels cannot be compiled, so slower PyTorch operations are used on the GPU;"
+            " install a C compiler (Debian/Ubuntu: apt install gcc python3-dev). Reason: %s",
+            str(error).strip().split("\n")[0] or type(error).__name__,
+        )
+        return False
+    return True
 
 
 def _compiled(name: str, x: Tensor) -> Any:
@@ -23,6 +64,18 @@ def _compiled(name: str, x: Tensor) -> Any:
         return None
     lib = library()
     return lib and lib.functions.get((name, x.dtype))
+
+
+def _gpu() -> Any:
+    """The package of Triton's kernels: imported where they are used, as Triton may be missing."""
+    from workers.kernels import gpu
+
+    return gpu
+
+
+def _add(x: Tensor, update: Tensor | None, bias: Tensor | None) -> None:
+    if update is not None:
+        x += update if bias is None else update + bias
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -44,8 +97,14 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> N
     )  # fmt: skip
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [T, N] or [T, heads, N]."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [T, N] or [T, heads, N],
+    after ``x += update + bias`` if there is an update."""
+    if has_triton(x.device) and x.dim() == 2:
+        return _gpu().norm.rms_norm(x, weight, eps, update, bias)
+    _add(x, update, bias)
     kernel = _compiled("rms_norm", x)
     if kernel is None:
         return plain.rms_norm(x, weight, eps)
@@ -60,38 +119,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Adds x [T, N] to ``residual`` [T, N] in place and returns the rms_norm of the sum."""
-    kernel = _compiled("add_rms_norm", x)
-    if kernel is None:
-        return plain.add_rms_norm(x, residual, weight, eps)
-    rows, width = x.shape
-    assert x.stride(1) == 1 and residual.is_contiguous()
-    y = result_tensor(x.shape, x.dtype)
-    kernel(
-        x.data_ptr(), x.stride(0), residual.data_ptr(), rows, width, weight.data_ptr(), eps,
-        y.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return y
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension of x [T, N]."""
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    eps: float,
+    update: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + offset over the last dimension of x [T, N],
+    after ``x += update + bias`` if there is an update."""
+    if has_triton(x.device):
+        return _gpu().norm.layer_norm(x, weight, offset, eps, update, bias)
+    _add(x, update, bias)
     kernel = _compiled("layer_norm", x)
     if kernel is None:
-        return plain.layer_norm(x, weight, bias, eps)
+        return plain.layer_norm(x, weight, offset, eps)
     rows, width = x.shape
     assert x.stride(1) == 1
     y = result_tensor(x.shape, x.dtype)
     kernel(
-        x.data_ptr(), x.stride(0), rows, width, weight.data_ptr(), bias.data_ptr(), eps,
+        x.data_ptr(), x.stride(0), rows, width, weight.data_ptr(), offset.data_ptr(), eps,
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def silu_mul(x: Tensor) -> Tensor:
-    """silu(gate) * up [T, I] of x = [gate, up] [T, 2 I]."""
+def silu_mul(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu(gate) * up [T, I] of x + bias = [gate, up] [T, 2 I]."""
+    if has_triton(x.device):
+        return _gpu().elementwise.silu_mul(x, bias)
+    if bias is not None:
+        x = x + bias
     kernel = _compiled("silu_mul", x)
     if kernel is None:
         return plain.silu_mul(x)
@@ -100,6 +159,23 @@ def silu_mul(x: Tensor) -> Tensor:
     y = result_tensor((rows, width), x.dtype)
     kernel(x.data_ptr(), x.stride(0), rows, width, y.data_ptr(), torch.get_num_threads())
     return y
+
+
+def look_up(
+    tokens: Tensor, tables: Tensor, slots: Tensor, positions: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Ids and cells (block * block_size + offset) [T] of the tokens at ``positions`` [T] of
+    ``slots`` [T], from a worker's tables: tokens [slots, length], block tables [slots, blocks]."""
+    if has_triton(tokens.device):
+        return _gpu().rows.look_up(tokens, tables, slots, positions, block_size)
+    return plain.look_up(tokens, tables, slots, positions, block_size)
+
+
+def bias_act(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """``activation`` ("none", "relu" or "gelu") of x + bias [T, N]; x may be written to."""
+    if has_triton(x.device):
+        return _gpu().elementwise.bias_act(x, bias, activation)
+    return plain.bias_act(x, bias, activation)
 
 
 def argmax_lse(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

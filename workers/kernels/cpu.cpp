@@ -73,18 +73,6 @@ namespace {
                                             (E::T*)y + (r * inner + i) * n, n, eps);              \
                      });                                                                          \
     }                                                                                             \
-    extern "C" void manta_add_rms_norm_##name(const void* x, int64_t stride, void* residual,      \
-                                              int64_t rows, int64_t n, const void* w, float eps,  \
-                                              void* y, int threads) {                             \
-        parallel_for(threads, rows, grain_of(rows, n, threads), [&](int64_t begin, int64_t end) { \
-            for (int64_t r = begin; r < end; r++) {                                               \
-                E::T* sum = (E::T*)residual + r * n;                                              \
-                each<E>((const E::T*)x + r * stride, n, 0.0f,                                     \
-                        [&](int64_t i, vf v) { set<E>(sum, i, n, v + at<E>(sum, i, n)); });       \
-                rms_row<E>(sum, (const E::T*)w, (E::T*)y + r * n, n, eps);                        \
-            }                                                                                     \
-        });                                                                                       \
-    }                                                                                             \
     extern "C" void manta_layer_norm_##name(const void* x, int64_t stride, int64_t rows,          \
                                             int64_t n, const void* w, const void* b, float eps,   \
                                             void* y, int threads) {                               \

@@ -1,4 +1,4 @@
-"""The kernels in plain PyTorch: for CUDA, for other dtypes, and where nothing can be compiled."""
+"""The kernels in plain PyTorch: for other devices and dtypes, and where nothing can be compiled."""
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * normed.to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As ``kernels.add_rms_norm``: ``residual`` in place."""
-    residual += x
-    return rms_norm(residual, weight, eps)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, offset: Tensor, eps: float) -> Tensor:
     """As ``kernels.layer_norm``."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return F.layer_norm(x, x.shape[-1:], weight, offset, eps)
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -39,7 +33,24 @@ def silu_mul(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def bias_act(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """As ``kernels.bias_act``."""
+    if bias is not None:
+        x = x + bias
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x) if activation == "gelu" else x
+
+
 def argmax_lse(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As ``kernels.argmax_lse``."""
     lse = logits.float().logsumexp(-1)
     return logits.argmax(-1), lse, lse.isfinite()
+
+
+def look_up(
+    tokens: Tensor, tables: Tensor, slots: Tensor, positions: Tensor, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """As ``kernels.look_up``."""
+    blocks = tables[slots, positions // block_size].long()
+    return tokens[slots, positions].long(), blocks * block_size + positions % block_size

@@ -4,11 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from workers.attention.base import AttentionBackend
+from workers.attention.base import AttentionBackend, Prologue
 from workers.batch import Batch
 from workers.layers.linear import ColumnLinear, Part, RowLinear
 from workers.layers.norm import RMSNorm
@@ -45,10 +44,8 @@ class Heads:
 class Attention:
     """Projections q, k and v as one product, the backend, and the output projection.
 
-    ``last`` says that it is the network's last: only ``batch.outputs`` leave it, as nothing reads
-    what that layer would make of the other tokens. ``rotary`` rotates q and k; ``head_norm`` is
-    the eps of their RMS norms (Qwen3), None for no norm; ``window`` is the sliding window in
-    tokens.
+    ``rotary`` rotates q and k; ``head_norm`` is the eps of their RMS norms (Qwen3), None for no
+    norm; ``window`` is the sliding window in tokens.
     """
 
     def __init__(
@@ -65,16 +62,9 @@ class Attention:
         head_norm: float | None = None,
         window: int | None = None,
         rotary: Rotary | None = None,
-        last: bool = False,
     ) -> None:
         mine, shared = heads.split(place.group)
-        self._size = heads.size
-        self._q_width = (mine.stop - mine.start) * heads.size
-        self._kv_width = (shared.stop - shared.start) * heads.size
         self._backend = backend
-        self._window = window
-        self._rotary = rotary
-        self._last = last
 
         def part(which: str, count: int, cut: slice) -> Part:
             width = slice(cut.start * heads.size, cut.stop * heads.size)
@@ -83,8 +73,8 @@ class Attention:
         parts = [part("q", heads.count, mine)] + [
             part(which, heads.kv_count, shared) for which in ("k", "v")
         ]
-        self._qkv = ColumnLinear(place, parts, hidden, qkv_bias)
-        self._output = RowLinear(
+        self._qkv = ColumnLinear(place, parts, hidden, qkv_bias, late_bias=True)
+        self.output = RowLinear(
             place, f"{name}.{output}", heads.count * heads.size, hidden, output_bias
         )
         self._norms = [
@@ -93,25 +83,19 @@ class Attention:
             if head_norm is not None
         ]
 
+        self._prologue = Prologue(
+            bias=self._qkv.late_bias,
+            norms=(self._norms[0].weight, self._norms[1].weight) if self._norms else None,
+            eps=head_norm or 0.0,
+            rotation=None if rotary is None else (rotary.cos, rotary.sin),
+            window=window,
+        )
+
     def parameters(self) -> Iterable[Parameter]:
         norms = (norm.parameters() for norm in self._norms)
-        return chain(self._qkv.parameters(), *norms, self._output.parameters())
+        return chain(self._qkv.parameters(), *norms, self.output.parameters())
 
-    def __call__(self, x: Tensor, residual: Tensor, batch: Batch, cache: Tensor) -> Tensor:
-        """x [T, hidden] to residual + attention [T, hidden]; keys and values go to ``cache``.
-
-        The last one gives [n, hidden], of ``batch.outputs``.
-        """
-        widths = [self._q_width, self._kv_width, self._kv_width]
-        q, k, v = (
-            part.view(len(x), -1, self._size)
-            for part in torch.split_with_sizes(self._qkv(x), widths, dim=1)
-        )
-        if self._norms:
-            q, k = self._norms[0](q), self._norms[1](k)
-        if self._rotary is not None:
-            self._rotary(q, k, batch.positions)
-        y = self._backend.attend(cache, q, k, v, self._window)
-        if self._last and batch.outputs is not None:
-            y, residual = y[batch.outputs], residual[batch.outputs]
-        return self._output(y, residual)
+    def __call__(self, x: Tensor, batch: Batch, cache: Tensor) -> Tensor:
+        """x [T, hidden] to the heads' [T, heads * size], for ``output``; keys and values go to
+        ``cache``."""
+        return self._backend.attend(batch, cache, self._qkv(x), self._prologue)

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers import kernels
 from workers.kernels.gemm import PackedGemm, has_gemm
+from workers.layers.stream import Stream
 from workers.parallel import Place
 from workers.weights import Parameter
 
@@ -45,15 +47,24 @@ class Part:
 class Packed:
     """y = act(x Wᵀ + b), or x Wᵀ + b + residual: the product itself, whatever splits it.
 
+    On a GPU it is cuBLAS' product alone, with Triton's kernel for bias and activation behind it;
+    whoever asks for ``late_bias`` adds the bias itself, and the residual is the next norm's.
+
     ``ready`` is to be called once the weight [N, K] is filled; where it ``packs``, the weight is
     then packed and, unless ``keep``, the plain one is let go.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, activation: Activation = "none"
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation = "none",
+        late_bias: bool = False,
     ) -> None:
         self.weight: Tensor | None = weight
-        self.bias = bias
+        self._fused = kernels.has_triton(weight.device)
+        self.late_bias = bias if late_bias and self._fused else None
+        self.bias = None if self.late_bias is not None else bias
         self.activation = activation
         self._gemm: PackedGemm | None = None
         self._packed: Tensor | None = None
@@ -88,6 +99,11 @@ class Packed:
 
     def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         assert self.weight is not None
+        if self._fused:
+            y = F.linear(x, self.weight)
+            if self.bias is not None or self.activation != "none":
+                y = kernels.bias_act(y, self.bias, self.activation)
+            return y
         if residual is not None:
             if self.bias is not None:
                 residual = residual + self.bias
@@ -137,7 +153,8 @@ def onednn_packs(dtype: torch.dtype) -> bool:
 class ColumnLinear:
     """One or several checkpoint linears of the same input, merged; this rank has its outputs.
 
-    Called with x [T, K] it gives [T, the shares of the parts side by side].
+    Called with x [T, K] it gives [T, the shares of the parts side by side]. With ``late_bias``
+    whoever takes that adds ``self.late_bias``, if there is one.
     """
 
     def __init__(
@@ -147,11 +164,12 @@ class ColumnLinear:
         inputs: int,
         bias: bool,
         activation: Activation = "none",
+        late_bias: bool = False,
     ) -> None:
         outputs = sum(part.share for part in parts)
         weight = torch.empty(outputs, inputs, dtype=place.dtype, device=place.device)
         biases = torch.empty(outputs, dtype=place.dtype, device=place.device) if bias else None
-        self._product = product = Packed(weight, biases, activation)
+        self._product = product = Packed(weight, biases, activation, late_bias)
         self._unfilled = len(parts)
         self._parameters: list[Parameter] = []
         alone = len(parts) == 1
@@ -184,14 +202,20 @@ class ColumnLinear:
     def parameters(self) -> Iterable[Parameter]:
         return self._parameters
 
+    @property
+    def late_bias(self) -> Tensor | None:
+        return self._product.late_bias
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x)
 
 
 class RowLinear:
-    """A checkpoint linear split by its inputs: x [T, this rank's share] to the sum [T, N].
+    """A checkpoint linear split by its inputs: x [T, this rank's share] to an update [T, N] of the
+    residual stream.
 
-    Bias and residual are added on rank 0 only, inside its product, and so reach the sum once.
+    On a CPU bias and residual are added on rank 0 only, inside its product, and so reach the sum
+    once; on a GPU the next norm adds them, on every rank.
     """
 
     def __init__(self, place: Place, name: str, inputs: int, outputs: int, bias: bool) -> None:
@@ -199,9 +223,10 @@ class RowLinear:
         self._group = group
         cut = group.split(inputs, f"the inputs of {name}")
         weight = torch.empty(outputs, cut.stop - cut.start, dtype=place.dtype, device=place.device)
-        held = outputs if group.rank == 0 else 0
+        self._late = kernels.has_triton(place.device)
+        held = outputs if group.rank == 0 or self._late else 0
         biases = torch.empty(held, dtype=place.dtype, device=place.device)
-        self._product = product = Packed(weight, biases if bias and held else None)
+        self._product = product = Packed(weight, biases if bias and held else None, late_bias=True)
         shape = (outputs, inputs)
         both = (slice(None), cut)
         self._parameters = [
@@ -213,9 +238,12 @@ class RowLinear:
     def parameters(self) -> Iterable[Parameter]:
         return self._parameters
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor) -> Stream:
+        if self._late:
+            update = self._group.all_reduce(self._product(x))
+            return Stream(residual, update, self._product.late_bias)
         y = self._product(x, residual if self._group.rank == 0 else None)
-        return self._group.all_reduce(y)
+        return Stream(self._group.all_reduce(y))
 
 
 class ReplicatedLinear(ColumnLinear):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from workers import kernels
 from workers.layers.linear import Activation, ColumnLinear, Part, RowLinear
+from workers.layers.stream import Stream
 from workers.parallel import Place
 from workers.weights import Parameter
 
@@ -17,14 +18,14 @@ class GatedMLP:
     def __init__(self, place: Place, name: str, hidden: int, inner: int, bias: bool) -> None:
         cut = place.group.split(inner, "intermediate_size")
         parts = [Part(f"{name}.{part}", inner, cut) for part in ("gate_proj", "up_proj")]
-        self._gate_up = ColumnLinear(place, parts, hidden, bias)
+        self._gate_up = ColumnLinear(place, parts, hidden, bias, late_bias=True)
         self._down = RowLinear(place, f"{name}.down_proj", inner, hidden, bias)
 
     def parameters(self) -> Iterable[Parameter]:
         return chain(self._gate_up.parameters(), self._down.parameters())
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self._down(kernels.silu_mul(self._gate_up(x)), residual)
+    def __call__(self, x: Tensor, residual: Tensor) -> Stream:
+        return self._down(kernels.silu_mul(self._gate_up(x), self._gate_up.late_bias), residual)
 
 
 class MLP:
@@ -46,5 +47,5 @@ class MLP:
     def parameters(self) -> Iterable[Parameter]:
         return chain(self._fc1.parameters(), self._fc2.parameters())
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor) -> Stream:
         return self._fc2(self._fc1(x), residual)

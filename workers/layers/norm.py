@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from workers import kernels
+from workers.layers.stream import Stream
 from workers.parallel import Place
 from workers.weights import Parameter
 
@@ -21,8 +22,13 @@ class RMSNorm:
     def parameters(self) -> Iterable[Parameter]:
         return self._parameters
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self._eps)
+    @property
+    def eps(self) -> float:
+        return self._eps
+
+    def __call__(self, stream: Stream) -> Tensor:
+        """The norm of the stream, whose update is added to ``stream.hidden`` in place."""
+        return kernels.rms_norm(stream.hidden, self.weight, self._eps, stream.update, stream.bias)
 
 
 class LayerNorm:
@@ -42,5 +48,8 @@ class LayerNorm:
     def parameters(self) -> Iterable[Parameter]:
         return self._parameters
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return kernels.layer_norm(x, self.weight, self.bias, self._eps)
+    def __call__(self, stream: Stream) -> Tensor:
+        """The norm of the stream, whose update is added to ``stream.hidden`` in place."""
+        return kernels.layer_norm(
+            stream.hidden, self.weight, self.bias, self._eps, stream.update, stream.bias
+        )

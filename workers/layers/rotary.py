@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers import kernels
 from workers.checkpoint import Config
 from workers.parallel import Place
 
@@ -201,7 +200,3 @@ class Rotary:
         angles = positions * inverse_frequencies(rope, length)
         self.cos = (angles.cos() * rope.attention_factor).to(place.device)
         self.sin = (angles.sin() * rope.attention_factor).to(place.device)
-
-    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
-        """Rotate q [T, heads, head_dim] and k [T, kv_heads, head_dim] in place."""
-        kernels.rope(q, k, positions, self.cos, self.sin)

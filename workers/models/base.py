@@ -1,7 +1,7 @@
 """What every model shares: its traits, read from config.json, and its interface."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -108,6 +108,7 @@ class Model(ABC):
         self.place = place
         self.stage = stage
         self.parts: list[Layer] = []
+        self.layers: Sequence[Layer] = ()
 
     @abstractmethod
     def forward(self, batch: Batch, caches: list[Tensor], hidden: Tensor | None = None) -> Tensor:
@@ -115,13 +116,18 @@ class Model(ABC):
 
         ``caches`` holds one attention cache for each layer of the stage; ``hidden`` [T, H] comes
         from the stage before, None on the first. Returns [T, H] for the next stage or, on the
-        last one, [n, H] of ``batch.outputs`` for ``logits``, which normalises what it is given.
+        last one, [n, H] of ``batch.outputs`` for ``logits``. It looks at nothing on the host.
         """
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows [n, H] of the last stage's output to [n, vocab_size] in the model's type, on the
         group's rank 0; on the others to their share of the vocabulary."""
+
+    def keep(self, layer: object, batch: Batch) -> Tensor | None:
+        """Which tokens go on after the attention of ``layer``: after the network's last one nobody
+        reads but ``batch.outputs``."""
+        return batch.outputs if layer is self.layers[-1] and self.stage.last else None
 
     @abstractmethod
     def whole(self) -> "Model":
@@ -143,6 +149,11 @@ class Model(ABC):
     @abstractmethod
     def tied(self) -> dict[str, str]:
         """Tensors that only repeat another one: alias to owner."""
+
+
+def kept(y: Tensor, hidden: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Those rows of both that go on; None: all."""
+    return (y, hidden) if keep is None else (y[keep], hidden[keep])
 
 
 def whole_place(place: Place) -> Place:

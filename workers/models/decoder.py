@@ -16,7 +16,8 @@ from workers.layers.embedding import OutputLayer, VocabEmbedding
 from workers.layers.mlp import GatedMLP
 from workers.layers.norm import RMSNorm
 from workers.layers.rotary import Rope, Rotary, read_rope
-from workers.models.base import Model, Traits, refuse_foreign, whole_place
+from workers.layers.stream import Stream
+from workers.models.base import Model, Traits, kept, refuse_foreign, whole_place
 from workers.parallel import Place, Stage
 from workers.weights import Parameter
 
@@ -138,7 +139,7 @@ def _windows(family: str, config: Config) -> tuple[int | None, ...]:
 
 
 class DecoderLayer:
-    """h += attention(norm(h)), then h += mlp(norm(h)); the additions are part of the products."""
+    """h += attention(norm(h)), then h += mlp(norm(h))."""
 
     def __init__(
         self,
@@ -162,7 +163,6 @@ class DecoderLayer:
             head_norm=eps if traits.head_norm else None,
             window=traits.windows[index],
             rotary=rotary,
-            last=index == traits.num_layers - 1,
         )
         self._mlp_norm = RMSNorm(place, f"{name}.post_attention_layernorm", hidden, eps)
         self._mlp = GatedMLP(
@@ -173,9 +173,12 @@ class DecoderLayer:
         parts = (self._attention_norm, self._attention, self._mlp_norm, self._mlp)
         return chain.from_iterable(part.parameters() for part in parts)
 
-    def __call__(self, hidden: Tensor, batch: Batch, cache: Tensor) -> Tensor:
-        hidden = self._attention(self._attention_norm(hidden), hidden, batch, cache)
-        return self._mlp(self._mlp_norm(hidden), hidden)
+    def __call__(
+        self, stream: Stream, batch: Batch, cache: Tensor, keep: Tensor | None = None
+    ) -> Stream:
+        y = self._attention(self._attention_norm(stream), batch, cache)
+        stream = self._attention.output(*kept(y, stream.hidden, keep))
+        return self._mlp(self._mlp_norm(stream), stream.hidden)
 
 
 class DecoderModel(Model):
@@ -202,6 +205,7 @@ class DecoderModel(Model):
             DecoderLayer(traits, place, i, backend, rotary) for i in range(stage.start, stage.stop)
         ]
         self.parts.extend(self._layers)
+        self.layers = self._layers
         if stage.last:
             self._norm = RMSNorm(place, "model.norm", hidden, traits.norm_eps)
             name = EMBEDDING if traits.tied else HEAD
@@ -214,13 +218,14 @@ class DecoderModel(Model):
         if self._embedding is not None:
             hidden = self._embedding(batch.tokens)
         assert hidden is not None and len(caches) == len(self._layers)
+        stream = Stream(hidden)
         for layer, cache in zip(self._layers, caches, strict=True):
-            hidden = layer(hidden, batch, cache)
-        return hidden
+            stream = layer(stream, batch, cache, self.keep(layer, batch))
+        return self._norm(stream) if self.stage.last else stream.total()
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(self._norm(hidden))
+        return self._head(hidden)
 
     def whole(self) -> "DecoderModel":
         stage = Stage.whole(self._traits.num_layers)

@@ -16,7 +16,8 @@ from workers.layers.embedding import OutputLayer, PositionEmbedding, VocabEmbedd
 from workers.layers.linear import Activation, ReplicatedLinear
 from workers.layers.mlp import MLP
 from workers.layers.norm import LayerNorm
-from workers.models.base import Model, Traits, refuse_foreign, whole_place
+from workers.layers.stream import Stream
+from workers.models.base import Model, Traits, kept, refuse_foreign, whole_place
 from workers.parallel import Place, Stage
 from workers.weights import Parameter
 
@@ -100,7 +101,6 @@ class OPTLayer:
             output="out_proj",
             qkv_bias=traits.bias,
             output_bias=traits.bias,
-            last=index == traits.num_layers - 1,
         )
         self._attention_norm = LayerNorm(
             place, f"{name}.self_attn_layer_norm", hidden, NORM_EPS, affine
@@ -112,12 +112,16 @@ class OPTLayer:
         parts = (self._attention, self._attention_norm, self._mlp, self._mlp_norm)
         return chain.from_iterable(part.parameters() for part in parts)
 
-    def __call__(self, hidden: Tensor, batch: Batch, cache: Tensor) -> Tensor:
+    def __call__(
+        self, stream: Stream, batch: Batch, cache: Tensor, keep: Tensor | None = None
+    ) -> Stream:
+        x = self._attention_norm(stream) if self._norm_before else stream.hidden
+        y = self._attention(x, batch, cache)
+        stream = self._attention.output(*kept(y, stream.hidden, keep))
         if self._norm_before:
-            hidden = self._attention(self._attention_norm(hidden), hidden, batch, cache)
-            return self._mlp(self._mlp_norm(hidden), hidden)
-        hidden = self._attention_norm(self._attention(hidden, hidden, batch, cache))
-        return self._mlp_norm(self._mlp(hidden, hidden))
+            return self._mlp(self._mlp_norm(stream), stream.hidden)
+        hidden = self._attention_norm(stream)
+        return Stream(self._mlp_norm(self._mlp(hidden, hidden)))
 
 
 class OPTModel(Model):
@@ -147,6 +151,7 @@ class OPTModel(Model):
             self._project_in = self._projection("project_in", width, hidden)
         self._layers = [OPTLayer(traits, place, i, backend) for i in range(stage.start, stage.stop)]
         self.parts.extend(self._layers)
+        self.layers = self._layers
         if stage.last:
             self._norm: LayerNorm | None = None
             if traits.final_norm:
@@ -174,14 +179,15 @@ class OPTModel(Model):
                 hidden = self._project_in(hidden)
             hidden = hidden + self._positions(batch.positions)
         assert hidden is not None and len(caches) == len(self._layers)
+        stream = Stream(hidden)
         for layer, cache in zip(self._layers, caches, strict=True):
-            hidden = layer(hidden, batch, cache)
-        return hidden
+            stream = layer(stream, batch, cache, self.keep(layer, batch))
+        if self.stage.last and self._norm is not None:
+            return self._norm(stream)
+        return stream.total()
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        if self._norm is not None:
-            hidden = self._norm(hidden)
         if self._project_out is not None:
             hidden = self._project_out(hidden)
         return self._head(hidden)

@@ -4,3 +4,7 @@ None of them looks at a value on the host, so that a step can be captured in a C
 result never depends on the other rows of its step, not in one bit. Their arithmetic is checked
 without a GPU by Triton's interpreter (tests/unit/test_gpu_kernels.py).
 """
+
+from workers.kernels.gpu import attention, elementwise, heads, norm, rows
+
+__all__ = ["attention", "elementwise", "heads", "norm", "rows"]

@@ -26,7 +26,6 @@ from torch import Tensor
 
 SPLIT = 512  # keys of a span: enough of these keep a GPU busy, few enough cost little to merge
 BLOCK_N = 64  # keys of a step of the loops
-PREFILL_M = 128  # queries times heads of a tile
 LOG2E = 1.4426950408889634
 _LOG2E = tl.constexpr(LOG2E)
 _NOTHING = tl.constexpr(-1e30)  # the maximum of no keys
@@ -88,29 +87,29 @@ def _span(
 
 @triton.jit
 def _decode(
-    q, q_stride, cache, tables, table_stride, slots, contexts, starts, items, counts,
-    out, partial, stats, sinks, scale, window,
+    q, q_stride, cache, tables, table_stride, items, counts, out, partial, stats, sinks, scale,
+    window,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     SPAN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
     IEEE: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one query. An item is (row, span); ``counts[0]`` says how many there are.
+    """Rows of one query. An item is (token, slot, context, span); ``counts[0]`` says how many.
 
     Programs go through items and kv heads in turn, so that the grid need not know their number.
     The only span of a row goes to ``out`` at once, others to ``partial`` and ``stats``.
     """
-    end = tl.load(counts) * KV_HEADS
     m = tl.arange(0, M)
     d = tl.arange(0, DP)
-    for work in range(tl.program_id(0), end, tl.num_programs(0)):
+    work = tl.program_id(0)
+    end = tl.load(counts) * KV_HEADS
+    while work < end:
         item = work // KV_HEADS
         head = work % KV_HEADS
-        row = tl.load(items + 2 * item)
-        span = tl.load(items + 2 * item + 1)
-        context = tl.load(contexts + row)
-        slot = tl.load(slots + row).to(tl.int64)
-        token = tl.load(starts + row).to(tl.int64)
+        token = tl.load(items + 4 * item).to(tl.int64)
+        slot = tl.load(items + 4 * item + 1).to(tl.int64)
+        context = tl.load(items + 4 * item + 2)
+        span = tl.load(items + 4 * item + 3)
         start = span * SPAN
         stop = tl.minimum(start + SPAN, context)
         begin = 0
@@ -121,8 +120,8 @@ def _decode(
             mine = (m < GROUP)[:, None] & (d < D)[None, :]
             heads = head * GROUP + m
             query = tl.load(
-                q + token * q_stride + heads[:, None] * D + d[None, :], mask=mine, other=0.0,
-            )  # fmt: skip
+                q + token * q_stride + heads[:, None] * D + d[None, :], mask=mine, other=0.0
+            )
             positions = tl.full([M], 0, tl.int32) + (context - 1)
             most, total, acc = _span(
                 query, positions, cache, tables + slot * table_stride, head, start, begin, stop,
@@ -134,13 +133,14 @@ def _decode(
                     sink = tl.load(sinks + heads, mask=m < GROUP, other=0.0).to(tl.float32)
                     total += tl.exp2(sink * _LOG2E - most)
                 done = acc / total[:, None]
-                at = out + token * (HEADS * D) + heads[:, None] * D + d[None, :]
-                tl.store(at, done.to(out.dtype.element_ty), mask=mine)
+                to = out + token * (HEADS * D) + heads[:, None] * D + d[None, :]
+                tl.store(to, done.to(out.dtype.element_ty), mask=mine)
             else:
-                at = (item * HEADS + heads).to(tl.int64)
-                tl.store(partial + at[:, None] * D + d[None, :], acc, mask=mine)
-                tl.store(stats + at * 2, most, mask=m < GROUP)
-                tl.store(stats + at * 2 + 1, total, mask=m < GROUP)
+                index = (item * HEADS + heads).to(tl.int64)
+                tl.store(partial + index[:, None] * D + d[None, :], acc, mask=mine)
+                tl.store(stats + index * 2, most, mask=m < GROUP)
+                tl.store(stats + index * 2 + 1, total, mask=m < GROUP)
+        work += tl.num_programs(0)
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def _merge(
     if (item >= 0) & (end - begin > 1):
         d = tl.arange(0, DP)
         many = tl.arange(0, STEP)
-        most = _NOTHING
+        most = -1e30
         for at in range(begin, end, STEP):
             index = ((item + at + many) * HEADS + head).to(tl.int64)
             top = tl.load(stats + index * 2, mask=at + many < end, other=_NOTHING)
@@ -177,8 +177,8 @@ def _merge(
             acc += tl.load(partial + index * D + d, mask=d < D, other=0.0) * less
         if SINK:
             total += tl.exp2(tl.load(sinks + head).to(tl.float32) * _LOG2E - most)
-        at = out + token * (HEADS * D) + head * D + d
-        tl.store(at, (acc / total).to(out.dtype.element_ty), mask=d < D)
+        to = out + token * (HEADS * D) + head * D + d
+        tl.store(to, (acc / total).to(out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -238,18 +238,18 @@ def _prefill(
             sink = tl.load(sinks + heads).to(tl.float32)
             total += tl.exp2(sink * _LOG2E - most)
         done = acc / total[:, None]
-        at = out + token[:, None] * (HEADS * D) + heads[:, None] * D + d[None, :]
-        tl.store(at, done.to(out.dtype.element_ty), mask=mine)
+        to = out + token[:, None] * (HEADS * D) + heads[:, None] * D + d[None, :]
+        tl.store(to, done.to(out.dtype.element_ty), mask=mine)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rows:
     """What attention must know of a step's R rows; int32, on the device.
 
-    Token t of row r is ``starts[r] + t``. ``decode_items`` [n, 2] are (row, span of SPLIT keys),
-    of rows of one query, ``prefill_items`` [n, 2] are (row, tile), of the others; ``counts`` [2]
-    says how many of each there are, as there may be room for more. ``firsts`` [R] are the rows'
-    first decode items, -1 where a row has none.
+    Token t of row r is ``starts[r] + t``. ``decode`` [n, 4] are (token, slot, context, span of
+    SPLIT keys) of rows of one query, ``prefill`` [n, 2] are (row, tile) of the others; ``counts``
+    [2] says how many of each there are, as there may be room for more. ``firsts`` [R] are the
+    rows' first items of ``decode``, -1 where a row has none.
     """
 
     slots: Tensor  # [R]
@@ -257,11 +257,11 @@ class Rows:
     starts: Tensor  # [R + 1]
     firsts: Tensor  # [R]
     counts: Tensor  # [2]
-    decode_items: Tensor
-    prefill_items: Tensor
+    decode: Tensor
+    prefill: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Traits:
     """How a layer attends. ``cap`` is a soft cap of the logits, ``sinks`` [heads] logits that take
     a share of every query's attention and give nothing."""
@@ -273,9 +273,24 @@ class Traits:
     sinks: Tensor | None = None
 
 
-def prefill_tile(heads: int, kv_heads: int) -> int:
-    """How many queries of a row a tile of ``_prefill`` takes."""
-    return max(1, PREFILL_M // (heads // kv_heads))
+class Scratch:
+    """Where spans of ``decode`` wait to be merged; room for ``items`` of them."""
+
+    def __init__(self, items: int, heads: int, dim: int, device: torch.device) -> None:
+        self.partial = torch.empty(items, heads, dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(items, heads, 2, dtype=torch.float32, device=device)
+
+
+def _tile(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> int:
+    """Rows of a tile of ``_prefill``: what leaves room for keys and values beside it."""
+    width = max(16, triton.next_power_of_2(dim)) * dtype.itemsize
+    most = 128 if width <= 256 else 64 if width <= 512 else 32
+    return max(most, triton.next_power_of_2(heads // kv_heads))
+
+
+def tile_queries(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> int:
+    """How many queries of a row an item of ``prefill`` takes."""
+    return _tile(heads, kv_heads, dim, dtype) // (heads // kv_heads)
 
 
 def _options(cache: Tensor, traits: Traits) -> dict[str, Any]:
@@ -289,26 +304,24 @@ def _options(cache: Tensor, traits: Traits) -> dict[str, Any]:
 
 
 def decode(
-    q: Tensor, cache: Tensor, tables: Tensor, rows: Rows, traits: Traits, scratch: "Scratch",
+    q: Tensor, cache: Tensor, tables: Tensor, rows: Rows, traits: Traits, scratch: Scratch,
     out: Tensor, programs: int,
 ) -> None:  # fmt: skip
     """Attention of the rows of one query: q [T, heads · D] to ``out`` [T, heads · D].
 
-    ``tables`` [slots, blocks] int32 are the block tables. ``programs`` is how many run at once.
+    ``tables`` [slots, blocks] int32 are the block tables. ``programs`` is the size of the grid.
     """
     options = _options(cache, traits)
-    group = options["GROUP"]
     window = traits.window or 0
     _decode[(programs,)](
-        q, q.stride(0), cache, tables, tables.stride(0), rows.slots, rows.contexts,
-        rows.starts, rows.decode_items, rows.counts, out, scratch.partial, scratch.stats, traits.sinks,
-        traits.scale * LOG2E, window, M=max(16, triton.next_power_of_2(group)), num_warps=4,
-        num_stages=3, **options,
+        q, q.stride(0), cache, tables, tables.stride(0), rows.decode, rows.counts, out,
+        scratch.partial, scratch.stats, traits.sinks, traits.scale * LOG2E, window,
+        M=max(16, triton.next_power_of_2(options["GROUP"])), num_warps=4, num_stages=3, **options,
     )  # fmt: skip
     kept = ("HEADS", "D", "DP", "SPAN", "WINDOW", "SINK")
     _merge[(len(rows.firsts), traits.heads)](
-        rows.contexts, rows.starts, rows.firsts, out, scratch.partial, scratch.stats, traits.sinks, window,
-        STEP=16, num_warps=1, **{name: options[name] for name in kept},
+        rows.contexts, rows.starts, rows.firsts, out, scratch.partial, scratch.stats, traits.sinks,
+        window, STEP=16, num_warps=1, **{name: options[name] for name in kept},
     )  # fmt: skip
 
 
@@ -317,17 +330,9 @@ def prefill(
 ) -> None:
     """Attention of the rows of several queries: q [T, heads · D] to ``out`` [T, heads · D]."""
     options = _options(cache, traits)
-    tile = max(16, triton.next_power_of_2(max(PREFILL_M, options["GROUP"])))
-    _prefill[(len(rows.prefill_items), options["KV_HEADS"])](
+    tile = _tile(traits.heads, options["KV_HEADS"], options["D"], cache.dtype)
+    _prefill[(len(rows.prefill), options["KV_HEADS"])](
         q, q.stride(0), cache, tables, tables.stride(0), rows.slots, rows.contexts, rows.starts,
-        rows.prefill_items, rows.counts, out, traits.sinks, traits.scale * LOG2E,
-        traits.window or 0, M=tile, num_warps=8, num_stages=2, **options,
+        rows.prefill, rows.counts, out, traits.sinks, traits.scale * LOG2E, traits.window or 0,
+        M=tile, num_warps=4 if tile <= 64 else 8, num_stages=2, **options,
     )  # fmt: skip
-
-
-class Scratch:
-    """Where spans of ``decode`` wait to be merged; room for ``items`` of them."""
-
-    def __init__(self, items: int, heads: int, dim: int, device: torch.device) -> None:
-        self.partial = torch.empty(items, heads, dim, dtype=torch.float32, device=device)
-        self.stats = torch.empty(items, heads, 2, dtype=torch.float32, device=device)

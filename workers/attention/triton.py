@@ -1,0 +1,115 @@
+"""Attention on NVIDIA GPUs by our Triton kernels (workers/kernels/gpu/attention.py)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.errors import ConfigError
+from engine.plan import StepPlan, ints
+from workers import kernels
+from workers.attention.base import Arrays, AttentionShape, Prologue
+from workers.batch import Batch
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 128  # query heads of one kv head
+SCRATCH_BYTES = 128 << 20  # for spans that wait to be merged
+BUSY_PROGRAMS = 1024  # that keep a large GPU busy
+
+
+class TritonAttention:
+    """An AttentionBackend for head dimensions up to 256, in bf16, fp16 and fp32.
+
+    Raises ConfigError for a shape outside these limits.
+    """
+
+    def __init__(self, shape: AttentionShape) -> None:
+        if not self.supports(shape):
+            raise ConfigError(
+                f"TritonAttention cannot serve {shape}; needed: an NVIDIA GPU, Triton and a C"
+                f" compiler, head_dim up to {MAX_HEAD_DIM}, at most {MAX_GROUP} query heads for"
+                " each kv head"
+            )
+        from workers.kernels.gpu import attention, heads
+
+        self.shape = shape
+        self._kernels, self._place = attention, heads.place
+        self._tile = attention.tile_queries(
+            shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.dtype
+        )
+        per_item = shape.num_heads * (shape.head_dim + 2) * 4
+        self._room = SCRATCH_BYTES // per_item
+        self._scratch = attention.Scratch(self._room, shape.num_heads, shape.head_dim, shape.device)
+        self._busy = BUSY_PROGRAMS // shape.num_kv_heads
+
+    @staticmethod
+    def supports(shape: AttentionShape) -> bool:
+        return (
+            kernels.has_triton(shape.device)
+            and shape.head_dim <= MAX_HEAD_DIM
+            and shape.num_heads <= MAX_GROUP * shape.num_kv_heads
+        )
+
+    def allocate(self, num_blocks: int) -> Tensor:
+        s = self.shape
+        size = (num_blocks, 2, s.num_kv_heads, s.block_size, s.head_dim)
+        return torch.empty(size, dtype=s.dtype, device=s.device)
+
+    def arrays(self, plan: StepPlan, rows: int) -> Arrays:
+        """counts [4], firsts [R], prefill items [n, 2] and decode items [n, 4]: see ``Rows`` of the
+        kernels. Rows of one query whose spans have no room are given to the kernel of the others,
+        which finds the same bits."""
+        contexts, single = plan.starts + plan.counts, plan.counts == 1
+        spans = np.where(single, -(-contexts // self._kernels.SPLIT), 0)
+        single &= np.cumsum(spans) <= self._room
+        spans = np.where(single, spans, 0)
+        row, span = _spread(spans)
+        token = np.cumsum(plan.counts) - plan.counts
+        decode = np.stack((token[row], plan.slots[row], contexts[row], span), 1)
+        tiled, tile = _spread(np.where(single, 0, -(-plan.counts // self._tile)))
+        firsts = np.full(rows, -1, np.int32)
+        firsts[: len(single)] = np.where(single, np.cumsum(spans) - spans, -1)
+        return (
+            ints((len(decode), len(tile), 0, 0)),
+            firsts,
+            # The last ones first: they are late in their prompts and take the longest.
+            ints(np.stack((tiled, tile), 1)[::-1]),
+            ints(decode),
+        )
+
+    def room(self, rows: int, tokens: int, decodes: bool, max_context: int) -> tuple[int, ...]:
+        tiles = 0 if decodes else rows + tokens // self._tile
+        spans = rows * -(-max_context // self._kernels.SPLIT)
+        return 4, rows, 2 * tiles, 4 * min(spans, self._room)
+
+    def begin(self, batch: Batch, arrays: tuple[Tensor, ...]) -> Any:
+        counts, firsts, prefill, decode = arrays
+        return self._kernels.Rows(
+            batch.slots, batch.context_lens, batch.query_starts, firsts, counts, decode, prefill
+        )
+
+    def attend(self, batch: Batch, cache: Tensor, qkv: Tensor, prologue: Prologue) -> Tensor:
+        shape, rows = self.shape, batch.attention
+        q = self._place(
+            qkv, cache, batch.cells, batch.positions, shape.num_heads, bias=prologue.bias,
+            norms=prologue.norms, eps=prologue.eps, rotation=prologue.rotation,
+        )  # fmt: skip
+        out = torch.empty_like(q)
+        traits = self._kernels.Traits(shape.num_heads, shape.scale, prologue.window)
+        if len(rows.decode):
+            programs = min(len(rows.decode), max(2 * len(rows.slots), self._busy))
+            self._kernels.decode(
+                q, cache, batch.block_tables, rows, traits, self._scratch, out,
+                programs * shape.num_kv_heads,
+            )  # fmt: skip
+        if len(rows.prefill):
+            self._kernels.prefill(q, cache, batch.block_tables, rows, traits, out)
+        return out
+
+
+def _spread(counts: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(row, number within it) of ``counts[row]`` things of each row, laid end to end."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return rows, np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
