@@ -27,10 +27,14 @@ and the fewest under ``top_p``, and top_k=1 is greedy whatever the rounding of t
 
 Order and meaning of the steps are vLLM's (V1): process (see SamplingTable), greedy; temperature,
 min_p, top_k, top_p, draw. Log-probabilities are of the raw logits.
+
+All this is here twice: in PyTorch, for CPUs and where Triton cannot be had, and as the kernels of
+``workers.kernels.gpu.sampling``, with the same noise and so the same tokens.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -38,11 +42,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.plan import Ints, TokenLogprobs
+from engine.plan import Admit, Ints, TokenLogprobs, ints
+from engine.sampling_params import SamplingParams
 from workers.kernels import argmax_lse
 from workers.sampling_table import NO_LOGPROBS, SamplingTable, on_device
 
-__all__ = ["HostSampled", "RowLogprobs", "Sampled", "Sampler", "SamplingTable"]
+if TYPE_CHECKING:
+    from workers.kernels.gpu.sampling import Needs, SamplingKernels
+
+__all__ = ["HostCopy", "HostSampled", "RowLogprobs", "Sampled", "Sampler", "SamplingTable"]
 
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step; the other two are its mixers
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -51,6 +59,38 @@ PROMPT_ELEMENTS = 2**23  # of logits whose log-probabilities are computed at a t
 CPU_ELEMENTS = 3 * 2**18  # of logits that a CPU draws from at a time, to stay in its caches
 
 Array = NDArray[Any]
+
+
+T = TypeVar("T")
+
+
+class HostCopy(Generic[T]):
+    """What is on its way to the host. Keeps the device's tensors until it is there."""
+
+    def __init__(self, source: object, arrived: Callable[[], T],
+                 event: torch.cuda.Event | None = None) -> None:  # fmt: skip
+        self._source, self._arrived, self._event = source, arrived, event
+
+    def result(self) -> T:
+        """Waits for the copy, and for nothing that was started after it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._arrived()
+
+
+def _start_copies(
+    tensors: tuple[Tensor, ...], stream: torch.cuda.Stream
+) -> tuple[list[Tensor], torch.cuda.Event]:
+    """The tensors in pinned memory, once the event has come: copied on ``stream`` after what the
+    current one has been given so far."""
+    stream.wait_stream(torch.cuda.current_stream(tensors[0].device))
+    with torch.cuda.stream(stream):
+        pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        for host, tensor in zip(pinned, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(stream)
+    return pinned, event
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +104,22 @@ class RowLogprobs:
     ranks: Tensor  # [m, 1 + k]
 
     def to_host(self) -> dict[int, TokenLogprobs]:
+        """By row. Waits for the device."""
         ids, ranks = (t.to(torch.int32).cpu().numpy() for t in (self.ids, self.ranks))
         values = self.values.cpu().numpy()
         return {
             int(row): TokenLogprobs(ids[i, : k + 1], values[i, : k + 1], ranks[i, : k + 1])
             for i, (row, k) in enumerate(zip(self.rows, self.tops, strict=True))
         }
+
+    def start_copy(
+        self, stream: torch.cuda.Stream | None = None
+    ) -> HostCopy[dict[int, TokenLogprobs]]:
+        """``to_host`` without waiting: on CUDA copies on ``stream``, which is needed there."""
+        if stream is None:
+            return HostCopy(self, self.to_host)
+        tensors, event = _start_copies((self.ids, self.values, self.ranks), stream)
+        return HostCopy(self, RowLogprobs(self.rows, self.tops, *tensors).to_host, event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +148,50 @@ class Sampled:
         logprobs = self.logprobs.to_host() if self.logprobs else {}
         return HostSampled(self.tokens.cpu().numpy(), self.failed.cpu().numpy(), logprobs)
 
+    def start_copy(self, stream: torch.cuda.Stream | None = None) -> HostCopy[HostSampled]:
+        """``to_host`` without waiting: on CUDA copies on ``stream``, which is needed there."""
+        if stream is None:
+            return HostCopy(self, self.to_host)
+        logprobs = self.logprobs
+        rest = () if logprobs is None else (logprobs.ids, logprobs.values, logprobs.ranks)
+        (tokens, failed, *copied), event = _start_copies((self.tokens, self.failed, *rest), stream)
+        if logprobs is not None:
+            logprobs = RowLogprobs(logprobs.rows, logprobs.tops, *copied)
+        return HostCopy(self, Sampled(tokens, failed, logprobs).to_host, event)
+
 
 class Sampler:
     """Samples a token for each row of a step. Keeps no state but its table's."""
 
     def __init__(self, table: SamplingTable) -> None:
         self.table = table
+        self._kernels: SamplingKernels | None = None
+        if table.records is not None:
+            from workers.kernels.gpu import sampling
 
-    def sample(self, logits: Tensor, slots: Ints, positions: Ints) -> Sampled:
+            self._kernels = sampling.SamplingKernels(
+                table.records, table.tokens, table.vocab_size, _num_classes(table.vocab_size)
+            )
+
+    def sample(
+        self,
+        logits: Tensor,
+        slots: Ints,
+        positions: Ints,
+        rows: tuple[Tensor, Tensor] | None = None,
+        keep: bool = False,
+    ) -> Sampled:
         """A token for each row of ``logits`` [n, V], which are left as they are.
 
         slots: [n], the slot of each row. positions: [n], the index in its sequence of the token
-        to be sampled (tokens so far, the prompt's included).
+        to be sampled (tokens so far, the prompt's included). rows: both once more, as int32 on
+        the device, if they are there already. keep: also write the tokens to the table's
+        ``tokens``, for the steps to come. Does not wait for the device, if Triton samples there.
         """
         table = self.table
         assert logits.shape == (len(slots), table.vocab_size)
+        if self._kernels is not None:
+            return self._by_kernels(self._kernels, logits, slots, positions, rows, keep)
         logits = logits.contiguous()
         x, unusable = table.process(logits, slots, positions)
         greedy, some_k = table.greedy[slots], table.top_k[slots] > 0
@@ -125,8 +204,8 @@ class Sampler:
             (self._among_top_k, ~greedy & some_k, piece),
             (self._among_all, ~greedy & ~some_k, piece),
         ):
-            rows = np.flatnonzero(mine)
-            for some in (rows[i : i + most] for i in range(0, len(rows), most)):
+            these = np.flatnonzero(mine)
+            for some in (these[i : i + most] for i in range(0, len(these), most)):
                 at = on_device(some, x.device)
                 part = x if len(some) == n else x.index_select(0, at)
                 token, ok = draw(part, slots[some], positions[some])
@@ -135,29 +214,97 @@ class Sampler:
         if unusable is not None:
             finite &= ~unusable
         tokens = tokens * finite
+        if keep:
+            place = on_device(slots, x.device).long(), on_device(positions, x.device).long()
+            table.tokens[place] = tokens.int()
         return Sampled(tokens.int(), ~finite, self._logprobs(logits, tokens, slots))
+
+    def _by_kernels(self, kernels: "SamplingKernels", logits: Tensor, slots: Ints, positions: Ints,
+                    rows: tuple[Tensor, Tensor] | None, keep: bool) -> Sampled:  # fmt: skip
+        table = self.table
+        assert table.records is not None
+        table.records.flush()
+        if rows is None:
+            both = on_device(np.stack((slots, positions)).astype(np.int32), table.device)
+            rows = both[0], both[1]
+        if logits.stride(1) != 1:
+            logits = logits.contiguous()
+        tokens, failed = kernels.sample(logits, *rows, self._needs(slots, positions), keep)
+        return Sampled(tokens, failed, self._logprobs(logits, tokens, slots))
+
+    def _needs(self, slots: Ints, positions: Ints) -> "Needs":
+        from workers.kernels.gpu import sampling
+
+        table = self.table
+        top_k = np.where(table.greedy[slots], -1, table.top_k[slots])
+        return sampling.Needs(
+            edited=bool((positions < table.changed_until[slots]).any()),
+            penalties=bool(table.penalized[slots].any()),
+            from_all=bool((top_k == 0).any()),
+            top_k=max(0, int(top_k.max())),
+        )
+
+    def warm_up(self, logits: Tensor) -> None:
+        """Samples from ``logits`` [n, V] in every way there is, on slot 0, which must be free: the
+        kernels are compiled then, and the memory that a step may need has been taken once."""
+        slots, k = np.zeros(len(logits), np.int32), self.table.vocab_size
+        kinds = SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_k=k)
+        for params in kinds:
+            more = replace(params, logit_bias={0: 1.0}, presence_penalty=1.0, logprobs=1)
+            for wanted in (params, more):
+                self.table.admit(Admit(0, ints([0]), 1, wanted, seed=0))
+                self.sample(logits, slots, slots + 1, keep=True)
+        self.table.release(0)
 
     def prompt_logprobs(self, logits: Tensor, targets: Tensor, k: int) -> list[TokenLogprobs]:
         """Log-probabilities of ``targets`` [n] int64 under ``logits`` [n, V] and of the k likeliest
         tokens; k = -1 is the whole vocabulary. Waits for the device."""
+        found: list[TokenLogprobs] = []
+        for piece in self.logprob_pieces(logits, targets, k):
+            found += piece.to_host().values()
+        return found
+
+    def logprob_pieces(self, logits: Tensor, targets: Tensor, k: int) -> Iterator[RowLogprobs]:
+        """``prompt_logprobs`` on the device, without waiting: some rows at a time, counted from 0
+        in each piece, so that what is needed on the way stays small."""
         k = self.table.vocab_size if k < 0 else k
         step = max(1, PROMPT_ELEMENTS // self.table.vocab_size)
-        result: list[TokenLogprobs] = []
         for at in range(0, len(targets), step):
-            parts = _logprobs_of(logits[at : at + step].contiguous(), targets[at : at + step], k)
-            rows = np.arange(len(parts[0]))
-            result += RowLogprobs(rows, np.full_like(rows, k), *parts).to_host().values()
-        return result
+            some = targets[at : at + step]
+            rows = np.arange(len(some), dtype=np.int32)
+            parts = self._logprobs_of(logits[at : at + step], rows, some, k)
+            yield RowLogprobs(rows, np.full_like(rows, k), *parts)
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, slots: Ints) -> RowLogprobs | None:
         asked = self.table.logprobs[slots]
-        rows = np.flatnonzero(asked != NO_LOGPROBS)
+        rows = np.flatnonzero(asked != NO_LOGPROBS).astype(np.int32)
         if not len(rows):
             return None
         tops = np.where(asked[rows] < 0, self.table.vocab_size, asked[rows])
+        return RowLogprobs(rows, tops, *self._logprobs_of(logits, rows, tokens, int(tops.max())))
+
+    def _logprobs_of(
+        self, logits: Tensor, rows: Ints, tokens: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, log-probabilities and ranks [m, 1 + k] of rows [m]: of tokens [n] and of the top k.
+
+        A rank is one more than the number of strictly likelier tokens.
+        """
         at = on_device(rows, logits.device)
-        parts = _logprobs_of(logits.index_select(0, at), tokens[at], int(tops.max()))
-        return RowLogprobs(rows, tops, *parts)
+        some = logits
+        if len(rows) < len(logits):
+            tokens = tokens.index_select(0, at)
+            some = logits if self._kernels else logits.index_select(0, at)
+        if self._kernels is None:
+            return _logprobs_of(some.contiguous(), tokens, k)
+        if k <= self._kernels.most_top:
+            return self._kernels.logprobs(logits, at, tokens, k)[:3]
+        *chosen, lse = self._kernels.logprobs(logits, at, tokens, 0)
+        top, ids = _top(logits.index_select(0, at).float(), k)
+        ranks = torch.searchsorted(-top, -top) + 1
+        others = ids.clamp_(max=logits.shape[1] - 1), top - lse[:, None], ranks
+        ids, values, ranks = (torch.cat(both, dim=1) for both in zip(chosen, others, strict=True))
+        return ids, values, ranks
 
     def _among_top_k(self, x: Tensor, slots: Ints, positions: Ints) -> tuple[Tensor, Tensor]:
         """Draws from x [n, V] where every row has a top_k: among [n, largest k] candidates."""
@@ -186,7 +333,7 @@ class Sampler:
         """Draws from x [n, V] where no row has a top_k."""
         table, device = self.table, x.device
         n, vocab = x.shape
-        classes = 1 << round(np.log2(vocab) / 2)
+        classes = _num_classes(vocab)
         size = -(-vocab // classes)  # tokens of a class: those equal modulo ``classes``
         p = torch.empty((n, size * classes), dtype=torch.float32, device=device)
         p[:, vocab:] = -torch.inf
@@ -253,6 +400,11 @@ class Sampler:
             start = _mix64(self.table.seed[slots] + np.uint64(GOLDEN))
             keys = _mix64(start + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN))
         return on_device(keys.view(np.int64), device)[:, None]
+
+
+def _num_classes(vocab: int) -> int:
+    """How many classes a vocabulary is dealt into."""
+    return int(1 << round(np.log2(vocab) / 2))
 
 
 def _greedy(x: Tensor, _slots: Ints, _positions: Ints) -> tuple[Tensor, Tensor]:

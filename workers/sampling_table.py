@@ -4,16 +4,24 @@ Nothing here is as wide as the vocabulary times the slots: every processor touch
 it names. Counts for the penalties are not kept but taken each step from the worker's token table,
 which costs a few operations on [rows, tokens so far]; so a resumed request needs nothing more
 than its tokens, and there is nothing that could go out of step with them.
+
+Where the kernels for GPUs sample, a slot's parameters are a record on the device, and its lists
+lie beside it; else they are arrays of the host, and ``process`` does their work in PyTorch.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.plan import Admit, Ints
+from engine.plan import Admit, Ints, ints
+from workers.kernels import has_triton
+
+if TYPE_CHECKING:
+    from workers.kernels.gpu.sampling_slots import SlotRecords
 
 FOREVER = 2**31 - 1  # later than any position
 NO_LOGPROBS = -2
@@ -26,6 +34,15 @@ def on_device(values: NDArray[Any], device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor
+
+
+def _backwards(bad_words: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    """[words, longest]: each word's last token, the one before, ..., padded with -1."""
+    longest = max(map(len, bad_words), default=0)
+    words = np.full((len(bad_words), longest), -1, np.int32)
+    for i, word in enumerate(bad_words):
+        words[i, : len(word)] = word[::-1]
+    return words
 
 
 class Ragged:
@@ -71,9 +88,12 @@ class SamplingTable:
     tokens: [num_slots, max_model_len] int32 on the device, the worker's. When a token is sampled
         at position p of a slot, entries 0 .. p - 1 of its row must hold its tokens so far: the
         worker writes a step's sampled tokens there before it samples the next.
+    kernels: whether Triton's kernels sample; None: if they can.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, tokens: Tensor) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, tokens: Tensor, kernels: bool | None = None
+    ) -> None:
         self.vocab_size = vocab_size
         self.tokens = tokens
         self.device = device = tokens.device
@@ -89,6 +109,7 @@ class SamplingTable:
         self._prompt_logprobs = np.full(num_slots, NO_LOGPROBS, integers)
         self.penalties = np.zeros((num_slots, 3), floats)  # repetition, frequency, presence
         self.penalized = np.zeros(num_slots, np.bool_)
+        self.changed_until = np.zeros(num_slots, integers)  # logits before this position are
         self.edited_until = np.zeros(num_slots, integers)  # past this position no edit is left
         # Added to logits: (token, value, until which position).
         self.edits = Ragged(num_slots, 2, 0, torch.float64, device)
@@ -96,6 +117,13 @@ class SamplingTable:
         # Bad words backwards: (last token, the one before, ...).
         self.bad_words = Ragged(num_slots, 2, -1, torch.int32, device)
         self._counts = torch.zeros((0, vocab_size), dtype=torch.float32, device=device)
+        self.records: SlotRecords | None = None
+        if kernels is None:
+            kernels = has_triton(device)
+        if kernels:
+            from workers.kernels.gpu import sampling_slots
+
+            self.records = sampling_slots.SlotRecords(num_slots, device)
 
     def admit(self, admit: Admit) -> None:
         """Fills the slot's row; what the slot held before is gone."""
@@ -114,22 +142,62 @@ class SamplingTable:
         self.penalties[slot] = (sampling.repetition_penalty, sampling.frequency_penalty,
                                 sampling.presence_penalty)  # fmt: skip
 
+        ends = sampling.min_tokens and admit.stop_ids  # which must not come too soon
+        stops_until = admit.prompt_len + sampling.min_tokens if ends else 0
+        always = (sampling.logit_bias or sampling.allowed_token_ids or admit.bad_words
+                  or sampling.has_penalties)  # fmt: skip
+        self.changed_until[slot] = FOREVER if always else stops_until
+        if self.records is None:
+            self._put_lists(admit, stops_until)
+        else:
+            self._put_record(admit, stops_until)
+
+    def _put_lists(self, admit: Admit, stops_until: int) -> None:
+        slot, sampling = admit.slot, admit.sampling
         edits = [(token, value, FOREVER) for token, value in (sampling.logit_bias or {}).items()]
-        if sampling.min_tokens:
-            until = admit.prompt_len + sampling.min_tokens
-            edits += [(stop, -np.inf, until) for stop in admit.stop_ids]
+        if stops_until:
+            edits += [(stop, -np.inf, stops_until) for stop in admit.stop_ids]
         self.edited_until[slot] = max((until for _, _, until in edits), default=0)
         self.edits.put(slot, np.asarray(edits, np.float64))
         self.allowed.put(slot, np.asarray(sampling.allowed_token_ids or (), np.int64))
-        longest = max(map(len, admit.bad_words), default=0)
-        words = np.full((len(admit.bad_words), longest), -1, np.int32)
-        for i, word in enumerate(admit.bad_words):
-            words[i, : len(word)] = word[::-1]
-        self.bad_words.put(slot, words)
+        self.bad_words.put(slot, _backwards(admit.bad_words))
+
+    def _put_record(self, admit: Admit, stops_until: int) -> None:
+        slot, sampling, biases = admit.slot, admit.sampling, admit.sampling.logit_bias or {}
+        allowed, stops = ints(sampling.allowed_token_ids or ()), ints(admit.stop_ids)
+        words, min_p = _backwards(admit.bad_words), self.min_p[slot]
+        repetition, frequency, presence = self.penalties[slot]
+        fields = {
+            "seed": self.seed[slot],
+            "num_allowed": len(allowed),
+            "num_stops": len(stops),
+            "num_biases": len(biases),
+            "num_words": words.shape[0],
+            "longest": words.shape[1],
+            "edited_until": self.changed_until[slot],
+            "stops_until": stops_until,
+            "prompt_len": admit.prompt_len,
+            "penalized": self.penalized[slot],
+            "repetition": repetition,
+            "frequency": frequency,
+            "presence": presence,
+            "greedy": self.greedy[slot],
+            "inverse_temperature": 1 / self.temperature[slot],
+            "top_k": self.top_k[slot],
+            "top_p": self.top_p[slot],
+            "min_p": min_p,
+            "log_min_p": np.log(min_p) if min_p else -np.inf,
+        }
+        values = np.fromiter(biases.values(), np.float32, len(biases)).view(np.int32)
+        parts = allowed, stops, ints(list(biases)), values, words.reshape(-1)
+        assert self.records is not None
+        self.records.put(slot, fields, np.concatenate(parts))
 
     def release(self, slot: int) -> None:
         """Forgets the slot's row."""
         self._prompt_logprobs[slot] = NO_LOGPROBS
+        if self.records is not None:
+            return self.records.clear(slot)
         for part in (self.edits, self.allowed, self.bad_words):
             part.clear(slot)
 
@@ -150,14 +218,14 @@ class SamplingTable:
 
         Returns ``logits`` itself if no row has any of these, else a float32 copy.
         """
+        if not (positions < self.changed_until[slots]).any():
+            return logits, None
         stages = (
             (self._keep_allowed, self.allowed.lengths[slots] > 0),
             (self._ban_words, self.bad_words.lengths[slots] > 0),
             (self._edit, positions < self.edited_until[slots]),
             (self._penalize, self.penalized[slots]),
         )
-        if not any(some.any() for _, some in stages):
-            return logits, None
         unusable = None
         if stages[0][1].any():  # a NaN among tokens that are not allowed would go unseen
             unusable = ~logits.float().amax(-1).isfinite()

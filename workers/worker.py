@@ -398,15 +398,10 @@ class Worker:
         if self.sampler is not None:
             wanted = plan.wants == 1
             positions = (plan.starts + plan.counts)[wanted]
-            sampled = self.sampler.sample(logits[:count], plan.slots[wanted], positions)
-            tokens = sampled.tokens
-        elif self.stage.first:
-            tokens = self.slots.tokens.new_empty(count)
-        else:
-            return None
-        if self.stage.first:
-            tokens = group.broadcast(tokens)
-        self.slots.tokens[at] = tokens
+            sampled = self.sampler.sample(logits[:count], plan.slots[wanted], positions, at, True)
+        if self.stage.first and group.size > 1:
+            tokens = sampled.tokens if sampled else self.slots.tokens.new_empty(count)
+            self.slots.tokens[at] = group.broadcast(tokens)
         return sampled
 
     def _prompt_rows(self, plan: StepPlan) -> list[PromptRow]:
