@@ -10,12 +10,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.attention import AttentionShape, choose_backend
+from workers.attention import AttentionShape, Prologue, choose_backend
 from workers.batch import Batch
 
 BEYOND_CACHES = 256 << 20  # bytes
@@ -34,6 +35,7 @@ def batch_of(rows: list[tuple[int, int]], block_size: int) -> tuple[Batch, int]:
         tokens=torch.zeros(total, dtype=torch.int64),
         positions=torch.cat(positions),
         query_starts=torch.tensor([0] + [n for n, _ in rows]).cumsum(0).int(),
+        slots=torch.arange(len(rows)),
         context_lens=torch.tensor([context for _, context in rows]).int(),
         block_tables=tables,
         cells=torch.cat(cells).long(),
@@ -67,17 +69,12 @@ def measure(
     layers = max(1, min(32, BEYOND_CACHES // size))
     caches = [backend.allocate(blocks).normal_() for _ in range(layers)]
     tokens = len(batch.positions)
-    q, k, v = torch.randn(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype).split(
-        [heads * dim, kv_heads * dim, kv_heads * dim], dim=1
-    )
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
 
     def step() -> None:
-        backend.begin(batch)
+        begun = replace(batch, attention=backend.begin(batch, ()))
         for cache in caches:
-            backend.attend(
-                cache, q.unflatten(1, (-1, dim)), k.unflatten(1, (-1, dim)),
-                v.unflatten(1, (-1, dim)),
-            )  # fmt: skip
+            backend.attend(begun, cache, qkv, Prologue())
 
     seconds = median(step, layers, options.repeats)
     read = sum(context for _, context in rows) * 2 * kv_heads * dim * dtype.itemsize

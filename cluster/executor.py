@@ -420,7 +420,8 @@ class ParallelExecutor:
             weight_bytes=sum(f.weight_bytes for f in facts),
             load_seconds=max(f.load_seconds for f in facts),
             dtype=facts[0].dtype,
-            device=f"{len(facts)} × {self._device}",
+            device=self._device if len(facts) == 1 else f"{len(facts)} × {self._device}",
+            batch_invariant=all(f.batch_invariant for f in facts),
         )
 
     def reserve(self) -> Capacity:

@@ -21,7 +21,7 @@ from engine.tokenizer import Tokenizer
 from workers.checkpoint import GenerationConfig, load_config, load_generation_config, resolve
 from workers.local import LocalExecutor
 from workers.weights import find_files
-from workers.worker import check_split
+from workers.worker import check_split, choose_device
 
 log = get_logger("replica")
 
@@ -153,11 +153,14 @@ def _start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineI
 def _make_executor(
     config: EngineConfig, checkpoint: Checkpoint, bar: LoadBar, launcher: Launcher | None
 ) -> LocalExecutor | ParallelExecutor:
-    """In this process for one shard; else over workers."""
+    """In this process for one shard on a CPU; else over workers. On CUDA a single one too has a
+    process of its own: for the settings of CUDA's libraries, which are read when they start, and
+    for a Python that nobody else keeps busy."""
     parallel = config.parallel
-    if parallel.world_size == 1:
+    alone = parallel.world_size == 1
+    if alone and choose_device(config.device.device).type == "cpu":
         return LocalExecutor(config, checkpoint.path, bar.read)
-    if launcher is None and parallel.distributed_executor_backend == "mp":
+    if launcher is None and (alone or parallel.distributed_executor_backend == "mp"):
         launcher = ProcessLauncher(config)
     elif launcher is None:
         from cluster.actors import RayLauncher  # Ray takes a second to import

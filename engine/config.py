@@ -149,6 +149,13 @@ class DeviceConfig:
         " takes the fastest that works",
         choices=("auto", "triton", "cpu", "gather"),
     )
+    batch_invariance: str = option(
+        "auto",
+        "whether a row's bits must not depend on the others of its batch: auto has it wherever the"
+        " device can and says where it cannot; on refuses to start there; off leaves it to CUDA's"
+        " libraries",
+        choices=("auto", "on", "off"),
+    )
     enforce_eager: bool = option(
         False, "never capture CUDA graphs: a faster start, and slower steps"
     )

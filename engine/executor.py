@@ -19,6 +19,7 @@ class ModelFacts:
     load_seconds: float
     dtype: str
     device: str
+    batch_invariant: bool = True  # a row's bits do not depend on the others of its batch
 
 
 @dataclass(frozen=True)

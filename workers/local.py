@@ -1,4 +1,4 @@
-"""The executor in process: one worker, no actor hop."""
+"""The executor in process: one worker on a CPU, no actor hop."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ class LocalExecutor:
     @property
     def steps_ahead(self) -> int:
         """How many steps it pays to plan before a result: a CPU computes in this very thread."""
-        return 0 if self._worker.device.type == "cpu" else 1
+        return 0
 
     def load(self) -> ModelFacts:
         return self._worker.load(self._progress)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -122,8 +122,16 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model's parameters live: everything a layer needs to build itself."""
+    """Where a model's parameters live: everything a layer needs to build itself.
+
+    ``products`` are the names and weights [N, K] of its matrix products on CUDA."""
 
     device: torch.device
     dtype: torch.dtype
     group: Group = Group()
+    products: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    def add_product(self, name: str, weight: Tensor) -> None:
+        """A layer multiplies by ``weight``; kept of those on CUDA, where it has to be tried."""
+        if self.device.type == "cuda":
+            self.products.append((name, weight))

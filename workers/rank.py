@@ -20,6 +20,7 @@ import torch
 
 from engine import wire
 from engine.errors import CheckpointError
+from workers import products
 from workers.channel import (
     ChannelClosed,
     Receiver,
@@ -132,6 +133,7 @@ def _take_place(executor: _Executor, rank: int, cpus: float | None) -> Worker:
     _set_threads(setup, cpus)
     device, neighbours = torch.device("cpu"), setup.neighbours
     if setup.device == "cuda":
+        products.set_up(setup.config.device.batch_invariance != "off")
         device, neighbours = torch.device("cuda", 0), setup.gpu_share
         torch.cuda.set_device(device)
     parallel = setup.config.parallel

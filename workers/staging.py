@@ -26,7 +26,10 @@ class Staging:
             return
         self._target = torch.zeros(size, dtype=torch.int32, device=device)
         self._hosts = [
-            (torch.zeros(size, dtype=torch.int32, pin_memory=True), torch.cuda.Event())
+            (
+                torch.zeros(size, dtype=torch.int32, pin_memory=True),
+                torch.cuda.Event(),  # type: ignore[no-untyped-call]
+            )
             for _ in range(IN_FLIGHT)
         ]
         self._next = 0

@@ -13,10 +13,11 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor import Capacity, ModelFacts
+from engine.log import get_logger
 from engine.plan import Admit, CopyTimes, Ints, StepPlan, StepResult, TokenLogprobs, ints
 from engine.preempt import MeasuredCosts
 from engine.sampling_params import SamplingParams
-from workers import kernels, weights
+from workers import kernels, products, weights
 from workers.attention import choose_backend
 from workers.attention.triton import TritonAttention
 from workers.batch import Batch
@@ -33,6 +34,8 @@ from workers.sampler import HostCopy, HostSampled, Sampled, Sampler, SamplingTab
 from workers.slots import HostRows, Slots
 from workers.staging import Staging
 from workers.weights import Progress
+
+log = get_logger("worker")
 
 GIB = 2**30
 WARM_UP_TOKENS = 128
@@ -163,6 +166,7 @@ class Worker:
         self.stage = stages[self.ranks.stage]
         self.model = build_model(checkpoint, place, self.stage, self.backend, self.max_model_len)
         loaded = weights.load(self.model, self.path, options.load_format, progress)
+        invariant = self._is_invariant()
         return ModelFacts(
             architecture=str(checkpoint.get("architectures", [checkpoint.get("model_type")])[0]),
             vocab_size=traits.vocab_size,
@@ -172,7 +176,30 @@ class Worker:
             load_seconds=loaded.seconds,
             dtype=str(dtype).removeprefix("torch."),
             device=str(self.device),
+            batch_invariant=invariant,
         )
+
+    def _is_invariant(self) -> bool:
+        """Whether rows are the same in every bit in any batch. What is not is logged, by name.
+
+        Raises ConfigError if batch_invariance is on and there is any.
+        """
+        wanted = self.config.device.batch_invariance
+        if self.device.type != "cuda":
+            return True
+        if wanted == "off":
+            return False
+        found = products.varying(self.place.products)
+        if not isinstance(self.backend, TritonAttention):
+            found.append(f"attention ({type(self.backend).__name__})")
+        if found and wanted == "on":
+            raise ConfigError(
+                f"batch_invariance must be auto or off on {torch.cuda.get_device_name()}: what"
+                f" depends on the batch here is {', '.join(found)}"
+            )
+        if found:
+            log.warning("Not batch-invariant on this GPU: %s", ", ".join(found))
+        return not found
 
     def measure(self) -> Blocks:
         """How many blocks of each tier there is memory for on this rank.
@@ -228,7 +255,9 @@ class Worker:
         largest = Size(num_slots, most, decodes=False)
         self._staging = Staging(Staging.needed(self._room(largest)), self.device)
         self._graphs = self._make_graphs()
-        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._side: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def _make_graphs(self) -> Graphs | None:
         """None where steps cannot be captured, or are not to be."""

@@ -60,6 +60,7 @@ def make_batch(sequences: list[list[int]], rows: list[tuple[int, int, int]], siz
         tokens=torch.tensor(tokens),
         positions=torch.tensor(positions),
         query_starts=torch.tensor(starts, dtype=torch.int32),
+        slots=torch.arange(len(rows)),
         context_lens=torch.tensor([s + c for _, s, c in rows], dtype=torch.int32),
         block_tables=tables[[sequence for sequence, _, _ in rows]].int(),
         cells=torch.tensor(cells),
@@ -90,8 +91,8 @@ class Paged:
         batch = replace(batch, outputs=outputs)
         hidden = None
         for (model, backend), caches in zip(self.stages, self.caches, strict=True):
-            backend.begin(batch)
-            hidden = model.forward(batch, caches, hidden)
+            begun = replace(batch, attention=backend.begin(batch, ()))
+            hidden = model.forward(begun, caches, hidden)
         assert hidden is not None
         return self.stages[-1][0].logits(hidden)
 

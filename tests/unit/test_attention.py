@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.errors import ConfigError
-from workers.attention import AttentionBackend, AttentionShape, choose_backend
+from workers.attention import AttentionBackend, AttentionShape, Prologue, choose_backend
 from workers.attention.cpu import CpuAttention
 from workers.attention.gather import GatherAttention
 from workers.batch import Batch
@@ -40,6 +40,7 @@ def batch_of(tables: list[Tensor], rows: list[tuple[int, int]], block_size: int)
         tokens=torch.zeros(sum(n for n, _ in rows), dtype=torch.int64),
         positions=torch.cat(positions),
         query_starts=torch.tensor([0] + [n for n, _ in rows]).cumsum(0).int(),
+        slots=torch.arange(len(rows)),
         context_lens=torch.tensor([context for _, context in rows]).int(),
         block_tables=padded,
         cells=torch.cat(cells),
@@ -83,9 +84,11 @@ class World:
         for table, (_, n, context) in zip(tables, rows, strict=True):
             if window is not None:  # the blocks that no query sees any more may be gone
                 table[: max(0, context - n - window + 1) // self.shape.block_size] = GONE
-        backend.begin(batch_of(tables, [r[1:] for r in rows], self.shape.block_size))
+        batch = batch_of(tables, [r[1:] for r in rows], self.shape.block_size)
+        batch = replace(batch, attention=backend.begin(batch, ()))
         parts = [self.qkv[s][context - n : context] for s, n, context in rows]
-        out = backend.attend(cache, *self.split(torch.cat(parts)), window=window)
+        qkv = torch.cat(parts).flatten(1)
+        out = backend.attend(batch, cache, qkv, Prologue(window=window))
         return list(out.split([n for _, n, _ in rows]))
 
     def run(

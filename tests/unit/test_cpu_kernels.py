@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers import kernels
-from workers.attention import AttentionShape
+from workers.attention import AttentionShape, Prologue
 from workers.attention.cpu import CpuAttention
 from workers.attention.gather import GatherAttention
 from workers.batch import Batch
@@ -287,19 +288,21 @@ def test_generic_attention(generic: build.Library, dtype: torch.dtype, window: i
         tokens=torch.zeros(tokens, dtype=torch.int64),
         positions=torch.cat(positions),
         query_starts=F.pad(queries.cumsum(0), (1, 0)).int(),
+        slots=torch.arange(len(contexts)),
         context_lens=contexts.int(),
         block_tables=tables,
         cells=torch.cat(cells),
         max_query_len=700,
         max_context_len=700,
     )
-    q, k, v = (torch.randn(tokens, n, 80, dtype=dtype) for n in (8, 2, 2))
+    qkv = torch.randn(tokens, (8 + 2 + 2) * 80, dtype=dtype)
     ours, reference = CpuAttention(shape), GatherAttention(shape)
     ours.kernel = generic.functions["attend", dtype]
     results = []
     for backend in (ours, reference):
-        backend.begin(batch)
-        results.append(backend.attend(backend.allocate(3 * 44).zero_(), q, k, v, window))
+        begun = replace(batch, attention=backend.begin(batch, ()))
+        cache = backend.allocate(3 * 44).zero_()
+        results.append(backend.attend(begun, cache, qkv, Prologue(window=window)))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(results[0], results[1], rtol=tolerance, atol=tolerance)
 

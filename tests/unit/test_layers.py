@@ -15,6 +15,7 @@ from workers.layers.embedding import OutputLayer, PositionEmbedding, VocabEmbedd
 from workers.layers.linear import Activation, ColumnLinear, Part, RowLinear, onednn_packs
 from workers.layers.mlp import MLP, GatedMLP
 from workers.layers.norm import LayerNorm, RMSNorm
+from workers.layers.stream import Stream
 from workers.parallel import Group, Place
 from workers.weights import Parameter
 
@@ -89,7 +90,7 @@ def test_no_bit_of_a_row_depends_on_the_others(inputs: int, dtype: torch.dtype) 
     layer = RowLinear(Place(CPU, dtype), "fc", inputs, 256, bias=False)
     fill(layer.parameters(), {"fc.weight": weight})
     nothing = torch.zeros(300, 256, dtype=dtype)
-    for product in (layer._product, lambda x: layer(x, nothing[: len(x)])):
+    for product in (layer._product, lambda x: layer(x, nothing[: len(x)]).hidden):
         whole = product(x)
         assert whole.abs().max() < 1e-2 and whole.count_nonzero() > whole.numel() / 2
         for rows in (1, 2, 7, 8, 16, 33, 64, 128, 299):
@@ -117,12 +118,12 @@ def test_a_part_of_a_mapped_file_is_packed_without_a_copy() -> None:
     parameter.fill(part)
     assert (target == 7.0).all()
     x, nothing = torch.randn(3, 24), torch.zeros(3, 40)
-    expected = row(x, nothing)
+    expected = row(x, nothing).hidden
     part.fill_(7.0)  # the file may go away once it is packed
-    assert torch.equal(row(x, nothing), expected)
+    assert torch.equal(row(x, nothing).hidden, expected)
     other = RowLinear(WHOLE, "o", 24, 40, False)
     fill(other.parameters(), {"o.weight": conversion})
-    torch.testing.assert_close(other(x, nothing), F.linear(x, conversion.float()))
+    torch.testing.assert_close(other(x, nothing).hidden, F.linear(x, conversion.float()))
 
 
 @pytest.mark.usefixtures("either_way")
@@ -153,7 +154,7 @@ def test_row_bias_and_residual_are_added_once(bias: bool) -> None:
     for i, cut in enumerate((slice(0, 6), slice(6, 12))):
         layer = RowLinear(rank(i), "fc", 12, 8, bias)
         fill(layer.parameters(), checkpoint)
-        total += layer(x[:, cut], residual)
+        total += layer(x[:, cut], residual).total()
     expected = F.linear(x, checkpoint["fc.weight"], checkpoint["fc.bias"] if bias else None)
     torch.testing.assert_close(total, expected + residual, rtol=1e-5, atol=1e-5)
 
@@ -170,14 +171,14 @@ def test_mlps_split_over_ranks() -> None:
     for i in range(2):
         mlp = GatedMLP(rank(i), "mlp", 8, 12, bias=False)
         fill(mlp.parameters(), gated)
-        total += mlp(x, residual)
+        total += mlp(x, residual).total()
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
     expected = F.linear(F.relu(F.linear(x, plain["mlp.fc1.weight"])), plain["mlp.fc2.weight"])
     total = torch.zeros(5, 8)
     for i in range(2):
         relu = MLP(rank(i), "mlp", 8, 12, bias=False, activation="relu")
         fill(relu.parameters(), plain)
-        total += relu(x, residual)
+        total += relu(x, residual).total()
     torch.testing.assert_close(total, expected + residual, rtol=1e-4, atol=1e-4)
 
 
@@ -215,14 +216,16 @@ def test_norms() -> None:
     x, weight, bias = torch.randn(5, 24), torch.randn(24), torch.randn(24)
     rms = RMSNorm(WHOLE, "norm", 24, 1e-5)
     fill(rms.parameters(), {"norm.weight": weight})
-    torch.testing.assert_close(rms(x), F.rms_norm(x, (24,), weight, 1e-5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        rms(Stream(x)), F.rms_norm(x, (24,), weight, 1e-5), rtol=1e-5, atol=1e-5
+    )
     layer = LayerNorm(WHOLE, "norm", 24, 1e-5, affine=True)
     fill(layer.parameters(), {"norm.weight": weight, "norm.bias": bias})
     expected = F.layer_norm(x, (24,), weight, bias, 1e-5)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(Stream(x)), expected, rtol=1e-5, atol=1e-5)
     bare = LayerNorm(WHOLE, "norm", 24, 1e-5, affine=False)
     assert not list(bare.parameters())
-    torch.testing.assert_close(bare(x), F.layer_norm(x, (24,)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bare(Stream(x)), F.layer_norm(x, (24,)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -66,13 +66,6 @@ def _compiled(name: str, x: Tensor) -> Any:
     return lib and lib.functions.get((name, x.dtype))
 
 
-def _gpu() -> Any:
-    """The package of Triton's kernels: imported where they are used, as Triton may be missing."""
-    from workers.kernels import gpu
-
-    return gpu
-
-
 def _add(x: Tensor, update: Tensor | None, bias: Tensor | None) -> None:
     if update is not None:
         x += update if bias is None else update + bias
@@ -103,7 +96,9 @@ def rms_norm(
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [T, N] or [T, heads, N],
     after ``x += update + bias`` if there is an update."""
     if has_triton(x.device) and x.dim() == 2:
-        return _gpu().norm.rms_norm(x, weight, eps, update, bias)
+        from workers.kernels.gpu import norm
+
+        return norm.rms_norm(x, weight, eps, update, bias)
     _add(x, update, bias)
     kernel = _compiled("rms_norm", x)
     if kernel is None:
@@ -130,7 +125,9 @@ def layer_norm(
     """(x - mean) / sqrt(variance + eps) * weight + offset over the last dimension of x [T, N],
     after ``x += update + bias`` if there is an update."""
     if has_triton(x.device):
-        return _gpu().norm.layer_norm(x, weight, offset, eps, update, bias)
+        from workers.kernels.gpu import norm
+
+        return norm.layer_norm(x, weight, offset, eps, update, bias)
     _add(x, update, bias)
     kernel = _compiled("layer_norm", x)
     if kernel is None:
@@ -148,7 +145,9 @@ def layer_norm(
 def silu_mul(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """silu(gate) * up [T, I] of x + bias = [gate, up] [T, 2 I]."""
     if has_triton(x.device):
-        return _gpu().elementwise.silu_mul(x, bias)
+        from workers.kernels.gpu import elementwise
+
+        return elementwise.silu_mul(x, bias)
     if bias is not None:
         x = x + bias
     kernel = _compiled("silu_mul", x)
@@ -167,14 +166,18 @@ def look_up(
     """Ids and cells (block * block_size + offset) [T] of the tokens at ``positions`` [T] of
     ``slots`` [T], from a worker's tables: tokens [slots, length], block tables [slots, blocks]."""
     if has_triton(tokens.device):
-        return _gpu().rows.look_up(tokens, tables, slots, positions, block_size)
+        from workers.kernels.gpu import rows
+
+        return rows.look_up(tokens, tables, slots, positions, block_size)
     return plain.look_up(tokens, tables, slots, positions, block_size)
 
 
 def bias_act(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """``activation`` ("none", "relu" or "gelu") of x + bias [T, N]; x may be written to."""
     if has_triton(x.device):
-        return _gpu().elementwise.bias_act(x, bias, activation)
+        from workers.kernels.gpu import elementwise
+
+        return elementwise.bias_act(x, bias, activation)
     return plain.bias_act(x, bias, activation)
 
 

@@ -68,10 +68,12 @@ class OutputLayer:
         self._parameters: list[Parameter] = []
         if tied is not None:
             self._product = tied.tied_product()
+            place.add_product(name, tied.weight)
             return
         rows = place.group.split(vocab_size, "vocab_size")
         weight = torch.empty(rows.stop - rows.start, size, dtype=place.dtype, device=place.device)
         self._product = Packed(weight, None)
+        place.add_product(name, weight)
         self._parameters = [
             Parameter(
                 f"{name}.weight",

@@ -170,6 +170,7 @@ class ColumnLinear:
         weight = torch.empty(outputs, inputs, dtype=place.dtype, device=place.device)
         biases = torch.empty(outputs, dtype=place.dtype, device=place.device) if bias else None
         self._product = product = Packed(weight, biases, activation, late_bias)
+        place.add_product(parts[0].name, weight)
         self._unfilled = len(parts)
         self._parameters: list[Parameter] = []
         alone = len(parts) == 1
@@ -227,6 +228,7 @@ class RowLinear:
         held = outputs if group.rank == 0 or self._late else 0
         biases = torch.empty(held, dtype=place.dtype, device=place.device)
         self._product = product = Packed(weight, biases if bias and held else None, late_bias=True)
+        place.add_product(name, weight)
         shape = (outputs, inputs)
         both = (slice(None), cut)
         self._parameters = [

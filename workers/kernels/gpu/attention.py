@@ -285,7 +285,7 @@ def _tile(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> int:
     """Rows of a tile of ``_prefill``: what leaves room for keys and values beside it."""
     width = max(16, triton.next_power_of_2(dim)) * dtype.itemsize
     most = 128 if width <= 256 else 64 if width <= 512 else 32
-    return max(most, triton.next_power_of_2(heads // kv_heads))
+    return int(max(most, triton.next_power_of_2(heads // kv_heads)))
 
 
 def tile_queries(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> int:
