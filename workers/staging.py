@@ -17,20 +17,18 @@ class Staging:
     for ``size`` ints.
 
     Arrays that come with the same ``room`` lie where those of any step before did, so that a
-    captured step finds them. On a CPU the tensors are the arrays themselves.
+    captured step finds them. On a CPU the tensors of any other are the arrays themselves.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        if not self._on_gpu:
-            return
         self._target = torch.zeros(size, dtype=torch.int32, device=device)
         self._hosts = [
             (
                 torch.zeros(size, dtype=torch.int32, pin_memory=True),
                 torch.cuda.Event(),  # type: ignore[no-untyped-call]
             )
-            for _ in range(IN_FLIGHT)
+            for _ in range(IN_FLIGHT if self._on_gpu else 0)
         ]
         self._next = 0
 
@@ -42,14 +40,16 @@ class Staging:
     def upload(self, arrays: Sequence[Ints], room: Sequence[int] | None = None) -> list[Tensor]:
         """The arrays on the device, each with room for ``room`` elements behind its start; of the
         last one only what there is is copied."""
-        if not self._on_gpu:
+        if not self._on_gpu and room is None:
             return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
         if room is None:
             room = [array.size for array in arrays]
         assert self.needed(room) <= len(self._target)
-        host, free = self._hosts[self._next]
-        self._next = (self._next + 1) % IN_FLIGHT
-        free.synchronize()
+        host, free = self._target, None
+        if self._on_gpu:
+            host, free = self._hosts[self._next]
+            self._next = (self._next + 1) % IN_FLIGHT
+            free.synchronize()
         values = host.numpy()
         found: list[Tensor] = []
         at = end = 0
@@ -60,6 +60,7 @@ class Staging:
             shape = (size // array.shape[1], array.shape[1]) if array.ndim == 2 else (size,)
             found.append(self._target[at : at + size].view(shape))
             at += -(-size // ALIGNED) * ALIGNED
-        self._target[:end].copy_(host[:end], non_blocking=True)
-        free.record()
+        if free is not None:
+            self._target[:end].copy_(host[:end], non_blocking=True)
+            free.record()
         return found
