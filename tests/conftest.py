@@ -2,11 +2,16 @@
 
 import workers  # noqa: F401, I001  # before torch: it bounds how long OpenMP's threads spin
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before Triton is imported: its interpreter runs the kernels
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.parity.tiny_models import TINY_MODELS
 

@@ -290,16 +290,18 @@ class Sampler:
 
         A rank is one more than the number of strictly likelier tokens.
         """
-        at = on_device(rows, logits.device)
-        some = logits
-        if len(rows) < len(logits):
+        kernels, device = self._kernels, logits.device
+        if len(rows) == len(logits):
+            at = torch.arange(len(rows), dtype=torch.int32, device=device)
+        else:
+            at = on_device(rows, device)
             tokens = tokens.index_select(0, at)
-            some = logits if self._kernels else logits.index_select(0, at)
-        if self._kernels is None:
+        if kernels is None:
+            some = logits if len(rows) == len(logits) else logits.index_select(0, at)
             return _logprobs_of(some.contiguous(), tokens, k)
-        if k <= self._kernels.most_top:
-            return self._kernels.logprobs(logits, at, tokens, k)[:3]
-        *chosen, lse = self._kernels.logprobs(logits, at, tokens, 0)
+        if k <= kernels.most_top:
+            return kernels.logprobs(logits, at, tokens, k)[:3]
+        *chosen, lse = kernels.logprobs(logits, at, tokens, 0)
         top, ids = _top(logits.index_select(0, at).float(), k)
         ranks = torch.searchsorted(-top, -top) + 1
         others = ids.clamp_(max=logits.shape[1] - 1), top - lse[:, None], ranks

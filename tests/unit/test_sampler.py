@@ -31,10 +31,11 @@ def ints(values: Any) -> NDArray[np.int32]:
 class Bench:
     """A sampler with its tables, filled with one slot for each of ``requests``."""
 
-    def __init__(self, vocab: int, *requests: Admit, device: str = "cpu", length: int = 64) -> None:
+    def __init__(self, vocab: int, *requests: Admit, device: str = "cpu", length: int = 64,
+                 kernels: bool | None = None) -> None:  # fmt: skip
         num_slots = max((r.slot for r in requests), default=0) + 1
         self.tokens = torch.zeros(num_slots, length, dtype=torch.int32, device=device)
-        self.table = SamplingTable(num_slots, vocab, self.tokens)
+        self.table = SamplingTable(num_slots, vocab, self.tokens, kernels)
         self.sampler = Sampler(self.table)
         for request in requests:
             self.admit(request)
@@ -276,7 +277,7 @@ def same(a: TokenLogprobs, b: TokenLogprobs) -> bool:
     )
 
 
-def bench_of_all_kinds(copies: int, vocab: int, device: str) -> Bench:
+def bench_of_all_kinds(copies: int, vocab: int, device: str, kernels: bool | None = None) -> Bench:
     rng = np.random.default_rng(0)
     requests = []
     for slot in range(copies * len(KINDS)):
@@ -284,7 +285,7 @@ def bench_of_all_kinds(copies: int, vocab: int, device: str) -> Bench:
         prompt_len = int(rng.integers(1, len(history) + 1))
         kind = KINDS[slot % len(KINDS)]
         requests.append(request(slot, history, prompt_len, seed=int(rng.integers(2**63)), **kind))
-    return Bench(vocab, *requests, device=device)
+    return Bench(vocab, *requests, device=device, kernels=kernels)
 
 
 @on_devices

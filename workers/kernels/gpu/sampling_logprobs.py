@@ -61,7 +61,10 @@ def row_logprobs(logits, rows, targets, best, sums, tops, blocks, listed, ids_ou
             logits, logits, 0, row, most, tops + at * ROW_BLOCKS, k, LOWEST,
             blocks + at * BLOCKS, found, V, STRIDE, BLOCK, BLOCKS, WIDTH, False,
         )  # fmt: skip
-        low, ties = kth_largest(logits, logits, 0, row, most, found, num, k, low, STRIDE, False)
+        _, first = load_candidates(logits, logits, 0, row, found, 0, num, STRIDE, False)
+        low, ties = kth_largest(
+            first, logits, logits, 0, row, most, found, num, k, low, STRIDE, False
+        )
         pick(logits, row, found, num, low, ties, STRIDE)
         sort(logits, row, found, k, lse, ids_out + out + 1, values_out + out + 1,
              ranks_out + out + 1, STRIDE, MOST_TOP)  # fmt: skip
@@ -72,11 +75,12 @@ def pick(logits, row, found, num, low, ties, STRIDE: tl.constexpr):
     """Moves the k likeliest of the listed tokens, as ``kth_largest`` tells them, to the front."""
     kept, before = 0, 0
     for start in range(0, num, CHUNK):
-        ids, x, inside = load_candidates(logits, logits, 0, row, found, start, num, STRIDE, False)
+        ids, x = load_candidates(logits, logits, 0, row, found, start, num, STRIDE, False)
+        inside = start + tl.arange(0, CHUNK) < num
         tl.debug_barrier()  # all of the chunk is read before any of it is written over
         tie = (inside & (sortable(x) == low)).to(tl.int32)
-        first = (tie > 0) & (before + tl.cumsum(tie, 0) - tie < ties)
-        ones = (inside & ((sortable(x) > low) | first)).to(tl.int32)
+        early = (tie > 0) & (before + tl.cumsum(tie, 0) - tie < ties)
+        ones = (inside & ((sortable(x) > low) | early)).to(tl.int32)
         tl.store(found + kept + tl.cumsum(ones, 0) - ones, ids, mask=ones > 0)
         kept += tl.sum(ones, 0)
         before += tl.sum(tie, 0)

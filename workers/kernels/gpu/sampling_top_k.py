@@ -87,24 +87,24 @@ def load_candidates(logits, edited, changed, row, found, start, num, STRIDE: tl.
     """ids and logits [CHUNK] of the listed tokens from number ``start`` on; -inf past the last."""
     at = start + tl.arange(0, CHUNK)
     ids = tl.load(found + at, mask=at < num, other=0)
-    x = load_logits(logits, edited, row, changed, ids, at < num, STRIDE, EDITED)
-    return ids, x, at < num
+    return ids, load_logits(logits, edited, row, changed, ids, at < num, STRIDE, EDITED)
 
 
 @triton.jit
-def kth_largest(logits, edited, changed, row, most, found, num, k, low, STRIDE: tl.constexpr,
-                EDITED: tl.constexpr):  # fmt: skip
+def kth_largest(first, logits, edited, changed, row, most, found, num, k, low,
+                STRIDE: tl.constexpr, EDITED: tl.constexpr):  # fmt: skip
     """A threshold of sortable logits: the k likeliest of the ``num`` listed tokens, or all of them,
-    are those over it, and the first few of those equal to it: as many as the second result."""
+    are those over it, and the first few of those equal to it: as many as the second result.
+
+    first [CHUNK]: the logits of the first ones, mostly of all, to have them in registers.
+    """
     high, over = sortable(most), 0  # always: ``over`` tokens, fewer than k, are over ``high``
     while low < high:
         mid = middle(low, high)
-        count = 0
-        for start in range(0, num, CHUNK):
-            _, x, inside = load_candidates(
-                logits, edited, changed, row, found, start, num, STRIDE, EDITED
-            )
-            count += tl.sum((inside & (sortable(x) >= mid)).to(tl.int32), 0)
+        count = tl.sum((sortable(first) >= mid).to(tl.int32), 0)
+        for start in range(CHUNK, num, CHUNK):
+            _, x = load_candidates(logits, edited, changed, row, found, start, num, STRIDE, EDITED)
+            count += tl.sum((sortable(x) >= mid).to(tl.int32), 0)
         low = tl.where(count > k, mid, tl.where(count == k, mid - 1, low))
         high = tl.where(count > k, high, mid - 1)
         over = tl.where(count > k, over, count)
@@ -112,18 +112,21 @@ def kth_largest(logits, edited, changed, row, most, found, num, k, low, STRIDE: 
 
 
 @triton.jit
-def mass_over(threshold, logits, edited, changed, row, most, scale, least, found, num,
+def mass(x, threshold, most, scale, least):
+    """The mass of the logits x [CHUNK] whose sortable is over ``threshold``, relative to the
+    likeliest token's; without those whose log-probability, relative to it, is under ``least``."""
+    value = (x - most) * scale
+    return tl.sum(tl.where((value >= least) & (sortable(x) > threshold), tl.exp(value), 0.0), 0)
+
+
+@triton.jit
+def mass_over(threshold, first, logits, edited, changed, row, most, scale, least, found, num,
               STRIDE: tl.constexpr, EDITED: tl.constexpr):  # fmt: skip
-    """The mass of the listed tokens whose sortable logit is over ``threshold``, relative to the
-    likeliest's; without those whose log-probability, relative to it, is under ``least``."""
-    total = 0.0
-    for start in range(0, num, CHUNK):
-        _, x, inside = load_candidates(
-            logits, edited, changed, row, found, start, num, STRIDE, EDITED
-        )
-        value = (x - most) * scale
-        inside = inside & (value >= least) & (sortable(x) > threshold)
-        total += tl.sum(tl.where(inside, tl.exp(value), 0.0), 0)
+    """``mass`` of all listed tokens, of which ``first`` [CHUNK] are the first ones' logits."""
+    total = mass(first, threshold, most, scale, least)
+    for start in range(CHUNK, num, CHUNK):
+        _, x = load_candidates(logits, edited, changed, row, found, start, num, STRIDE, EDITED)
+        total += mass(x, threshold, most, scale, least)
     return total
 
 
@@ -131,6 +134,30 @@ def mass_over(threshold, logits, edited, changed, row, most, scale, least, found
 def unsortable(key):
     """The float32 whose ``sortable`` is ``key``."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def within_top_p(low, ties, top_p, first, logits, edited, changed, row, most, scale, least, found,
+                 num, STRIDE: tl.constexpr, EDITED: tl.constexpr):  # fmt: skip
+    """Narrows what ``kth_largest`` found to the fewest tokens that have the share ``top_p`` of its
+    mass. Returns the threshold, how many of those equal to it may be kept, the mass over it, and
+    the mass that is wanted."""
+    over = mass_over(low, first, logits, edited, changed, row, most, scale, least, found, num,
+                     STRIDE, EDITED)  # fmt: skip
+    value = (unsortable(low) - most) * scale
+    total = over + tl.where(value >= least, tl.exp(value), 0.0) * ties.to(tl.float32)
+    limit = top_p * total
+    if over >= limit:
+        over, ties, high = 0.0, num, sortable(most)
+        while low + 1 < high:  # ``limit`` or more is over ``low``, less is over ``high``
+            mid = middle(low, high - 1)
+            part = mass_over(mid, first, logits, edited, changed, row, most, scale, least, found,
+                             num, STRIDE, EDITED)  # fmt: skip
+            over = tl.where(part < limit, part, over)
+            high = tl.where(part < limit, mid, high)
+            low = tl.where(part < limit, low, mid)
+        low = high
+    return low, ties, over, limit
 
 
 @triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["slots", "positions"])
@@ -156,8 +183,9 @@ def draw_from_top_k(logits, edited, slots, positions, records, top, tops, blocks
             logits, edited, changed, row, most, tops + row * ROW_BLOCKS, k, LOWEST + 1,
             blocks + row * BLOCKS, found, V, STRIDE, BLOCK, BLOCKS, WIDTH, EDITED,
         )  # fmt: skip
+        _, first = load_candidates(logits, edited, changed, row, found, 0, num, STRIDE, EDITED)
         low, ties = kth_largest(
-            logits, edited, changed, row, most, found, num, k, low, STRIDE, EDITED
+            first, logits, edited, changed, row, most, found, num, k, low, STRIDE, EDITED
         )
         scale = real(records, slot, INVERSE_TEMPERATURE)
         least = real(records, slot, LOG_MIN_P)
@@ -167,33 +195,21 @@ def draw_from_top_k(logits, edited, slots, positions, records, top, tops, blocks
         # mass before each is under ``limit``.
         limit, over = INF, 0.0
         if top_p < 1:
-            over = mass_over(low, logits, edited, changed, row, most, scale, least, found, num,
-                             STRIDE, EDITED)  # fmt: skip
-            value = (unsortable(low) - most) * scale
-            total = over + tl.where(value >= least, tl.exp(value), 0.0) * ties.to(tl.float32)
-            limit = top_p * total
-            if over >= limit:
-                over, ties, high = 0.0, num, sortable(most)
-                while low + 1 < high:
-                    mid = middle(low, high - 1)
-                    mass = mass_over(mid, logits, edited, changed, row, most, scale, least, found,
-                                     num, STRIDE, EDITED)  # fmt: skip
-                    over = tl.where(mass < limit, mass, over)
-                    high = tl.where(mass < limit, mid, high)
-                    low = tl.where(mass < limit, low, mid)
-                low = high
-
+            low, ties, over, limit = within_top_p(
+                low, ties, top_p, first, logits, edited, changed, row, most, scale, least, found,
+                num, STRIDE, EDITED,
+            )  # fmt: skip
         key = noise_key(records, slot, position)
         best, token, before = tl.full((), -INF, tl.float64), V - 1, 0
         for start in range(0, num, CHUNK):
-            ids, x, inside = load_candidates(
+            ids, x = load_candidates(
                 logits, edited, changed, row, found, start, num, STRIDE, EDITED
             )
             value = (x - most) * scale
-            tie = (inside & (sortable(x) == low)).to(tl.int32)
+            tie = (sortable(x) == low).to(tl.int32)
             rank = before + tl.cumsum(tie, 0) - tie
-            first = (rank < ties) & (over + rank.to(tl.float32) * tl.exp(value) < limit)
-            keep = inside & (value >= least) & ((sortable(x) > low) | ((tie > 0) & first))
+            early = (rank < ties) & (over + rank.to(tl.float32) * tl.exp(value) < limit)
+            keep = (value >= least) & ((sortable(x) > low) | ((tie > 0) & early))
             score = value.to(tl.float64) - tl.log(exponential(key, ids))
             score = tl.where(keep, score, -INF)
             highest = tl.max(score, 0)
