@@ -329,7 +329,7 @@ class Worker:
             everything = size.decodes or not self.stage.last
             rows = rows.padded(size.rows, size.tokens, self.slots.spare)
             room = self._room(size)
-        arrays = self.backend.arrays(plan, len(rows.slots))
+        arrays = self.backend.arrays(plan)
         found = self._staging.upload([*rows, *sampled, *arrays], room)
         slots, contexts, starts, token_slots, positions, outputs = found[:6]
         return Inputs(

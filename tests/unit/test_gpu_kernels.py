@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workers.kernels import plain
-from workers.kernels.gpu import attention, elementwise, heads, norm, rows
+from workers.kernels.gpu import attention, elementwise, heads, norm, product, rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK_SIZE = 16
@@ -53,11 +53,10 @@ class Sequences:
 
     def rows(self, split: bool = True) -> attention.Rows:
         """``split``: rows of one query as decode items, else as prefill ones."""
-        decode, prefill, firsts = [], [], []
+        decode, prefill = [], []
         tile = attention.tile_queries(self.num_heads, self.kv_heads, self.dim, self.cache.dtype)
         token = 0
         for row, (count, context) in enumerate(zip(self.counts, self.contexts, strict=True)):
-            firsts.append(len(decode) if count == 1 and split else -1)
             if count == 1 and split:
                 decode += [(token, row, context, i) for i in range(-(-context // attention.SPLIT))]
             else:
@@ -70,14 +69,16 @@ class Sequences:
 
         return attention.Rows(
             slots=ints(list(range(len(self.counts)))), contexts=ints(self.contexts),
-            starts=ints(starts), firsts=ints(firsts), counts=ints([len(decode), len(prefill)]),
+            starts=ints(starts), counts=ints([len(decode), len(prefill)]),
             decode=ints(decode + [(0, 0, 0, 0)] * 3), prefill=ints(prefill + [(0, 0)] * 3),
         )  # fmt: skip
 
     def attend(self, traits: attention.Traits, split: bool = True, programs: int = 5) -> Tensor:
         rows = self.rows(split)
         out = torch.full_like(self.q, float("nan"))
-        scratch = attention.Scratch(len(rows.decode), self.num_heads, self.dim, DEVICE)
+        scratch = attention.Scratch(
+            len(rows.decode), self.num_heads, self.kv_heads, self.dim, DEVICE
+        )
         attention.decode(self.q, self.cache, self.tables, rows, traits, scratch, out, programs)
         attention.prefill(self.q, self.cache, self.tables, rows, traits, out)
         return out
@@ -180,6 +181,19 @@ def test_norms_add_the_update_first(width: int, bias: bool) -> None:
         close(kernel(y, update, extra if bias else None), expected)
         close(y, added)
     close(norm.rms_norm(x, weight, 1e-5), plain.rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 19, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products(rows: int, bias: bool) -> None:
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    x, weight = normal(rows, 320).to(dtype), normal(150, 320).to(dtype)
+    extra = normal(150).to(dtype) if bias else None
+    found = product.product(x, weight, extra)
+    expected = x.double() @ weight.double().t() + (0 if extra is None else extra.double())
+    close(found, expected, 1e-6 if dtype == torch.float32 else 4e-3)
+    both = product.product(x, weight, extra, gated=True)
+    close(both, plain.silu_mul(found), 1e-6)
 
 
 @pytest.mark.parametrize("bias", [False, True])

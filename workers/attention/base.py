@@ -77,9 +77,8 @@ class AttentionBackend(Protocol):
         """One layer's cache: a tensor [num_blocks, ...] of ``block_elements`` each."""
         ...
 
-    def arrays(self, plan: StepPlan, rows: int) -> Arrays:
-        """What it wants to have on the device of a plan that is padded to ``rows`` rows; only the
-        last one may be large."""
+    def arrays(self, plan: StepPlan) -> Arrays:
+        """What it wants to have on the device of a plan; only the last one may be large."""
         ...
 
     def room(self, rows: int, tokens: int, decodes: bool, max_context: int) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ class CpuAttention:
         size = (num_blocks, self.shape.num_kv_heads, 2, self.shape.block_size, self.shape.head_dim)
         return huge_tensor(size, self.shape.dtype)
 
-    def arrays(self, plan: StepPlan, rows: int) -> Arrays:
+    def arrays(self, plan: StepPlan) -> Arrays:
         return ()
 
     def room(self, rows: int, tokens: int, decodes: bool, max_context: int) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ class GatherAttention:
         size = (num_blocks, 2, s.block_size, s.num_kv_heads, s.head_dim)
         return torch.empty(size, dtype=s.dtype, device=s.device)
 
-    def arrays(self, plan: StepPlan, rows: int) -> Arrays:
+    def arrays(self, plan: StepPlan) -> Arrays:
         return ()
 
     def room(self, rows: int, tokens: int, decodes: bool, max_context: int) -> tuple[int, ...]:

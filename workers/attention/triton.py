@@ -41,7 +41,9 @@ class TritonAttention:
         )
         per_item = shape.num_heads * (shape.head_dim + 2) * 4
         self._room = SCRATCH_BYTES // per_item
-        self._scratch = attention.Scratch(self._room, shape.num_heads, shape.head_dim, shape.device)
+        self._scratch = attention.Scratch(
+            self._room, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device
+        )
         self._busy = BUSY_PROGRAMS // shape.num_kv_heads
 
     @staticmethod
@@ -57,8 +59,8 @@ class TritonAttention:
         size = (num_blocks, 2, s.num_kv_heads, s.block_size, s.head_dim)
         return torch.empty(size, dtype=s.dtype, device=s.device)
 
-    def arrays(self, plan: StepPlan, rows: int) -> Arrays:
-        """counts [4], firsts [R], prefill items [n, 2] and decode items [n, 4]: see ``Rows`` of the
+    def arrays(self, plan: StepPlan) -> Arrays:
+        """counts [4], prefill items [n, 2] and decode items [n, 4]: see ``Rows`` of the
         kernels. Rows of one query whose spans have no room are given to the kernel of the others,
         which finds the same bits."""
         contexts, single = plan.starts + plan.counts, plan.counts == 1
@@ -69,11 +71,8 @@ class TritonAttention:
         token = np.cumsum(plan.counts) - plan.counts
         decode = np.stack((token[row], plan.slots[row], contexts[row], span), 1)
         tiled, tile = _spread(np.where(single, 0, -(-plan.counts // self._tile)))
-        firsts = np.full(rows, -1, np.int32)
-        firsts[: len(single)] = np.where(single, np.cumsum(spans) - spans, -1)
         return (
             ints((len(decode), len(tile), 0, 0)),
-            firsts,
             # The last ones first: they are late in their prompts and take the longest.
             ints(np.stack((tiled, tile), 1)[::-1]),
             ints(decode),
@@ -82,12 +81,12 @@ class TritonAttention:
     def room(self, rows: int, tokens: int, decodes: bool, max_context: int) -> tuple[int, ...]:
         tiles = 0 if decodes else rows + tokens // self._tile
         spans = rows * -(-max_context // self._kernels.SPLIT)
-        return 4, rows, 2 * tiles, 4 * min(spans, self._room)
+        return 4, 2 * tiles, 4 * min(spans, self._room)
 
     def begin(self, batch: Batch, arrays: tuple[Tensor, ...]) -> Any:
-        counts, firsts, prefill, decode = arrays
+        counts, prefill, decode = arrays
         return self._kernels.Rows(
-            batch.slots, batch.context_lens, batch.query_starts, firsts, counts, decode, prefill
+            batch.slots, batch.context_lens, batch.query_starts, counts, decode, prefill
         )
 
     def attend(self, batch: Batch, cache: Tensor, qkv: Tensor, prologue: Prologue) -> Tensor:

@@ -13,6 +13,7 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels import plain
@@ -22,9 +23,11 @@ from workers.kernels.memory import result_tensor
 __all__ = [
     "argmax_lse",
     "bias_act",
+    "gated_product",
     "has_triton",
     "layer_norm",
     "look_up",
+    "product",
     "rms_norm",
     "rope",
     "silu_mul",
@@ -170,6 +173,23 @@ def look_up(
 
         return rows.look_up(tokens, tables, slots, positions, block_size)
     return plain.look_up(tokens, tables, slots, positions, block_size)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, on an NVIDIA GPU: the same bits for any T where
+    cuBLASLt does not split sums (see workers/products.py)."""
+    from workers.kernels.gpu import product
+
+    return product.product(x, weight) if product.serves(x) else F.linear(x, weight)
+
+
+def gated_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(gate) * up [T, N / 2] of ``product`` + bias = [gate, up] [T, N]."""
+    from workers.kernels.gpu import product
+
+    if product.serves(x):
+        return product.product(x, weight, bias, gated=True)
+    return silu_mul(F.linear(x, weight), bias)
 
 
 def bias_act(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:

@@ -97,10 +97,16 @@ class Packed:
             return _pointwise_add(x, residual, self._packed, self.bias)
         return _pointwise(x, self._packed, self.bias, self.activation)
 
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up, where the outputs are gate and up side by side."""
+        if self._fused and self.weight is not None:
+            return kernels.gated_product(x, self.weight, self.late_bias)
+        return kernels.silu_mul(self(x))
+
     def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         assert self.weight is not None
         if self._fused:
-            y = F.linear(x, self.weight)
+            y = kernels.product(x, self.weight)
             if self.bias is not None or self.activation != "none":
                 y = kernels.bias_act(y, self.bias, self.activation)
             return y
@@ -209,6 +215,10 @@ class ColumnLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up [T, N / 2], where the two parts are gate and up."""
+        return self._product.gated(x)
 
 
 class RowLinear:

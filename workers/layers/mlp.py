@@ -5,7 +5,6 @@ from itertools import chain
 
 from torch import Tensor
 
-from workers import kernels
 from workers.layers.linear import Activation, ColumnLinear, Part, RowLinear
 from workers.layers.stream import Stream
 from workers.parallel import Place
@@ -25,7 +24,7 @@ class GatedMLP:
         return chain(self._gate_up.parameters(), self._down.parameters())
 
     def __call__(self, x: Tensor, residual: Tensor) -> Stream:
-        return self._down(kernels.silu_mul(self._gate_up(x), self._gate_up.late_bias), residual)
+        return self._down(self._gate_up.gated(x), residual)
 
 
 class MLP:

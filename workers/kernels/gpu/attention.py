@@ -24,8 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.gpu.chain import begin, chained
+
 SPLIT = 512  # keys of a span: enough of these keep a GPU busy, few enough cost little to merge
 BLOCK_N = 64  # keys of a step of the loops
+DECODE_WARPS, DECODE_STAGES = 4, 3
 LOG2E = 1.4426950408889634
 _LOG2E = tl.constexpr(LOG2E)
 _NOTHING = tl.constexpr(-1e30)  # the maximum of no keys
@@ -86,19 +89,51 @@ def _span(
 
 
 @triton.jit
+def _merged(first, last, item, heads, mine, partial, stats, D: tl.constexpr, DP: tl.constexpr,
+            HEADS: tl.constexpr, M: tl.constexpr):  # fmt: skip
+    """Spans first to last of a row whose span 0 would be item ``item``, in order: maximum [M], sum
+    [M] and weighted values [M, DP] of its ``heads`` [M]."""
+    d = tl.arange(0, DP)
+    valid = (heads < HEADS) & (tl.sum(mine.to(tl.int32), 1) > 0)
+    most = tl.full([M], _NOTHING, tl.float32)
+    for span in range(first, last + 1):
+        index = ((item + span) * HEADS + heads).to(tl.int64)
+        most = tl.maximum(
+            most, tl.load(stats + index * 2, mask=valid, other=_NOTHING, cache_modifier=".cg")
+        )
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, DP], tl.float32)
+    for span in range(first, last + 1):
+        index = ((item + span) * HEADS + heads).to(tl.int64)
+        less = _power(
+            tl.load(stats + index * 2, mask=valid, other=_NOTHING, cache_modifier=".cg") - most
+        )
+        total += less * tl.load(stats + index * 2 + 1, mask=valid, other=0.0, cache_modifier=".cg")
+        part = tl.load(
+            partial + index[:, None] * D + d[None, :], mask=mine, other=0.0, cache_modifier=".cg"
+        )
+        acc += part * less[:, None]
+    return most, total, acc
+
+
+@triton.jit
 def _decode(
-    q, q_stride, cache, tables, table_stride, items, counts, out, partial, stats, sinks, scale,
-    window,
+    q, q_stride, cache, tables, table_stride, items, counts, out, partial, stats, done, sinks,
+    scale, window,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     SPAN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
-    IEEE: tl.constexpr,
+    IEEE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one query. An item is (token, slot, context, span); ``counts[0]`` says how many.
+    """Rows of one query. An item is (token, slot, context, span), those of a row side by side;
+    ``counts[0]`` says how many.
 
     Programs go through items and kv heads in turn, so that the grid need not know their number.
-    The only span of a row goes to ``out`` at once, others to ``partial`` and ``stats``.
+    The spans of a row wait in ``partial`` and ``stats``; ``done`` [items, kv heads], zero between
+    launches, counts them at the row's first item, and the program that finds them all there merges
+    them, always in order.
     """
+    begin(CHAINED)
     m = tl.arange(0, M)
     d = tl.arange(0, DP)
     work = tl.program_id(0)
@@ -112,10 +147,10 @@ def _decode(
         span = tl.load(items + 4 * item + 3)
         start = span * SPAN
         stop = tl.minimum(start + SPAN, context)
-        begin = 0
+        low = 0
         if WINDOW:
-            begin = tl.maximum(context - window, 0)
-            start = tl.maximum(start, begin // N * N)
+            low = tl.maximum(context - window, 0)
+            start = tl.maximum(start, low // N * N)
         if start < stop:
             mine = (m < GROUP)[:, None] & (d < D)[None, :]
             heads = head * GROUP + m
@@ -124,61 +159,35 @@ def _decode(
             )
             positions = tl.full([M], 0, tl.int32) + (context - 1)
             most, total, acc = _span(
-                query, positions, cache, tables + slot * table_stride, head, start, begin, stop,
+                query, positions, cache, tables + slot * table_stride, head, start, low, stop,
                 scale, window, KV_HEADS, D, DP, BLOCK_SIZE, M, N, WINDOW, CAP, IEEE,
             )  # fmt: skip
-            alone = (begin // SPAN == span) & (context <= (span + 1) * SPAN)
-            if alone:
-                if SINK:
-                    sink = tl.load(sinks + heads, mask=m < GROUP, other=0.0).to(tl.float32)
-                    total += tl.exp2(sink * _LOG2E - most)
-                done = acc / total[:, None]
-                to = out + token * (HEADS * D) + heads[:, None] * D + d[None, :]
-                tl.store(to, done.to(out.dtype.element_ty), mask=mine)
-            else:
+            first = low // SPAN
+            last = (context - 1) // SPAN
+            finish = first == last
+            if first < last:
                 index = (item * HEADS + heads).to(tl.int64)
                 tl.store(partial + index[:, None] * D + d[None, :], acc, mask=mine)
                 tl.store(stats + index * 2, most, mask=m < GROUP)
                 tl.store(stats + index * 2 + 1, total, mask=m < GROUP)
+                tl.debug_barrier()  # all of it is written before it is counted
+                counter = done + (item - span) * KV_HEADS + head
+                before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+                finish = before == last - first
+                if finish:
+                    tl.store(counter, 0)
+                    tl.debug_barrier()
+                    most, total, acc = _merged(
+                        first, last, item - span, heads, mine, partial, stats, D, DP, HEADS, M
+                    )
+            if finish:
+                if SINK:
+                    sink = tl.load(sinks + heads, mask=m < GROUP, other=0.0).to(tl.float32)
+                    total += tl.exp2(sink * _LOG2E - most)
+                value = acc / total[:, None]
+                to = out + token * (HEADS * D) + heads[:, None] * D + d[None, :]
+                tl.store(to, value.to(out.dtype.element_ty), mask=mine)
         work += tl.num_programs(0)
-
-
-@triton.jit
-def _merge(
-    contexts, starts, firsts, out, partial, stats, sinks, window,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPAN: tl.constexpr,
-    STEP: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr,
-):  # fmt: skip
-    """The spans of each row of ``_decode`` that has several, in order. ``firsts`` [rows] is the
-    index of each row's first item; -1 where ``_decode`` has nothing of the row."""
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    context = tl.load(contexts + row)
-    item = tl.load(firsts + row)
-    token = tl.load(starts + row).to(tl.int64)
-    begin = 0
-    if WINDOW:
-        begin = tl.maximum(context - window, 0) // SPAN
-    end = tl.cdiv(context, SPAN)
-    if (item >= 0) & (end - begin > 1):
-        d = tl.arange(0, DP)
-        many = tl.arange(0, STEP)
-        most = -1e30
-        for at in range(begin, end, STEP):
-            index = ((item + at + many) * HEADS + head).to(tl.int64)
-            top = tl.load(stats + index * 2, mask=at + many < end, other=_NOTHING)
-            most = tl.maximum(most, tl.max(top, 0))
-        total = 0.0
-        acc = tl.zeros([DP], tl.float32)
-        for at in range(begin, end):
-            index = ((item + at) * HEADS + head).to(tl.int64)
-            less = _power(tl.load(stats + index * 2) - most)
-            total += tl.load(stats + index * 2 + 1) * less
-            acc += tl.load(partial + index * D + d, mask=d < D, other=0.0) * less
-        if SINK:
-            total += tl.exp2(tl.load(sinks + head).to(tl.float32) * _LOG2E - most)
-        to = out + token * (HEADS * D) + head * D + d
-        tl.store(to, (acc / total).to(out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -188,11 +197,12 @@ def _prefill(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     SPAN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
-    IEEE: tl.constexpr,
+    IEEE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Rows of several queries. An item is (row, tile): M // GROUP queries of the row with all the
     query heads of a kv head; ``counts[1]`` says how many there are, ``starts`` [rows + 1] where
     each row's queries begin."""
+    begin(CHAINED)
     item = tl.program_id(0)
     head = tl.program_id(1)
     if item < tl.load(counts + 1):
@@ -214,18 +224,18 @@ def _prefill(
             q + token[:, None] * q_stride + heads[:, None] * D + d[None, :], mask=mine, other=0.0
         )
         stop = context - count + tl.minimum((tile + 1) * (M // GROUP), count)
-        begin = 0
+        low = 0
         if WINDOW:
-            begin = tl.maximum(context - count + tile * (M // GROUP) - window + 1, 0)
+            low = tl.maximum(context - count + tile * (M // GROUP) - window + 1, 0)
         most = tl.full([M], _NOTHING, tl.float32)
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, DP], tl.float32)
-        for at in range(begin // SPAN * SPAN, stop, SPAN):
+        for at in range(low // SPAN * SPAN, stop, SPAN):
             first = at
             if WINDOW:
-                first = tl.maximum(at, begin // N * N)
+                first = tl.maximum(at, low // N * N)
             most_s, total_s, acc_s = _span(
-                tile_q, positions, cache, tables + slot * table_stride, head, first, begin,
+                tile_q, positions, cache, tables + slot * table_stride, head, first, low,
                 tl.minimum(at + SPAN, stop), scale, window, KV_HEADS, D, DP, BLOCK_SIZE, M, N,
                 WINDOW, CAP, IEEE,
             )  # fmt: skip
@@ -248,14 +258,12 @@ class Rows:
 
     Token t of row r is ``starts[r] + t``. ``decode`` [n, 4] are (token, slot, context, span of
     SPLIT keys) of rows of one query, ``prefill`` [n, 2] are (row, tile) of the others; ``counts``
-    [2] says how many of each there are, as there may be room for more. ``firsts`` [R] are the
-    rows' first items of ``decode``, -1 where a row has none.
+    [2] says how many of each there are, as there may be room for more.
     """
 
     slots: Tensor  # [R]
     contexts: Tensor  # [R], this step's tokens included
     starts: Tensor  # [R + 1]
-    firsts: Tensor  # [R]
     counts: Tensor  # [2]
     decode: Tensor
     prefill: Tensor
@@ -276,7 +284,10 @@ class Traits:
 class Scratch:
     """Where spans of ``decode`` wait to be merged; room for ``items`` of them."""
 
-    def __init__(self, items: int, heads: int, dim: int, device: torch.device) -> None:
+    def __init__(
+        self, items: int, heads: int, kv_heads: int, dim: int, device: torch.device
+    ) -> None:
+        self.done = torch.zeros(items, kv_heads, dtype=torch.int32, device=device)
         self.partial = torch.empty(items, heads, dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(items, heads, 2, dtype=torch.float32, device=device)
 
@@ -300,6 +311,7 @@ def _options(cache: Tensor, traits: Traits) -> dict[str, Any]:
         "DP": max(16, triton.next_power_of_2(dim)), "BLOCK_SIZE": block_size, "N": BLOCK_N,
         "SPAN": SPLIT, "WINDOW": traits.window is not None, "CAP": traits.cap,
         "SINK": traits.sinks is not None, "IEEE": cache.dtype == torch.float32,
+        **chained(cache.device),
     }  # fmt: skip
 
 
@@ -312,16 +324,11 @@ def decode(
     ``tables`` [slots, blocks] int32 are the block tables. ``programs`` is the size of the grid.
     """
     options = _options(cache, traits)
-    window = traits.window or 0
     _decode[(programs,)](
         q, q.stride(0), cache, tables, tables.stride(0), rows.decode, rows.counts, out,
-        scratch.partial, scratch.stats, traits.sinks, traits.scale * LOG2E, window,
-        M=max(16, triton.next_power_of_2(options["GROUP"])), num_warps=4, num_stages=3, **options,
-    )  # fmt: skip
-    kept = ("HEADS", "D", "DP", "SPAN", "WINDOW", "SINK")
-    _merge[(len(rows.firsts), traits.heads)](
-        rows.contexts, rows.starts, rows.firsts, out, scratch.partial, scratch.stats, traits.sinks,
-        window, STEP=16, num_warps=1, **{name: options[name] for name in kept},
+        scratch.partial, scratch.stats, scratch.done, traits.sinks, traits.scale * LOG2E,
+        traits.window or 0, M=max(16, triton.next_power_of_2(options["GROUP"])),
+        num_warps=DECODE_WARPS, num_stages=DECODE_STAGES, **options,
     )  # fmt: skip
 
 

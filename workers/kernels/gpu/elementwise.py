@@ -5,11 +5,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.gpu.chain import begin, chained
+
 
 @triton.jit
-def _silu_mul(x, bias, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr):
+def gated(gate, up, dtype: tl.constexpr):
+    """silu(gate) · up in float32 of values of ``dtype``; silu is rounded to that before."""
+    return (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
+
+
+@triton.jit
+def _silu_mul(
+    x, bias, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
     """silu(gate) · up of x = [gate, up] [T, 2 · WIDTH] to out [T, WIDTH]; silu is rounded before
     the product, as in transformers. Grid (T, pieces of a row)."""
+    begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < WIDTH
@@ -20,16 +32,17 @@ def _silu_mul(x, bias, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.c
         gate += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
         up += tl.load(bias + WIDTH + at, mask=mask, other=0.0).to(tl.float32)
         gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
-    act = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(out + row * WIDTH + at, (act * up).to(dtype), mask=mask)
+    tl.store(out + row * WIDTH + at, gated(gate, up, dtype).to(dtype), mask=mask)
 
 
 @triton.jit
 def _bias_act(
-    x, bias, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr
-):
+    x, bias, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
     """act(x + bias) in place, x [T, WIDTH]; ACT is "none", "relu" or "gelu" (the exact one).
     Grid (T, pieces of a row)."""
+    begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < WIDTH
@@ -48,7 +61,8 @@ def silu_mul(x: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, width = x.shape[0], x.shape[1] // 2
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     grid = rows, triton.cdiv(width, 1024)
-    _silu_mul[grid](x, bias, out, WIDTH=width, BLOCK=1024, BIAS=bias is not None)
+    options = {"BLOCK": 1024, "BIAS": bias is not None, **chained(x.device)}
+    _silu_mul[grid](x, bias, out, WIDTH=width, **options)
     return out
 
 
@@ -56,5 +70,6 @@ def bias_act(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """``activation`` ("none", "relu", "gelu") of x + bias [T, W], contiguous, in place."""
     rows, width = x.shape
     grid = rows, triton.cdiv(width, 1024)
-    _bias_act[grid](x, bias, WIDTH=width, BLOCK=1024, BIAS=bias is not None, ACT=activation)
+    options = {"BLOCK": 1024, "BIAS": bias is not None, **chained(x.device)}
+    _bias_act[grid](x, bias, WIDTH=width, ACT=activation, **options)
     return x

@@ -8,18 +8,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.gpu.chain import begin, chained
+
 
 @triton.jit
 def _place(
     qkv, qkv_stride, bias, q_norm, k_norm, eps, cos, sin, positions, cells, q, cache,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, H: tl.constexpr, BIAS: tl.constexpr,
-    NORM: tl.constexpr, ROTATE: tl.constexpr,
+    NORM: tl.constexpr, ROTATE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """A token and H of its heads each: qkv [T, (HEADS + 2 · KV_HEADS) · D] to q [T, HEADS · D] and
     to the cells (block · BLOCK_SIZE + offset) of ``cache`` [num_blocks, 2, KV_HEADS, BLOCK_SIZE,
     D]. Rotation is NeoX's (RoFormer, arXiv 2104.09864) of the first 2 · HALF elements; cos and sin
     are [max_positions, HALF] fp32."""
+    begin(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * H + tl.arange(0, H)
     d = tl.arange(0, DP)
@@ -104,6 +107,6 @@ def place(
     }  # fmt: skip
     _place[grid](
         qkv, qkv.stride(0), bias, q_norm, k_norm, eps, cos, sin, positions, cells, q, cache,
-        num_warps=1, **options,
+        num_warps=1, **options, **chained(qkv.device),
     )  # fmt: skip
     return q

@@ -5,15 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.gpu.chain import begin, chained
+
 
 @triton.jit
 def _rms(
     x, x_stride, update, update_bias, weight, out, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """A row each: x += update + bias, in place, then out = x / sqrt(mean(x²) + eps) · weight
     (arXiv 1910.07467). Sums are of x as it is stored; the product with the weight is of the
     rounded quotient, as in transformers."""
+    begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < WIDTH
@@ -37,8 +41,10 @@ def _rms(
 def _layer(
     x, x_stride, update, update_bias, weight, bias, out, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """As ``_rms`` with a layer norm: (x - mean) / sqrt(variance + eps) · weight + bias."""
+    begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < WIDTH
@@ -73,7 +79,7 @@ def rms_norm(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _rms[(len(x),)](
         x, x.stride(0), update, bias, weight, out, eps, ADD=update is not None,
-        BIAS=bias is not None, **_shape(x.shape[1]),
+        BIAS=bias is not None, **_shape(x.shape[1]), **chained(x.device),
     )  # fmt: skip
     return out
 
@@ -90,6 +96,6 @@ def layer_norm(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _layer[(len(x),)](
         x, x.stride(0), update, bias, weight, offset, out, eps, ADD=update is not None,
-        BIAS=bias is not None, **_shape(x.shape[1]),
+        BIAS=bias is not None, **_shape(x.shape[1]), **chained(x.device),
     )  # fmt: skip
     return out

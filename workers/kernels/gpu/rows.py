@@ -5,14 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.gpu.chain import begin, chained
+
 
 @triton.jit
 def _look_up(
     tokens, tokens_stride, tables, tables_stride, slots, positions, ids, cells,
-    count, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    count, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Token t of the step is position ``positions[t]`` of slot ``slots[t]``: its id to ``ids`` and
     its cell (block · BLOCK_SIZE + offset) to ``cells``."""
+    begin(CHAINED)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     slot = tl.load(slots + at, mask=mask, other=0).to(tl.int64)
@@ -32,6 +35,6 @@ def look_up(
     ids, cells = (torch.empty(count, dtype=torch.int32, device=slots.device) for _ in range(2))
     _look_up[(triton.cdiv(count, 128),)](
         tokens, tokens.stride(0), tables, tables.stride(0), slots, positions, ids, cells, count,
-        BLOCK_SIZE=block_size, BLOCK=128,
+        BLOCK_SIZE=block_size, BLOCK=128, **chained(slots.device),
     )  # fmt: skip
     return ids, cells
