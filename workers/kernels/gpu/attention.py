@@ -28,7 +28,7 @@ from workers.kernels.gpu.chain import begin, chained
 
 SPLIT = 512  # keys of a span: enough of these keep a GPU busy, few enough cost little to merge
 BLOCK_N = 64  # keys of a step of the loops
-DECODE_WARPS, DECODE_STAGES = 4, 3
+FEW_PROGRAMS = 256  # of decode
 LOG2E = 1.4426950408889634
 _LOG2E = tl.constexpr(LOG2E)
 _NOTHING = tl.constexpr(-1e30)  # the maximum of no keys
@@ -42,28 +42,27 @@ def _power(exponent):
 
 
 @triton.jit
-def _span(
-    q, positions, cache, table, head, start, low, stop, scale, window,
+def _blocks(
+    most, total, acc, q, positions, cache, table, head, start, low, stop, scale, window,
     KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,
+    N: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    IEEE: tl.constexpr,
 ):  # fmt: skip
-    """Attention of q [M, DP] at ``positions`` [M] over keys start to stop - 1 of one sequence; of
-    those before ``low`` no query sees any, and their blocks may hold anything.
-
-    ``scale`` has log2(e) in it. Returns maximum [M], sum [M] and weighted values [M, DP] of the
-    exponentials (powers of two) less that maximum.
-    """
+    """Goes on with ``_span`` over keys start to stop - 1. Not MASKED: every query sees all of them,
+    and they are whole blocks of N keys."""
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     d = tl.arange(0, DP)
     ones = tl.full([N, 16], 1.0, cache.dtype.element_ty)
     first = tl.arange(0, 16)[None, :] == 0
-    most = tl.full([M], _NOTHING, tl.float32)
-    total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, DP], tl.float32)
     for at in range(start, stop, N):
         key = at + tl.arange(0, N)
-        there = (key >= low) & (key < stop)
-        block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+        there = key >= 0
+        if MASKED:
+            there = (key >= low) & (key < stop)
+        if BLOCK_SIZE % N == 0:  # one block, which ``at`` is inside of
+            block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
+        else:
+            block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
         cell = block * (2 * KV_HEADS * BLOCK_SIZE * D) + (key % BLOCK_SIZE) * D
         cell += head * BLOCK_SIZE * D
         inside = there[:, None] & (d < D)[None, :]
@@ -74,18 +73,51 @@ def _span(
         s = tl.dot(q, tl.trans(k), input_precision=precision) * scale
         if CAP > 0:  # soft cap (Gemma 2): cap · tanh(s / cap)
             s = CAP * _LOG2E * (2 * tl.sigmoid(s * (2 / (CAP * _LOG2E))) - 1)
-        seen = key[None, :] <= positions[:, None]
-        if WINDOW:
-            seen = seen & (key[None, :] > positions[:, None] - window)
-        s = tl.where(seen, s, _NOTHING)
+        if MASKED:
+            seen = key[None, :] <= positions[:, None]
+            if WINDOW:
+                seen = seen & (key[None, :] > positions[:, None] - window)
+            s = tl.where(seen, s, _NOTHING)
         higher = tl.maximum(most, tl.ceil(tl.max(s, 1)))
-        p = tl.where(seen, tl.exp2(s - higher[:, None]), 0.0).to(v.dtype)
+        p = tl.exp2(s - higher[:, None])
+        if MASKED:
+            p = tl.where(seen, p, 0.0)
+        p = p.to(v.dtype)
         less = _power(most - higher)
         sums = tl.dot(p, ones, input_precision=precision)
         total = total * less + tl.sum(tl.where(first, sums, 0.0), 1)
         acc = acc * less[:, None] + tl.dot(p, v, input_precision=precision)
         most = higher
     return most, total, acc
+
+
+@triton.jit
+def _span(
+    q, positions, cache, table, head, start, low, seen_by_all, stop, scale, window,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """Attention of q [M, DP] at ``positions`` [M] over keys start to stop - 1 of one sequence; of
+    those before ``low`` no query sees any, and their blocks may hold anything. Without a window
+    every query sees those before ``seen_by_all``.
+
+    ``scale`` has log2(e) in it. Returns maximum [M], sum [M] and weighted values [M, DP] of the
+    exponentials (powers of two) less that maximum.
+    """
+    most = tl.full([M], _NOTHING, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, DP], tl.float32)
+    if not WINDOW:
+        whole = tl.maximum(tl.minimum(seen_by_all, stop) - start, 0) // N * N
+        most, total, acc = _blocks(
+            most, total, acc, q, positions, cache, table, head, start, low, start + whole, scale,
+            window, KV_HEADS, D, DP, BLOCK_SIZE, N, False, WINDOW, CAP, IEEE,
+        )  # fmt: skip
+        start += whole
+    return _blocks(
+        most, total, acc, q, positions, cache, table, head, start, low, stop, scale, window,
+        KV_HEADS, D, DP, BLOCK_SIZE, N, True, WINDOW, CAP, IEEE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -159,8 +191,8 @@ def _decode(
             )
             positions = tl.full([M], 0, tl.int32) + (context - 1)
             most, total, acc = _span(
-                query, positions, cache, tables + slot * table_stride, head, start, low, stop,
-                scale, window, KV_HEADS, D, DP, BLOCK_SIZE, M, N, WINDOW, CAP, IEEE,
+                query, positions, cache, tables + slot * table_stride, head, start, low, context,
+                stop, scale, window, KV_HEADS, D, DP, BLOCK_SIZE, M, N, WINDOW, CAP, IEEE,
             )  # fmt: skip
             first = low // SPAN
             last = (context - 1) // SPAN
@@ -236,8 +268,8 @@ def _prefill(
                 first = tl.maximum(at, low // N * N)
             most_s, total_s, acc_s = _span(
                 tile_q, positions, cache, tables + slot * table_stride, head, first, low,
-                tl.minimum(at + SPAN, stop), scale, window, KV_HEADS, D, DP, BLOCK_SIZE, M, N,
-                WINDOW, CAP, IEEE,
+                context - count + tile * (M // GROUP) + 1, tl.minimum(at + SPAN, stop), scale,
+                window, KV_HEADS, D, DP, BLOCK_SIZE, M, N, WINDOW, CAP, IEEE,
             )  # fmt: skip
             higher = tl.maximum(most, most_s)
             less, less_s = _power(most - higher), _power(most_s - higher)
@@ -328,7 +360,8 @@ def decode(
         q, q.stride(0), cache, tables, tables.stride(0), rows.decode, rows.counts, out,
         scratch.partial, scratch.stats, scratch.done, traits.sinks, traits.scale * LOG2E,
         traits.window or 0, M=max(16, triton.next_power_of_2(options["GROUP"])),
-        num_warps=DECODE_WARPS, num_stages=DECODE_STAGES, **options,
+        # Many programs hide each other's latencies, few hide their own.
+        num_warps=4 if programs <= FEW_PROGRAMS else 2, num_stages=2, **options,
     )  # fmt: skip
 
 

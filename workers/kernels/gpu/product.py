@@ -14,10 +14,10 @@ from torch import Tensor
 from workers.kernels.gpu.chain import chained, let_next_start, wait_for_previous
 from workers.kernels.gpu.elementwise import gated
 
-MOST_ROWS = 64
+MOST_ROWS = 16
 BLOCK_N = 64  # outputs of a program
 STAGES = 6
-PREFETCHED = 128 << 10  # bytes of a program's weight that are on their way before its turn
+PREFETCHED = 32 << 10  # bytes of a program's weight that are on their way before its turn
 _LINE = tl.constexpr(64)  # elements of 16 bits in a line of the cache
 
 
@@ -84,8 +84,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool =
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    block_k = 128 if rows <= 32 else 64
+    block_m = 16 if rows <= 16 else 32
+    block_k = 128
     per_program = BLOCK_N // 2 if gated else BLOCK_N
     ahead = min(PREFETCHED // (BLOCK_N * 128), inputs // 64)
     options = chained(x.device)
