@@ -42,14 +42,10 @@ class HostRows(NamedTuple):
     def padded(self, rows: int, tokens: int, spare: int) -> "HostRows":
         """As many rows (and outputs) and tokens as a captured step has. What is added reads and
         writes the slot ``spare`` alone; outputs that are added mean nothing."""
-        more = rows - len(self.slots)
         return HostRows(
             slots=_pad(self.slots, rows, spare),
             contexts=_pad(self.contexts, rows, 1),
-            # In a step of decodes each row has a token, in others those added have none.
-            starts=ints(np.arange(rows + 1))
-            if rows == tokens
-            else np.concatenate((self.starts, np.full(more, self.starts[-1], np.int32))),
+            starts=_pad(self.starts, rows + 1, self.starts[-1]),  # these have no tokens
             token_slots=_pad(self.token_slots, tokens, spare),
             positions=_pad(self.positions, tokens, 0),
             outputs=_pad(self.outputs, rows, 0),
