@@ -6,6 +6,7 @@ process groups are made from a store, each under its own prefix.
 """
 
 import contextlib
+import pickle
 import socket
 from collections import deque
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from engine.errors import EngineError
 from workers.channel import RingReceiver, RingSender, rings_work
+from workers.kernels import has_triton
 from workers.kernels.build import library
 from workers.parallel import Group, Pipeline, Ranks
 from workers.shared import PIPELINE_BYTES, SPINS, RingPipeline, SharedGroup, SharedMemory
@@ -90,9 +92,15 @@ def join(grid: Grid, rank: int, store_address: tuple[str, int], device: torch.de
     if grid.tensor > 1:
         name = f"stage-{stage}"
         shared = None if grid.nccl else _share_group(grid, rank, dist.PrefixStore(name, store))
-        group = shared or ProcessGroup(
-            grid.tensor, inner, backend=backend(name, inner, grid.tensor)
-        )
+        if shared is not None:
+            group = shared
+        else:
+            processes = backend(name, inner, grid.tensor)
+            peers = None
+            if grid.nccl:
+                named = dist.PrefixStore(f"{name}-peers", store)
+                peers = _peer_group(grid, rank, named, device, processes)
+            group = peers or ProcessGroup(grid.tensor, inner, backend=processes)
     if grid.pipeline > 1:
         name = f"column-{inner}"
         if not grid.nccl:
@@ -186,6 +194,60 @@ class ProcessGroup(Group):
 
     def broadcast(self, x: Tensor) -> Tensor:
         return self.backend.broadcast(x)
+
+
+@dataclass(frozen=True)
+class PeerGroup(ProcessGroup):
+    """A tensor-parallel group of GPUs that reach each other's memory, for the sums; see
+    kernels/gpu/all_reduce.py. The rest goes over NCCL."""
+
+    peers: Any = field(kw_only=True)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        reduced: Tensor = self.peers.all_reduce(x)
+        return reduced
+
+
+def _peer_group(
+    grid: Grid, rank: int, store: Any, device: torch.device, backend: _Backend
+) -> PeerGroup | None:
+    """The group over the GPUs' own memory (CUDA IPC), if all of its ranks can have that."""
+    stage, inner = grid.place(rank)
+    hosts = grid.hosts[stage * grid.tensor : (stage + 1) * grid.tensor]
+    possible = len(set(hosts)) == 1 and has_triton(device)
+    memories: list[Tensor] = []
+    if possible:
+        from workers.kernels.gpu.all_reduce import Peers
+
+        size = Peers.bytes_needed(grid.tensor)
+        mine = torch.zeros(size, dtype=torch.uint8, device=device)
+        torch.cuda.synchronize(device)
+        store.set(f"memory-{inner}", pickle.dumps(_handle(mine)))
+        try:
+            for other in range(grid.tensor):
+                memories.append(mine if other == inner else _open(store, other, device))
+        except RuntimeError:  # GPUs without a way to each other
+            possible = False
+    else:
+        store.set(f"memory-{inner}", pickle.dumps(None))
+    if not _all_have(possible, inner, grid.tensor, store):
+        return None
+    return PeerGroup(grid.tensor, inner, backend=backend, peers=Peers(inner, memories))
+
+
+def _handle(memory: Tensor) -> Any:
+    """By what another process of this host can open it."""
+    return memory.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
+
+
+def _open(store: Any, rank: int, device: torch.device) -> Tensor:
+    """Another rank's memory. Raises RuntimeError if this GPU has no way to it."""
+    shared = pickle.loads(store.get(f"memory-{rank}"))
+    if shared is None:
+        raise RuntimeError("the other rank has no memory to share")
+    # The first is the owner's number of its GPU; what counts is from where it is opened.
+    storage = torch.UntypedStorage._new_shared_cuda(device.index or 0, *shared[1:])
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
 class ProcessPipeline(Pipeline):

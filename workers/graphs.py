@@ -83,7 +83,8 @@ class Graphs:
             compute()  # kernels are compiled, libraries loaded
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Other threads (NCCL's watchdog) may go on meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 result = compute()
             pool = pool or graph.pool()
             self._graphs[size] = graph, result
