@@ -160,6 +160,16 @@ def test_edits_match_their_definitions(drawn: list[tuple[dict[str, Any], int]], 
             np.testing.assert_array_equal(row.double().numpy(), naive(row, r))
 
 
+def test_words_and_ends_are_banned_where_they_should_be() -> None:
+    """A word's beginning counts only in the output; ends are free after ``min_tokens``."""
+    favourite = torch.arange(10.0)
+    words = request(0, [5, 9, 9], 3, temperature=0, bad_words=[[9, 9], [8], [9, 7, 9]])
+    ends = request(1, [1, 2], temperature=0, min_tokens=3, stop_ids=[9, 8])
+    bench = Bench(10, words, ends, device=DEVICE, kernels=True)
+    assert [bench.next(favourite, p) for p in range(3, 9)] == [9, 7, 7, 9, 7, 7]
+    assert [bench.next(favourite, p, slot=1) for p in range(2, 7)] == [7, 7, 7, 9, 9]
+
+
 def test_long_histories_and_lists() -> None:
     """Of more than one block of each loop."""
     vocab, rng = 3000, np.random.default_rng(5)
