@@ -297,7 +297,7 @@ class Sampler:
         if kernels is None:
             some = logits if len(rows) == len(logits) else logits.index_select(0, at)
             return _logprobs_of(some.contiguous(), tokens, k)
-        logits = _readable(logits)
+        logits, tokens = _readable(logits), tokens.int()
         if k <= kernels.most_top:
             return kernels.logprobs(logits, at, tokens, k)[:3]
         *chosen, lse = kernels.logprobs(logits, at, tokens, 0)

@@ -127,7 +127,7 @@ def test_top_k_finds_the_k_likeliest(shape: str) -> None:
     check_requests(logits.expand(len(requests), -1), requests)
 
 
-@pytest.mark.parametrize("top_p, top_k", [(0.5, 80), (1.0, 20), (0.3, 0)])
+@pytest.mark.parametrize("top_p, top_k", [(0.5, 80), (1.0, 20), (1.0, 1), (0.3, 0)])
 def test_of_equal_tokens_the_lower_ids_are_kept(top_p: float, top_k: int) -> None:
     """5 tokens are e times as likely as 45 others, some of which are cut off."""
     logits = torch.full((200,), -5.0)
@@ -374,6 +374,8 @@ def compile_all(arch: int, dtype: torch.dtype, vocab: int) -> dict[str, int]:
         for kind in wanted:
             sampler.table.admit(request(1, **kind))
             sampler.sample(torch.zeros(1, vocab, dtype=dtype), ints([1]), ints([1]), keep=True)
+        rows = torch.zeros(3, vocab, dtype=dtype)[1:], torch.zeros(2, dtype=torch.int64)
+        assert len(list(sampler.logprob_pieces(*rows, 2))) == 1
     assert len({launch.variant for launch in found} | variants.keys()) == count
     return {name: variant.compile(arch).metadata.shared for name, variant in variants.items()}
 

@@ -102,9 +102,9 @@ class SamplingKernels:
     def logprobs(
         self, logits: Tensor, rows: Tensor, targets: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ids int32, log-probabilities float32 and ranks int32 [m, 1 + k] of targets [m] (int32 or
-        int64) and of the k likeliest tokens, at most MOST_TOP, under the rows [m] int32 of logits
-        [n, V]; and log(sum(exp)) [m] of these."""
+        """ids int32, log-probabilities float32 and ranks int32 [m, 1 + k] of targets [m] int32 and
+        of the k likeliest tokens, at most MOST_TOP, under the rows [m] int32 of logits [n, V]; and
+        log(sum(exp)) [m] of these."""
         assert k <= MOST_TOP
         m = len(targets)
         best, sums = self._floats(m, self.pieces), self._floats(m, self.pieces)

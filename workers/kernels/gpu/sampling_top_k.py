@@ -51,8 +51,7 @@ def list_candidates(logits, edited, changed, row, most, tops, k, least, blocks, 
     """
     block = tl.arange(0, WIDTH)
     top = sortable(tl.load(tops + block, mask=block < BLOCKS, other=-INF))
-    low = tl.full((), least, tl.int32)
-    high = tl.where(k > BLOCKS, low, sortable(most))
+    low, high = tl.full((), least, tl.int32), sortable(most)
     while low < high:
         mid = middle(low, high)
         count = tl.sum((top >= mid).to(tl.int32), 0)
