@@ -266,7 +266,10 @@ class Sampler:
         """``prompt_logprobs`` on the device, without waiting: some rows at a time, counted from 0
         in each piece, so that what is needed on the way stays small."""
         k = self.table.vocab_size if k < 0 else k
-        step = max(1, PROMPT_ELEMENTS // self.table.vocab_size)
+        elements = PROMPT_ELEMENTS
+        if self._kernels is not None and k <= self._kernels.most_top:
+            elements *= 16  # for the kernels' scratch is a sixteenth of the logits
+        step = max(1, elements // self.table.vocab_size)
         for at in range(0, len(targets), step):
             some = targets[at : at + step]
             rows = np.arange(len(some), dtype=np.int32)
