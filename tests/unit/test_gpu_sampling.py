@@ -279,6 +279,15 @@ def test_logprobs(k: int, dtype: torch.dtype) -> None:
         check_logprobs(sampled.logprobs[row], logits[row], int(sampled.tokens[row]), most)
 
 
+def test_logprobs_of_equal_tokens_far_apart() -> None:
+    """The k-th is one of many equals, in more than one chunk of the candidates."""
+    logits = logits_of(1, 3000, 9).round()
+    bench = Bench(3000, request(), device=DEVICE, kernels=True)
+    targets = torch.tensor([7], device=DEVICE)
+    found = bench.sampler.prompt_logprobs(logits.to(DEVICE), targets, 100)
+    check_logprobs(found[0], logits[0], 7, 100)
+
+
 def test_copies_to_the_host_come_without_waiting() -> None:
     stream = torch.cuda.Stream() if DEVICE == "cuda" else None
     asked: list[int | None] = [None, 2, 0, -1]
