@@ -248,9 +248,10 @@ def test_a_slot_forgets_what_it_held() -> None:
                             "allowed_token_ids": [1, 2], "stop_ids": [8], "top_k": 3}  # fmt: skip
     bench = Bench(10, request(0, [9], **held), request(1, [9], **held), device=DEVICE, kernels=True)
     assert bench.next(favourite, 1) == bench.next(favourite, 1, slot=1) == 1
+    assert bench.table.records is not None
+    assert all(kept is not None for kept in bench.table.records._lists)
     bench.admit(request(0, [9], temperature=0))
     bench.table.release(1)
-    assert bench.table.records is not None
     assert bench.next(favourite, 1) == 9 and bench.next(favourite, 2) == 9
     assert bench.table.records._lists == [None, None]
     bench.admit(request(1, [9], **held))
