@@ -5,6 +5,7 @@ from typing import Any
 
 from msgspec import UNSET
 
+from engine.chat import check_variables
 from engine.errors import RequestError
 from engine.sampling_params import SamplingParams
 from router.answers import Answer, check, to_json
@@ -65,11 +66,8 @@ async def render(
     template = _template(service, model, body.chat_template)
     goes_on = bool(body.continue_final_message)
     generation = body.add_generation_prompt
-    variables = dict(body.chat_template_kwargs or {})
-    for name in ("chat_template", "add_generation_prompt", "continue_final_message", "tools"):
-        if name in variables:
-            raise wrong(f"chat_template_kwargs: {name} is a field of its own", name)
-    if body.documents is not None:
+    variables = dict(check_variables(body.chat_template_kwargs or {}))
+    if body.documents:
         variables["documents"] = body.documents
 
     def rendered() -> str:
