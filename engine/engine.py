@@ -338,7 +338,7 @@ class Engine:
         return [
             *self.stats.metrics(),
             *scheduler_metrics(self.scheduler, self.capacity),
-            cache_metric(self.config.cache, self.capacity),
+            cache_metric(self.config.cache, self.capacity, self.max_model_len),
         ]
 
     # ---- the prefix cache ----
