@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, overload
 
 from engine import chat
 from engine.errors import CheckpointError, RequestError
-from engine.tokenizer_files import Resolved, resolve
+from engine.tokenizer_files import Resolved, reason, resolve
 
 
 class TokenText(NamedTuple):
@@ -50,7 +50,7 @@ class Tokenizer:
         try:
             return cls(resolve(path_or_id, revision))
         except Exception as error:  # tokenizers raises plain Exception, transformers anything
-            message = f"cannot load a tokenizer from {str(path_or_id)!r}: {error}"
+            message = f"cannot load a tokenizer from {str(path_or_id)!r}: {reason(error)}"
             raise CheckpointError(message) from error
 
     @overload

@@ -223,9 +223,17 @@ def load_transformers(
     try:
         loaded: transformers.PreTrainedTokenizerBase = _auto_tokenizer(str(path_or_id), revision)
     except Exception as error:  # transformers raises anything
-        message = f"transformers cannot load a tokenizer from {str(path_or_id)!r}: {error}"
+        message = f"transformers cannot load a tokenizer from {str(path_or_id)!r}: {reason(error)}"
         raise CheckpointError(message) from error
     return loaded
+
+
+def reason(error: Exception) -> str:
+    """Why a tokenizer cannot be loaded. transformers asks for its own option to trust code."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "it is code of the checkpoint's own (auto_map), and manta runs none"
+    return text
 
 
 def _auto_tokenizer(path_or_id: str, revision: str | None) -> Any:
