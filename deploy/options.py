@@ -78,6 +78,11 @@ def add_options(parser: argparse.ArgumentParser, declared: Declared) -> None:
 
 
 def _add_vllm_options(parser: argparse.ArgumentParser, own: set[str]) -> None:
+    parser.epilog = (
+        "Names may have underscores, numbers units (1k is 1000, 1K is 1024). Of vLLM's other"
+        " options those that ask for what is so anyway are accepted; the others say what there is"
+        " instead."
+    )
     for name in sorted({*FOREIGN, *ALIASES} - own):
         how: dict[str, Any] = {"action": _Foreign}
         if ALIASES.get(name) in own:

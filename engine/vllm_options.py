@@ -4,8 +4,8 @@ One table says of each: another name for an option of manta's, or the values at 
 nothing, which are vLLM's defaults and what manta does anyway, and what there is instead of the
 others. ``translated`` reads it for the command line, ``LLM``, files and the server alike.
 
-Source: the arguments of vLLM's EngineArgs, AsyncEngineArgs and FrontendArgs up to 0.33, with those
-that it has dropped since 0.5.
+Source: the arguments of vLLM's EngineArgs, AsyncEngineArgs and FrontendArgs, with those that it has
+dropped since 0.5. One that is newer than this table is an unknown option.
 """
 
 import difflib

@@ -191,6 +191,7 @@ def test_help_lists_every_option_by_its_name(command, capsys):
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     flags = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", out))
+    assert "Of vLLM's other options" in " ".join(out.split())
     for _, f in declared_options():
         if f.name == "model":
             assert "MODEL" in out

@@ -50,7 +50,7 @@ def test_arguments_of_vllms_may_ask_for_nothing(llm, start):
         assert output.outputs[0].token_ids == other.outputs[0].token_ids == expected
     messages = [{"role": "user", "content": "w3"}]
     same = [
-        llm.chat(messages, GREEDY, use_tqdm=False, chat_template=TEMPLATE, **more)[0].outputs[0]
+        llm.chat(messages, GREEDY, False, chat_template=TEMPLATE, **more)[0].outputs[0]
         for more in ({}, {"priority": 0, "mm_processor_kwargs": None, "lora_request": None})
     ]
     assert same[0].token_ids == same[1].token_ids
