@@ -128,7 +128,8 @@ class SchedulerConfig:
     )
     max_num_batched_tokens: int = option(
         2048,
-        "most tokens that one step computes; not less than max_num_seqs, if only that is given",
+        "most tokens that one step computes; not less than max_num_seqs, or max_model_len without"
+        " chunked prefill, if only that is given",
         least=1,
     )
     enable_chunked_prefill: bool = option(True, "split long prompts over steps, mixed with decodes")
@@ -253,7 +254,7 @@ class EngineConfig:
         """
         own = translated(options, [f.name for _, f in declared_options()])
         config = cls(**{name: group_of(group, own) for name, group in _groups()})
-        config = replace(config, scheduler=_fitted(config.scheduler, own))
+        config = replace(config, scheduler=_fitted(config, own))
         config._check_together()
         return config
 
@@ -292,15 +293,18 @@ class EngineConfig:
         return length
 
 
-def _fitted(scheduler: SchedulerConfig, given: Mapping[str, Any]) -> SchedulerConfig:
-    """The config with a default that would contradict the option that was ``given`` fitted to it:
-    a step has a token for every sequence that runs."""
+def _fitted(config: EngineConfig, given: Mapping[str, Any]) -> SchedulerConfig:
+    """The scheduler's config with defaults that would contradict what was ``given`` fitted to it: a
+    step has a token for every sequence that runs, and room for the longest prompt if that is not
+    split."""
+    scheduler = config.scheduler
     seqs, budget = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-    if "max_num_seqs" not in given:
-        return replace(scheduler, max_num_seqs=min(seqs, budget))
     if "max_num_batched_tokens" not in given:
-        return replace(scheduler, max_num_batched_tokens=max(seqs, budget))
-    return scheduler
+        prompt = 0 if scheduler.enable_chunked_prefill else config.model.max_model_len or 0
+        budget = max(budget, seqs, prompt)
+    if "max_num_seqs" not in given:
+        seqs = min(seqs, budget)
+    return replace(scheduler, max_num_seqs=seqs, max_num_batched_tokens=budget)
 
 
 def _groups() -> Iterator[tuple[str, type[Any]]]:

@@ -190,6 +190,9 @@ def test_an_integer_is_a_number_and_a_path_is_a_string():
         ({"max_num_seqs": 4000}, 4000, 4000),
         ({"max_num_seqs": 4}, 4, 2048),
         ({"max_num_seqs": 4, "max_num_batched_tokens": 4}, 4, 4),
+        ({"enable_chunked_prefill": False, "max_model_len": 5000}, 256, 5000),
+        ({"enable_chunked_prefill": False, "max_model_len": 500}, 256, 2048),
+        ({"max_model_len": 5000}, 256, 2048),
     ],
 )
 def test_a_default_is_fitted_to_what_is_given(given, seqs, budget):
