@@ -20,7 +20,10 @@ def real(value: Any) -> float | None:
     if type(value) is not float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return None
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf if value > 0 else -math.inf
     return None if math.isnan(value) else value
 
 

@@ -69,7 +69,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
     "watermarking": (False,),
 }
-_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+_NUMBER = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
 
 
 def read(body: bytes, kind: type[T], allow_unknown: bool) -> T:

@@ -58,7 +58,10 @@ _PARAMETERS: Mapping[str, dict[str, Any]] = {
 }  # fmt: skip
 _STREAMS = ("/v1/completions", "/v1/chat/completions")
 _OPEN = ("/health", "/metrics")
-_TEXTS = {"integer": r"^-?[0-9]+(\.0+)?$", "number": r"^-?[0-9]+(\.[0-9]+)?$"}
+_TEXTS = {
+    "integer": r"^-?[0-9]{1,30}(\.0{1,30})?$",
+    "number": r"^-?[0-9]{1,30}(\.[0-9]{1,30})?$",
+}
 
 
 def describe(app: FastAPI, keys: bool) -> None:

@@ -127,7 +127,8 @@ def test_numbers_however_they_are_written(http: httpx.Client) -> None:
     for field, value in (
         ("max_tokens", 5.5), ("max_tokens", "5.5"), ("max_tokens", "five"), ("max_tokens", True),
         ("max_tokens", "-1"), ("temperature", "hot"), ("temperature", ""), ("temperature", "nan"),
-        ("stream", "true"), ("logprobs", [1]),
+        ("stream", "true"), ("logprobs", [1]), ("max_tokens", 1e300), ("max_tokens", "9" * 9000),
+        ("n", 10**400), ("best_of", 10**400), ("temperature", "1." + "0" * 9000),
     ):  # fmt: skip
         assert refused(http, COMPLETIONS, **{field: value})["param"] == field, value
 

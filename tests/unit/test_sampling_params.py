@@ -13,7 +13,7 @@ from engine.errors import RequestError
 from engine.sampling_params import NEUTRAL, SamplingParams
 
 FIELDS = [f.name for f in dataclasses.fields(SamplingParams)]
-NO_NUMBER = ["1", True, math.nan, math.inf, -math.inf, 1j, [1]]
+NO_NUMBER = ["1", True, math.nan, math.inf, -math.inf, 10**400, 1j, [1]]
 NO_INTEGER = [1.5, True, "1", math.nan, math.inf, [1]]
 NO_BOOL = [0, 1, "yes", None]
 NO_IDS = [5, "12", [1, -1], [1.5], ["1"], [True], [None]]
