@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from engine.config import EngineConfig, declared_options, refuse_unknown
+from engine.config import EngineConfig, declared_options
 from engine.errors import ConfigError
+from engine.vllm_options import translated
 from router.config import RouterConfig
 
 CPU_STEP_TOKENS = 320
@@ -17,7 +18,8 @@ CPU_STEP_TOKENS = 320
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``manta serve`` and a Serve config file say. ``options`` are those that were given."""
+    """What ``manta serve`` and a Serve config file say. ``options`` are those that were given, with
+    manta's names."""
 
     engine: EngineConfig
     router: RouterConfig
@@ -31,11 +33,11 @@ class Settings:
         """
         engine = {f.name for _, f in declared_options()}
         router = {f.name for f in dataclasses.fields(RouterConfig)}
-        refuse_unknown(options, engine | router)
+        options = translated(options, engine | router)
         return cls(
             EngineConfig.from_options(**{k: v for k, v in options.items() if k in engine}),
             RouterConfig.from_options(**{k: v for k, v in options.items() if k in router}),
-            dict(options),
+            options,
         )
 
 

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, RequestError
+from engine.values import asks_for_nothing
 
 if TYPE_CHECKING:
     import jinja2
 
-MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+MESSAGE_FIELDS = (
+    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning",
+)  # fmt: skip
 _OWN_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+_ARGUMENTS = (*_OWN_VARIABLES, "chat_template", "self")
 _OPEN_END = "<|manta: the final message goes on here|> "
 
 
@@ -37,9 +41,20 @@ def load_template(value: str) -> str:
     return value
 
 
+def check_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The variables that a caller adds to a chat template's own.
+
+    Raises RequestError for one that is an argument of its own.
+    """
+    if wrong := [name for name in variables if name in _ARGUMENTS]:
+        raise RequestError(f"chat_template_kwargs: {wrong[0]} is an argument of its own")
+    return variables
+
+
 def check_messages(messages: Any) -> list[dict[str, Any]]:
     """The messages as a template takes them: text parts joined by newlines, tool calls' arguments
-    as objects, fields that are None left out.
+    as objects, ``reasoning`` under its older name too, as in vLLM. What asks for nothing is left
+    out: fields that are None, and unknown ones that are empty.
 
     Raises RequestError, naming the message and what is wrong with it.
     """
@@ -51,11 +66,15 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
 def _check_message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} must be an object with role and content, got {message!r}")
-    clean = {key: value for key, value in message.items() if value is not None}
+    clean = {
+        key: value
+        for key, value in message.items()
+        if value is not None and (key in MESSAGE_FIELDS or not asks_for_nothing(value))
+    }
     if unknown := [key for key in clean if key not in MESSAGE_FIELDS]:
         allowed = ", ".join(MESSAGE_FIELDS)
         raise RequestError(f"{where} has {unknown[0]!r}; allowed are {allowed}")
-    for field in ("role", "name", "tool_call_id", "reasoning_content"):
+    for field in ("role", "name", "tool_call_id", "reasoning_content", "reasoning"):
         if field in clean and not isinstance(clean[field], str):
             raise RequestError(f"{where}.{field} must be a string, got {clean[field]!r}")
     if not clean.get("role"):
@@ -64,8 +83,12 @@ def _check_message(where: str, message: Any) -> dict[str, Any]:
         clean["tool_calls"] = _tool_calls(f"{where}.tool_calls", clean["tool_calls"])
     if "content" in clean:
         clean["content"] = _text(f"{where}.content", clean["content"])
+    elif clean["role"] == "assistant" and not clean.get("tool_calls"):
+        clean["content"] = ""  # it said nothing
     elif "tool_calls" not in clean:
         raise RequestError(f"{where} must have content")
+    if "reasoning" in clean:
+        clean["reasoning_content"] = clean["reasoning"]
     return clean
 
 
@@ -79,7 +102,8 @@ def _text(where: str, content: Any) -> str:
         kind = part.get("type") if isinstance(part, Mapping) else part
         if kind != "text":
             raise RequestError(f"{where}[{i}] must be of type 'text' (only text), got {kind!r}")
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        keys = {key for key in part if key == "text" or not asks_for_nothing(part[key])}
+        if keys != {"type", "text"} or not isinstance(part["text"], str):
             raise RequestError(f"{where}[{i}] must have a string 'text' and no more, got {part!r}")
         texts.append(part["text"])
     return "\n".join(texts)
@@ -123,10 +147,10 @@ def render(
         )
     chat = check_messages(messages)
     compiled, variables = _compile(template)
-    if wrong := [k for k in template_kwargs if k in _OWN_VARIABLES or k not in variables]:
-        raise RequestError(f"the chat template takes no {wrong[0]!r}")
-    if tools and "tools" not in variables:
-        raise RequestError("tools: the chat template takes none")
+    check_variables(template_kwargs)  # others that the template does not use have no effect
+    for name, value in (("tools", tools), ("documents", template_kwargs.get("documents"))):
+        if value and name not in variables:
+            raise RequestError(f"{name}: the chat template takes none")
     final = chat[-1].get("content", "")
     if continue_final_message:
         if not final.strip():

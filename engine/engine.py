@@ -149,7 +149,8 @@ class Engine:
         most = self.config.model.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(sampling, name)
-            if asked is not None and most != -1 and not 0 <= asked <= most:
+            count = self.facts.vocab_size if asked == -1 else asked
+            if asked is not None and most != -1 and count > most:
                 raise RequestError(f"{name} must be at most max_logprobs ({most}), got {asked}")
         self._check_queue(request)
         seed = self._random.getrandbits(64) if sampling.seed is None else sampling.seed
@@ -162,7 +163,7 @@ class Engine:
                 index=index,
                 seed=child_seed(seed, index),
                 max_total=max_total,
-                stop_ids=tuple(dict.fromkeys((*eos, *sampling.stop_token_ids))),
+                stop_ids=tuple(dict.fromkeys((*eos, *(sampling.stop_token_ids or ())))),
                 bad_words=request.bad_words,
                 priority=request.priority,
             )
@@ -337,7 +338,7 @@ class Engine:
         return [
             *self.stats.metrics(),
             *scheduler_metrics(self.scheduler, self.capacity),
-            cache_metric(self.config.cache, self.capacity),
+            cache_metric(self.config.cache, self.capacity, self.max_model_len),
         ]
 
     # ---- the prefix cache ----

@@ -415,7 +415,8 @@ class Scheduler:
 
     def _end_if_done(self, seq: Sequence, token: int) -> None:
         if token in seq.stop_ids:
-            if token in seq.sampling.stop_token_ids:  # the model's own end is no reason to name
+            # The model's own end is no reason to name.
+            if token in (seq.sampling.stop_token_ids or ()):
                 seq.stop_reason = token
             self._finish(seq, FinishReason.STOP)
         elif len(seq.tokens) >= seq.max_total:

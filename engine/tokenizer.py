@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, overload
 
 from engine import chat
 from engine.errors import CheckpointError, RequestError
-from engine.tokenizer_files import Resolved, resolve
+from engine.tokenizer_files import Resolved, reason, resolve
 
 
 class TokenText(NamedTuple):
@@ -50,7 +50,7 @@ class Tokenizer:
         try:
             return cls(resolve(path_or_id, revision))
         except Exception as error:  # tokenizers raises plain Exception, transformers anything
-            message = f"cannot load a tokenizer from {str(path_or_id)!r}: {error}"
+            message = f"cannot load a tokenizer from {str(path_or_id)!r}: {reason(error)}"
             raise CheckpointError(message) from error
 
     @overload
@@ -115,14 +115,14 @@ class Tokenizer:
         texts = [self.decode([*before, token_id])[skip:] for token_id in ids]
         return [TokenText(text, text.encode()) for text in texts]
 
-    def bad_words_ids(self, words: Sequence[str]) -> list[list[int]]:
+    def bad_words_ids(self, words: Sequence[str] | None) -> list[list[int]]:
         """The token sequences that must not be completed, for ``SamplingParams.bad_words``.
 
         Each word at the start of a text and after a space, as in vLLM; but where vLLM leaves out
         the second if it takes another number of tokens, here it is kept.
         """
         sequences: list[list[int]] = []
-        for word in words:
+        for word in words or ():
             bare = self.encode(word.lstrip(), add_special_tokens=False)
             if not bare:
                 raise RequestError(f"bad_words has {word!r}, which is no token at all")

@@ -14,10 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from engine.errors import CheckpointError
 from engine.pieces import ByteDecoder, byte_decoder
 
 if TYPE_CHECKING:
     import tokenizers
+    import transformers
 
 SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -211,11 +213,38 @@ def _check_packages(folder: Path) -> None:
                 )
 
 
-def _from_transformers(path_or_id: str, revision: str | None) -> Resolved:
+def load_transformers(
+    path_or_id: str | Path, revision: str | None
+) -> "transformers.PreTrainedTokenizerBase":
+    """transformers' own tokenizer of a checkpoint folder, or of a hub id at a revision.
+
+    Raises CheckpointError if transformers cannot load it.
+    """
+    try:
+        loaded: transformers.PreTrainedTokenizerBase = _auto_tokenizer(str(path_or_id), revision)
+    except Exception as error:  # transformers raises anything
+        message = f"transformers cannot load a tokenizer from {str(path_or_id)!r}: {reason(error)}"
+        raise CheckpointError(message) from error
+    return loaded
+
+
+def reason(error: Exception) -> str:
+    """Why a tokenizer cannot be loaded. transformers asks for its own option to trust code."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "it is code of the checkpoint's own (auto_map), and manta runs none"
+    return text
+
+
+def _auto_tokenizer(path_or_id: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     options = {} if revision is None else {"revision": revision}
-    loaded = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **options)
+    return AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **options)
+
+
+def _from_transformers(path_or_id: str, revision: str | None) -> Resolved:
+    loaded = _auto_tokenizer(path_or_id, revision)
     special = loaded.special_tokens_map
     extra = [token for token in loaded.all_special_tokens if token not in special.values()]
     fast = getattr(loaded, "backend_tokenizer", None)

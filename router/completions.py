@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from msgspec import UNSET
-
 from engine.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from engine.sampling_params import SamplingParams
 from router.answers import Answer, check, to_json
@@ -146,9 +144,9 @@ class CompletionAnswer(Answer):
             text=text,
             logprobs=shown,
             finish_reason=finish,  # type: ignore[arg-type]
-            stop_reason=UNSET if finish is None else stop,
-            token_ids=tokens if self.return_ids else UNSET,
-            prompt_token_ids=prompt.prompt_token_ids if self.return_ids and opening else UNSET,
+            stop_reason=None if finish is None else stop,
+            token_ids=tokens if self.return_ids else None,
+            prompt_token_ids=prompt.prompt_token_ids if self.return_ids and opening else None,
         )
 
     def _shown(
@@ -183,10 +181,10 @@ class CompletionAnswer(Answer):
         return self._head + self._plain(choice, generation.output.prompt or "") + self._tail
 
     def _plain(self, choice: int, text: str) -> bytes:
-        return b'{"index":%d,"text":%b,"logprobs":null,"finish_reason":null}' % (
-            choice,
-            to_json(text),
-        )
+        return (
+            b'{"index":%d,"text":%b,"logprobs":null,"finish_reason":null,"stop_reason":null,'
+            b'"token_ids":null,"prompt_token_ids":null,"prompt_logprobs":null}'
+        ) % (choice, to_json(text))
 
     def _full(self, generation: Generation, piece: Piece, choice: int) -> bytes:
         opening = self._detailed and piece.start == 0

@@ -4,8 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config import group_of, option, refuse_unknown
+from engine.config import group_of, option
 from engine.errors import ConfigError
+from engine.vllm_options import translated
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class RouterConfig:
         Raises ConfigError, naming the option and what is allowed, for an unknown option, a wrong
         value or a contradiction.
         """
-        refuse_unknown(options, [f.name for f in dataclasses.fields(cls)])
-        config = group_of(cls, options)
+        config = group_of(cls, translated(options, [f.name for f in dataclasses.fields(cls)]))
         if (config.ssl_keyfile is None) != (config.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile must be given together")
         if config.root_path and not config.root_path.startswith("/"):

@@ -83,14 +83,14 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, PromptTooLong):
         return wrong(str(error), "prompt", "context_length_exceeded")
     if isinstance(error, RequestError):
-        return wrong(str(error), _field(str(error)))
+        return wrong(str(error), field_of(str(error)))
     if isinstance(error, EngineError):
         return unavailable(str(error), "engine_unavailable")
     log.error("a request failed unexpectedly", exc_info=error)
     return ApiError(500, "the server failed on this request", type="server_error")
 
 
-def _field(message: str) -> str | None:
-    """The field that a RequestError names, which is the message's first word."""
+def field_of(message: str) -> str | None:
+    """The field that a RequestError names, which is the message's first word; None for none."""
     match = re.match(r"[a-z_]+", message)
     return match[0] if match and match[0] in _FIELDS else None

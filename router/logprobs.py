@@ -70,8 +70,11 @@ def chat_logprobs(
     return ChatLogprobs(content)
 
 
-def prompt_logprobs(positions: Sequence[PositionLogprobs | None]) -> PromptLogprobs:
-    """vLLM's maps from token id, for each token of a prompt; None for the first."""
+def prompt_logprobs(positions: Sequence[PositionLogprobs | None] | None) -> PromptLogprobs | None:
+    """vLLM's maps from token id, for each token of a prompt; None for the first, and for all if
+    nobody asked for them."""
+    if positions is None:
+        return None
     return [
         None
         if position is None

@@ -172,7 +172,7 @@ WRONG_MESSAGES: list[tuple[Any, str]] = [
     ([ROLE | {"content": ["x"]}], r"content\[0\] must be of type 'text'"),
     ([ROLE | {"content": [{"type": "text"}]}], r"content\[0\] must have a string 'text'"),
     (
-        [ROLE | {"content": [{"type": "text", "text": "x", "cache_control": {}}]}],
+        [ROLE | {"content": [{"type": "text", "text": "x", "cache_control": {"type": "x"}}]}],
         r"content\[0\] must have a string 'text' and no more",
     ),
     ([USER | {"tool_calls": "f"}], r"tool_calls must be a list"),
@@ -210,9 +210,43 @@ def test_options_that_contradict_or_do_nothing() -> None:
         render("{{ messages[0].content }}", [USER, ANSWER], continue_final_message=True)
     with pytest.raises(RequestError, match="tools: the chat template takes none"):
         render(CHATML, [USER], tools=[TOOL])
-    for name in ("enable_thinking", "messages", "tools"):
-        with pytest.raises(RequestError, match=f"the chat template takes no '{name}'"):
+    with pytest.raises(RequestError, match="documents: the chat template takes none"):
+        render(CHATML, [USER], template_kwargs={"documents": [{"text": "x"}]})
+    for name in ("messages", "tools", "add_generation_prompt", "chat_template", "self"):
+        with pytest.raises(RequestError, match=f"kwargs: {name} is an argument of its own"):
             render(TURNS, [USER], template_kwargs={name: True})
+
+
+def test_variables_that_the_template_does_not_use_have_no_effect() -> None:
+    unused = {"enable_thinking": False, "documents": [], "anything": 1}
+    assert render(TURNS, [USER], template_kwargs=unused) == render(TURNS, [USER])
+    assert render(TURNS, [USER], tools=[]) == render(TURNS, [USER])
+
+
+def test_what_asks_for_nothing_is_left_out() -> None:
+    parts = [{"type": "text", "text": "a", "cache_control": None, "annotations": []}]
+    empty = {"annotations": [], "refusal": None, "audio": None, "function_call": {}, "x": ""}
+    for message in ({"role": "user", "content": parts}, USER | {"content": "a"} | empty):
+        assert render("{{ messages[0].content }}", [message]) == "a"
+    assert render("{{ messages[0] | length }}", [USER | empty]) == "2"
+
+
+def test_an_assistant_may_have_said_nothing() -> None:
+    expected = render(TURNS, [USER, ANSWER | {"content": ""}, USER])
+    for silent in ({"content": None}, {"content": None, "tool_calls": []}, {"refusal": None}):
+        assert render(TURNS, [USER, {"role": "assistant", **silent}, USER]) == expected
+
+
+def test_reasoning_has_two_names() -> None:
+    answer = ANSWER | {"reasoning_content": "Hm."}
+    expected = render(TOOLS, [USER, answer])
+    assert "<think>Hm.</think>" in expected
+    for names in ({"reasoning": "Hm."}, {"reasoning": "Hm.", "reasoning_content": "older"}):
+        assert render(TOOLS, [USER, ANSWER | names]) == expected
+    both = "{{ messages[0].reasoning }}{{ messages[0].reasoning_content }}"
+    assert render(both, [ANSWER | {"reasoning": "Hm."}]) == "Hm.Hm."
+    with pytest.raises(RequestError, match=r"messages\[0\].reasoning must be a string"):
+        render(both, [ANSWER | {"reasoning": 3}])
 
 
 def test_template_option(tmp_path: Path) -> None:

@@ -93,6 +93,16 @@ def test_gauges_say_what_is_now():
     assert value(metrics, "kv_blocks_used") == engine.scheduler.kv.device.num_held > 0
 
 
+def test_how_the_cache_was_set_up():
+    metric = by_name(make_engine(num_blocks=40, block_size=8, max_model_len=128))
+    facts = dict(zip(
+        metric["cache_config_info"].labels, metric["cache_config_info"].samples[0].labels,
+        strict=True,
+    ))  # fmt: skip
+    assert facts["num_gpu_blocks"] == "40" and facts["block_size"] == "8"
+    assert facts["kv_cache_size_tokens"] == "320" and facts["kv_cache_max_concurrency"] == "2.5"
+
+
 def test_a_client_cannot_make_labels_without_end():
     engine = make_engine()
     for priority in range(1000):

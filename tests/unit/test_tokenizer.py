@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BertGenerationTokenizer
 
 from engine.errors import CheckpointError, RequestError
 from engine.tokenizer import Tokenizer
-from engine.tokenizer_files import _read_plain
+from engine.tokenizer_files import _read_plain, load_transformers
 from tests.unit import text_checkpoints as checkpoints
 
 TEXTS = [
@@ -319,3 +319,15 @@ def test_hub_id_passes_the_revision(monkeypatch: pytest.MonkeyPatch) -> None:
         ("some/model", {"trust_remote_code": False, "revision": "v1"}),
         ("some/model", {"trust_remote_code": False}),
     ]
+
+
+def test_a_tokenizer_that_is_code_is_refused_with_what_is_so(tmp_path: Path) -> None:
+    """Not with transformers' advice to set an option that would trust it."""
+    config = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    for load in (Tokenizer.load, lambda path: load_transformers(path, None)):
+        with pytest.raises(
+            CheckpointError, match=r"code of the checkpoint's own \(auto_map\), and"
+        ):
+            load(tmp_path)

@@ -392,6 +392,11 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rms_norm_eps": -1}, "rms_norm_eps=-1: must be a positive number"),
     ("llama", {"layer_types": ["sliding_attention"] * 3}, "layer_types=.*all be full_attention"),
     ("llama", {"architectures": ["MixtralForCausalLM"]}, "none is supported; known: LlamaFor"),
+    (
+        "llama",
+        {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "own.M"}},
+        r"runs no code of checkpoints \(auto_map\)",
+    ),
     ("llama", {"architectures": ["MistralForCausalLM"]}, "model_type='llama': must be 'mistral'"),
     ("llama", {"architectures": None, "model_type": "gpt2"}, "model_type='gpt2': is not supported"),
     ("mistral", {"attention_bias": True}, "attention_bias=True: is not supported"),
