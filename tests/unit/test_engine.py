@@ -233,6 +233,8 @@ def test_refusals_name_the_reason_and_leave_the_engine_alive():
         add("x", [1], replace(GREEDY, logprobs=21))
     with pytest.raises(RequestError, match=f"stop_token_ids has token id {VOCAB}"):
         add("x", [1], replace(GREEDY, stop_token_ids=[VOCAB]))
+    with pytest.raises(RequestError, match="min_tokens .1. puts off every token of allowed_token"):
+        add("x", [1], replace(GREEDY, allowed_token_ids=[5], stop_token_ids=[5], min_tokens=1))
     outputs = {}
     add("a", [1] * 20)
     with pytest.raises(RequestError, match="'a' is running already"):
