@@ -41,9 +41,8 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
     prompt = await render(service, model, body)
     room = room_for_output(model.info, len(prompt.ids), asked, "messages")
     if asked is None:
-        recommended = model.info.default_sampling.max_tokens
-        # 16 is what SamplingParams has where the checkpoint recommends nothing.
-        asked = room if recommended in (None, 16) else min(room, recommended or room)
+        recommended = model.info.recommended_max_tokens
+        asked = room if recommended is None else min(room, recommended)
     sampling = sampling_of(
         body,
         model.info.default_sampling,
@@ -176,7 +175,7 @@ class ChatAnswer(Answer):
 
     def _opening(self, generation: Generation, choice: int) -> bytes:
         part = to_json(ChatChunkChoice(index=choice, delta=ChatDelta(self._role, "")))
-        tail = self._usage_or_tail([generation])
+        tail = self._usage_or_tail(generation)
         if self.return_ids:
             ids = to_json(generation.output.prompt_token_ids)
             tail = b'],"prompt_token_ids":' + ids + tail[1:]
