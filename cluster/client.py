@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.config import ChatOptions
 from engine.engine import Delta
 from engine.outputs import RequestMetrics
 from engine.request import Request
@@ -39,6 +40,7 @@ class EngineInfo:
     default_sampling: SamplingParams
     recommended_max_tokens: int | None = None
     step_timeout: float = 60.0
+    chat_options: ChatOptions = ChatOptions()
 
 
 @dataclass(frozen=True, slots=True)

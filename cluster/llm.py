@@ -50,7 +50,9 @@ class LLM:
             if options_.generation_config == "auto"
             else SamplingParams()
         )
-        self.tokenizer = Tokenizer.load(options_.tokenizer or checkpoint.path, options_.revision)
+        self.tokenizer = Tokenizer.load(
+            options_.tokenizer or checkpoint.path, options_.revision, options_.chat
+        )
         template = options_.chat_template
         self._chat_template = None if template is None else load_template(template)
         self.engine = start_replica(self.config, checkpoint, self.tokenizer)

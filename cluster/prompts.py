@@ -51,7 +51,7 @@ def chat_prompts(
     prompts: list[Tokenized] = []
     for conversation in conversations:
         text = tokenizer.render_chat(conversation, template, **options)
-        prompts.append((text, tokenizer.encode(text, add_special_tokens=False)))
+        prompts.append(tokenizer.encode_chat(text))
     return prompts
 
 

@@ -147,6 +147,7 @@ def _start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineI
         default_sampling=defaults,
         recommended_max_tokens=defaults.max_tokens if says_length else None,
         step_timeout=config.parallel.step_timeout,
+        chat_options=options.chat,
     )
     return engine, info
 

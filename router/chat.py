@@ -1,6 +1,7 @@
 """POST /v1/chat/completions, and the way from messages to a prompt."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import UNSET
@@ -81,15 +82,23 @@ async def render(
                 **variables,
             )
 
-    size = sum(len(m["content"]) for m in messages if isinstance(m.get("content"), str))
+    size = sum(map(_length, messages))
     try:
         text = rendered() if size <= INLINE_CHARACTERS else await asyncio.to_thread(rendered)
     except RequestError as error:
         if "chat template" in str(error):  # nothing is wrong with them but for this model
             raise ApiError(422, str(error), param="messages", code="unprocessable") from None
         raise
-    (ids,) = await service.encode(model, [text], bool(body.add_special_tokens))
+    text, ids = await service.encode_chat(model, text, bool(body.add_special_tokens))
     return Prompt(ids, text)
+
+
+def _length(message: Mapping[str, Any]) -> int:
+    """Characters of a message's content, which nobody has checked yet."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _template(service: Service, model: ServedModel, asked: str | None) -> str | None:
