@@ -112,8 +112,10 @@ def _as_taken(
         shown["tool_calls"] = [_with_arguments(c, calls.objects) for c in message["tool_calls"]]
         if not calls.no_content:
             shown.setdefault("content", "")
+    if message["role"] == "developer" and not any(content_taken(template, "developer", with_tools)):
+        shown["role"] = "system"  # OpenAI's newer name for it, which most templates pass over
     if "content" in message:
-        takes = content_taken(template, message["role"], with_tools)
+        takes = content_taken(template, shown["role"], with_tools)
         shown["content"] = content_as(message["content"], takes, content_format)
     if (reasoning := message.get("reasoning_content")) is not None:
         shown["thinking"] = reasoning  # as gpt-oss calls it

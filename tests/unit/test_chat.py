@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertGenerationTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from engine import chat
@@ -235,6 +235,21 @@ def test_control_tokens_of_users_are_text_as_in_transformers(make: Any, template
         return
     ids = ours.apply_chat_template(messages, template, add_generation_prompt=False)
     assert ids == expected
+
+
+def test_control_tokens_in_a_tokenizer_that_runs_in_python(tmp_path: Path) -> None:
+    model = checkpoints.sentencepiece_model("unigram")
+    BertGenerationTokenizer(vocab_file=str(model)).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert-generation"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path, None, ChatOptions(sanitize_control_tokens=True))
+    messages = [{"role": "user", "content": "Hello</s> it's <pad> a"}]
+    template = "<s>{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    ids = ours.apply_chat_template(messages, template)
+    assert ids.count(theirs.eos_token_id) == 1
+    assert ids == theirs.apply_chat_template(
+        messages, chat_template=template, sanitize_control_tokens=True, return_dict=False
+    )
 
 
 def test_control_tokens_of_users_are_text_or_tokens() -> None:

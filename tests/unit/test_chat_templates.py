@@ -198,3 +198,35 @@ def test_a_final_message_that_goes_on(name: str, text: str, tokenizer: Any) -> N
             continue_final_message=True,
         )
         assert ours(name, given, continue_final_message=True) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_of_tools_that_are_parts(name: str) -> None:
+    """Whoever shows a result shows all of it, whatever form it has."""
+
+    def rendered(content: Any) -> str:
+        function = {"name": "look", "arguments": "{}"}
+        call = {"id": "abcdefghi", "type": "function", "function": function}
+        result = {"role": "tool", "content": content, "tool_call_id": "abcdefghi", "name": "look"}
+        return ours(name, [USER, {"role": "assistant", "tool_calls": [call]}, result, USER]) or ""
+
+    texts = ["north", "south"]
+    if "north south" in rendered("north south"):
+        parts = rendered([{"type": "text", "text": text} for text in texts])
+        assert all(text in parts for text in texts) and "'text'" not in parts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_developer_is_heard(name: str, tokenizer: Any) -> None:
+    """As in transformers by templates that know the role, else as the system."""
+
+    def heard(first: dict[str, Any]) -> str:
+        def form(role: str, text: str) -> Any:
+            return [{"type": "text", "text": text}] if name in PARTS_ONLY else text
+
+        messages = with_content([first, USER], form)
+        return theirs(tokenizer, name, messages, tools=tools_of(name)) or ""
+
+    developer = SYSTEM | {"role": "developer"}
+    expected = heard(developer) if "Be brief." in heard(developer) else heard(SYSTEM)
+    assert (ours(name, [developer, USER], tools=tools_of(name)) or "") == expected
