@@ -11,6 +11,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from engine.choice import check_choice
 from engine.config import EngineConfig
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from engine.executor import Capacity, Executor, ModelFacts, PendingResult
@@ -19,7 +20,6 @@ from engine.outputs import RequestMetrics
 from engine.plan import TokenLogprobs
 from engine.preempt import Costs
 from engine.request import Request
-from engine.sampling_params import check_choice
 from engine.scheduler import Progress, Scheduler
 from engine.sequence import FinishReason, Sequence
 from engine.stats import EngineStats, Metric, SequenceTimes
@@ -148,7 +148,7 @@ class Engine:
         max_total = self._admissible(request)
         sampling.check_vocabulary(self.facts.vocab_size)
         eos = () if sampling.ignore_eos else self.eos_token_ids
-        stop_ids = tuple(dict.fromkeys((*eos, *sampling.stop_token_ids)))
+        stop_ids = tuple(dict.fromkeys((*eos, *(sampling.stop_token_ids or ()))))
         check_choice(sampling, request.bad_words, stop_ids, self.facts.vocab_size)
         most = self.config.model.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
