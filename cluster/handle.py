@@ -398,7 +398,9 @@ async def connect_async(name: str, timeout: float = 60.0) -> AsyncEngineHandle:
     client = await RemoteClient.connect(address, timeout)
     info = client.info
     try:
-        tokenizer = await asyncio.to_thread(Tokenizer.load, info.tokenizer, info.revision)
+        tokenizer = await asyncio.to_thread(
+            Tokenizer.load, info.tokenizer, info.revision, info.chat_options
+        )
     except BaseException:
         await client.close()
         raise

@@ -57,7 +57,7 @@ class LLM:
             else SamplingParams()
         )
         self._tokenizer_path = options_.tokenizer or checkpoint.path
-        self.tokenizer = Tokenizer.load(self._tokenizer_path, options_.revision)
+        self.tokenizer = Tokenizer.load(self._tokenizer_path, options_.revision, options_.chat)
         template = options_.chat_template
         self._chat_template = None if template is None else load_template(template)
         self.engine = start_replica(self.config, checkpoint, self.tokenizer)

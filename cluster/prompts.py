@@ -92,7 +92,7 @@ def chat_prompts(
             tools=tools,
             **variables,
         )
-        prompts.append((text, tokenizer.encode(text, add_special_tokens=False)))
+        prompts.append(tokenizer.encode_chat(text))
     return prompts
 
 

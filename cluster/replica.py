@@ -127,9 +127,9 @@ def _start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineI
     checkpoint = open_checkpoint(config)
     tokenizer_path = options.tokenizer or str(checkpoint.path)
     tokenizer = Tokenizer.load(tokenizer_path, options.revision)
-    defaults = (
-        default_sampling(checkpoint) if options.generation_config == "auto" else SamplingParams()
-    )
+    auto = options.generation_config == "auto"
+    defaults = default_sampling(checkpoint) if auto else SamplingParams()
+    says_length = auto and "max_new_tokens" in checkpoint.generation.defaults
     engine = start_replica(config, checkpoint, tokenizer)
     info = EngineInfo(
         engine_id=engine_id,
@@ -145,7 +145,9 @@ def _start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineI
         num_cpu_blocks=engine.capacity.num_cpu_blocks,
         scheduling_policy=config.scheduler.scheduling_policy,
         default_sampling=defaults,
+        recommended_max_tokens=defaults.max_tokens if says_length else None,
         step_timeout=config.parallel.step_timeout,
+        chat_options=options.chat,
     )
     return engine, info
 

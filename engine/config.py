@@ -39,6 +39,14 @@ def option(
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """How chats become prompts, as far as options say: see those of ``ModelConfig``."""
+
+    content_format: str = "auto"
+    sanitize_control_tokens: bool = False
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What is served."""
 
@@ -69,6 +77,17 @@ class ModelConfig:
     chat_template: str | None = option(
         None, "a chat template's file, or the template itself; the checkpoint's by default"
     )
+    chat_template_content_format: str = option(
+        "auto",
+        "how the chat template is given the content of messages: string, as one string; openai, as"
+        " a list of parts; auto, as it was sent if the template takes that",
+        choices=("auto", "string", "openai"),
+    )
+    sanitize_control_tokens: bool = option(
+        False,
+        "encode control tokens that messages hold (<|im_end|>, say) as ordinary text; without it"
+        " they are control tokens, as in transformers",
+    )
     max_logprobs: int = option(
         20, "most logprobs that a request may ask for; -1 is no limit", least=-1
     )
@@ -79,6 +98,10 @@ class ModelConfig:
         choices=("auto", "vllm"),
     )
     seed: int = option(0, "seed of the engine: dummy weights, and requests that bring none")
+
+    @property
+    def chat(self) -> ChatOptions:
+        return ChatOptions(self.chat_template_content_format, self.sanitize_control_tokens)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from engine.choice import check_choice
 from engine.config import EngineConfig
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from engine.executor import Capacity, Executor, ModelFacts, PendingResult
@@ -146,6 +147,9 @@ class Engine:
             )
         max_total = self._admissible(request)
         sampling.check_vocabulary(self.facts.vocab_size)
+        eos = () if sampling.ignore_eos else self.eos_token_ids
+        stop_ids = tuple(dict.fromkeys((*eos, *(sampling.stop_token_ids or ()))))
+        check_choice(sampling, request.bad_words, stop_ids, self.facts.vocab_size)
         most = self.config.model.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(sampling, name)
@@ -154,7 +158,6 @@ class Engine:
                 raise RequestError(f"{name} must be at most max_logprobs ({most}), got {asked}")
         self._check_queue(request)
         seed = self._random.getrandbits(64) if sampling.seed is None else sampling.seed
-        eos = () if sampling.ignore_eos else self.eos_token_ids
         sequences = [
             Sequence(
                 request.request_id,
@@ -163,7 +166,7 @@ class Engine:
                 index=index,
                 seed=child_seed(seed, index),
                 max_total=max_total,
-                stop_ids=tuple(dict.fromkeys((*eos, *(sampling.stop_token_ids or ())))),
+                stop_ids=stop_ids,
                 bad_words=request.bad_words,
                 priority=request.priority,
             )

@@ -395,6 +395,8 @@ class Scheduler:
                 token, logprobs = tokens[i], result.logprobs.get(i)
                 bad = any_failed and bool(failed[i])
                 i += 1
+            if bad:
+                self.kv.withdraw(seq)  # it was published when it was planned
             if seq.finished:
                 continue
             if number in result.prompt_logprobs:

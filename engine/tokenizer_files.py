@@ -50,8 +50,11 @@ class Backend(Protocol):
     byte_decoder: ByteDecoder | None
     size: int
     added_ids: frozenset[int]
+    added_tokens: dict[str, bool]  # whether they are special
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]: ...
+
+    def encode_plain(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
 
@@ -71,6 +74,7 @@ class FastBackend:
         self._backend = backend
         self.byte_decoder = byte_decoder(backend)
         self.added_ids = frozenset(added)
+        self.added_tokens = {token.content: token.special for token in added.values()}
         self.size = max(backend.get_vocab_size(), *(i + 1 for i in added), 0)
         self.id_to_token = backend.id_to_token
         self.token_to_id = backend.token_to_id
@@ -82,6 +86,16 @@ class FastBackend:
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The token ids of a text in which no added token is looked for."""
+        backend = self._backend
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        splits = [text]
+        if backend.pre_tokenizer is not None:
+            splits = [split for split, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for split in splits for token in backend.model.tokenize(split)]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -95,10 +109,18 @@ class SlowBackend:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.added_ids = frozenset(tokenizer.added_tokens_decoder)
+        added = tokenizer.added_tokens_decoder.values()
+        self.added_tokens = {token.content: token.special for token in added}
         self.size = max(len(tokenizer), *(i + 1 for i in self.added_ids), 0)
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         return [self._tokenizer.encode(t, add_special_tokens=add_special_tokens) for t in texts]
+
+    def encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+        return ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         text: str = self._tokenizer.decode(

@@ -18,11 +18,17 @@ from router.completions import answer_completion
 from router.config import RouterConfig
 from router.errors import ApiError, api_error, unavailable, wrong
 from router.fields import read
-from router.guard import KeyGuard, RootPath, Unforeseen
+from router.guard import KeyGuard, OldHttp, RequestId, RootPath, Unforeseen, given_id
 from router.metrics import CONTENT_TYPE, PREFIXES
 from router.openapi import describe
 from router.replies import Reply
-from router.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from router.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Sampling,
+    TokenizeRequest,
+)
 from router.service import Look, Others, Service, engines_by_id
 from router.stats import AnswerCounter
 
@@ -62,6 +68,8 @@ def build_app(
         allow_headers=["*"],
     )
     app.add_middleware(AnswerCounter, stats=service.stats)
+    app.add_middleware(RequestId)
+    app.add_middleware(OldHttp)
     if config.root_path:
         app.add_middleware(RootPath, path=config.root_path)
     _Routes(service, version).add_to(app)
@@ -102,13 +110,15 @@ class _Routes:
         """Complete prompts."""
         self._service.check_admission()
         body = await self._body(request, CompletionRequest)
-        return Reply(await answer_completion(self._service, body))
+        own_id = _take_id(request, body)
+        return Reply(await answer_completion(self._service, body), own_id)
 
     async def chat_completions(self, request: Request) -> Response:
         """Answer a chat."""
         self._service.check_admission()
         body = await self._body(request, ChatRequest)
-        return Reply(await answer_chat(self._service, body))
+        own_id = _take_id(request, body)
+        return Reply(await answer_chat(self._service, body), own_id)
 
     async def models(self) -> Response:
         """The names that requests may give."""
@@ -228,6 +238,15 @@ class _Routes:
             code="request_too_large",
             headers={"connection": "close"},
         )
+
+
+def _take_id(request: Request, body: Sampling) -> bool:
+    """Make the request's X-Request-Id its id, unless the body has one; False if that was done."""
+    given = given_id(request.scope)
+    if given is None or body.request_id is not None:
+        return True
+    body.request_id = given
+    return False
 
 
 def _json(value: Any) -> Response:

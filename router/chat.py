@@ -1,6 +1,7 @@
 """POST /v1/chat/completions, and the way from messages to a prompt."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import UNSET
@@ -38,9 +39,8 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
     prompt = await render(service, model, body)
     room = room_for_output(model.info, len(prompt.ids), asked, "messages")
     if asked is None:
-        recommended = model.info.default_sampling.max_tokens
-        # 16 is what SamplingParams has where the checkpoint recommends nothing.
-        asked = room if recommended in (None, 16) else min(room, recommended or room)
+        recommended = model.info.recommended_max_tokens
+        asked = room if recommended is None else min(room, recommended)
     sampling = sampling_of(
         body,
         model.info.default_sampling,
@@ -76,7 +76,7 @@ async def render(
                 **variables,
             )
 
-    size = sum(len(m["content"]) for m in messages if isinstance(m.get("content"), str))
+    size = sum(map(_length, messages))
     try:
         text = rendered() if size <= INLINE_CHARACTERS else await asyncio.to_thread(rendered)
     except RequestError as error:
@@ -84,8 +84,16 @@ async def render(
             param = field_of(str(error)) or "messages"
             raise ApiError(422, str(error), param=param, code="unprocessable") from None
         raise
-    (ids,) = await service.encode(model, [text], bool(body.add_special_tokens))
+    text, ids = await service.encode_chat(model, text, bool(body.add_special_tokens))
     return Prompt(ids, text)
+
+
+def _length(message: Mapping[str, Any]) -> int:
+    """Characters of a message's content, which nobody has checked yet."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _template(service: Service, model: ServedModel, asked: str | None) -> str | None:
@@ -169,7 +177,7 @@ class ChatAnswer(Answer):
 
     def _opening(self, generation: Generation, choice: int) -> bytes:
         part = to_json(ChatChunkChoice(index=choice, delta=ChatDelta(self._role, "")))
-        tail = self._usage_or_tail([generation])
+        tail = self._usage_or_tail(generation)
         if self.return_ids:
             ids = to_json(generation.output.prompt_token_ids)
             tail = b'],"prompt_token_ids":' + ids + tail[1:]

@@ -19,12 +19,14 @@ class Reply(Response):
     """Runs an answer and sends it, whole or as a stream of events.
 
     It watches for the client's disconnect all the while; if it comes, what the engine does for the
-    request is cancelled, whatever state it is in.
+    request is cancelled, whatever state it is in. ``own_id``: X-Request-Id is the answer's id, not
+    what the request had there.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, own_id: bool) -> None:
         super().__init__(None)
         self._answer = answer
+        self._id = {"x-request-id": answer.id} if own_id else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stats = self._answer.service.stats
@@ -58,7 +60,8 @@ class Reply(Response):
                 answer.model, answer.prompts, answer.sampling, answer.priority, answer.streaming
             ) as generations:
                 if answer.streaming:
-                    headers = [*STREAM_HEADERS, (b"x-request-id", answer.id.encode())]
+                    own = [(name.encode(), value.encode()) for name, value in self._id.items()]
+                    headers = [*STREAM_HEADERS, *own]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     started = True
                     async for data in answer.events(generations):
@@ -75,7 +78,7 @@ class Reply(Response):
         if started:
             await send({"type": "http.response.body", "body": b""})
         else:
-            response = Response(body, 200, {"x-request-id": answer.id}, "application/json")
+            response = Response(body, 200, self._id, "application/json")
             await response(scope, receive, send)
 
 

@@ -119,7 +119,10 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ] = None
     request_id: Annotated[
         Annotated[str, Meta(pattern=r"^[!-~]{1,256}(?!\n)$")] | None,
-        Meta(description="the end of the answer's id, and x-request-id"),
+        Meta(
+            description="the end of the answer's id, and x-request-id; the request's header of"
+            " that name by default"
+        ),
     ] = None
     user: Annotated[str | None, Meta(description="accepted; has no effect")] = None
 

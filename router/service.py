@@ -16,6 +16,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 from cluster.client import EngineClient, EngineInfo, RequestStream
 from cluster.streams import settled
@@ -33,6 +34,7 @@ from router.generation import Generation, Prompt
 from router.metrics import scrape
 from router.stats import RouterStats
 
+T = TypeVar("T")
 INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the event loop
 ADMISSION_PATIENCE = 5.0  # seconds for an engine to queue a request, if another might
 
@@ -140,7 +142,7 @@ class Service:
         template = info.chat_template
         return ServedModel(
             info,
-            Tokenizer.load(info.tokenizer, info.revision),
+            Tokenizer.load(info.tokenizer, info.revision, info.chat_options),
             None if template is None else load_template(template),
             names,
             f"fp_{digest}",
@@ -157,11 +159,23 @@ class Service:
     async def encode(
         self, model: ServedModel, texts: list[str], add_special_tokens: bool
     ) -> list[list[int]]:
-        """The token ids of texts; long ones do not hold up the other requests' streams."""
+        """The token ids of texts."""
+        return await self._tokenized(
+            sum(map(len, texts)), lambda: model.tokenizer.encode(texts, add_special_tokens)
+        )
+
+    async def encode_chat(
+        self, model: ServedModel, text: str, add_special_tokens: bool
+    ) -> tuple[str, list[int]]:
+        """A rendered chat, as it is shown and as token ids."""
+        return await self._tokenized(
+            len(text), lambda: model.tokenizer.encode_chat(text, add_special_tokens)
+        )
+
+    async def _tokenized(self, size: int, encode: Callable[[], T]) -> T:
+        """What ``encode`` gives; long texts do not hold up the other requests' streams."""
         with self.stats.time("tokenize"):
-            if sum(map(len, texts)) <= INLINE_CHARACTERS:
-                return model.tokenizer.encode(texts, add_special_tokens)
-            return await asyncio.to_thread(model.tokenizer.encode, texts, add_special_tokens)
+            return encode() if size <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
 
     @contextlib.asynccontextmanager
     async def generations(

@@ -147,11 +147,31 @@ def test_it_answers_through_haproxy(server):
     response = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=8))
     answer = response.json()
     assert answer["usage"]["completion_tokens"] == 8
-    assert response.headers.get_list("x-request-id") == [answer["id"]]
+    (request_id,) = response.headers.get_list("x-request-id")  # Serve's own, as none was sent
+    assert answer["id"] == f"cmpl-{request_id}"
+    response = httpx.post(
+        f"{URL}/v1/completions", json=body(max_tokens=1), headers={"X-Request-Id": "trace-7"}
+    )
+    assert response.headers.get_list("x-request-id") == ["trace-7"]
+    assert response.json()["id"] == "cmpl-trace-7"
     reading = Reading(max_tokens=8)
     reading.thread.join()
     assert reading.done and reading.text == answer["choices"][0]["text"]
     assert httpx.get(f"{URL}/v1/models").json()["data"][0]["id"] == "manta-demo"
+
+
+def test_a_client_of_http_1_0_gets_no_chunks(server):
+    data = json.dumps(body(max_tokens=8, stream=True)).encode()
+    head = (
+        "POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", PORT), timeout=60) as connection:
+        connection.sendall(head.encode() + data)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, events = answer.partition(b"\r\n\r\n")
+    assert b" 200 OK" in head and b"chunked" not in head.lower()
+    assert events.startswith(b"data: {") and events.endswith(b"data: [DONE]\n\n")
 
 
 def send(receive_buffer=None, **fields):
@@ -339,7 +359,8 @@ def one_answer():
     response = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=3))
     assert response.status_code == 200, response.text
     assert response.json()["usage"]["completion_tokens"] == 3
-    assert response.headers.get_list("x-request-id") == [response.json()["id"]]
+    (request_id,) = response.headers.get_list("x-request-id")
+    assert response.json()["id"] == f"cmpl-{request_id}"
 
 
 def test_it_joins_a_cluster_and_leaves_it_as_it_was(tmp_path, monkeypatch):

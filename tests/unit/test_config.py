@@ -22,6 +22,7 @@ BY_NAME = {f.name: f for f in OPTIONS}
 # The name and the default of each option that users of vLLM know, where manta means the same.
 VLLM = {
     "model", "tokenizer", "revision", "dtype", "load_format", "max_model_len", "chat_template",
+    "chat_template_content_format",
     "max_logprobs", "generation_config", "seed", "block_size", "gpu_memory_utilization",
     "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "enable_prefix_caching",
     "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "scheduling_policy",
@@ -123,7 +124,7 @@ def test_names_are_known_and_unique():
     assert BY_NAME.keys() >= VLLM
     assert BY_NAME.keys() - VLLM == {  # vLLM has none such, or under another meaning
         "device", "attention_backend", "preemption_mode", "max_queued_requests",
-        "max_queued_tokens", "prefault_kv_cache", "schedule_log",
+        "max_queued_tokens", "prefault_kv_cache", "sanitize_control_tokens", "schedule_log",
     }  # fmt: skip
 
 

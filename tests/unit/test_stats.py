@@ -63,6 +63,9 @@ def test_counters_add_up_under_pressure():
     assert value(metrics, "admission_rejections", "PromptTooLong") == 1
     started = {request_id for request_id, _ in firsts}
     assert value(metrics, "prompt_tokens") == sum(len(prompts[i]) for i in started)
+    stats = engine.scheduler.stats
+    computed = metrics["iteration_tokens_total"].samples[0].value
+    assert computed == stats.planned_tokens + len(firsts)
     assert total(metrics, "time_to_first_token_seconds") == len(firsts)
     assert total(metrics, "inter_token_latency_seconds") == tokens - len(firsts)
     assert total(metrics, "e2e_request_latency_seconds") == 30
@@ -76,6 +79,20 @@ def test_counters_add_up_under_pressure():
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert value(metrics, name) == 0
     assert value(metrics, "cpu_kv_blocks_used") == 0
+
+
+def test_tokens_of_steps_are_all_that_requests_took():
+    """The last token of an output, which nothing is computed of, too."""
+    engine = make_engine(num_blocks=64)
+    for i, (length, most) in enumerate(((40, 1), (3, 9), (17, 30))):
+        prompt = list(range(i, i + length))
+        sampling = SamplingParams(max_tokens=most, seed=i)
+        engine.add(Request(request_id=str(i), prompt_token_ids=prompt, sampling=sampling))
+    while engine.has_work:
+        engine.step()
+    metrics = by_name(engine)
+    assert metrics["iteration_tokens_total"].samples[0].value == 40 + 1 + 3 + 9 + 17 + 30
+    assert value(metrics, "prompt_tokens") + value(metrics, "generation_tokens") == 100
 
 
 def test_gauges_say_what_is_now():
