@@ -37,6 +37,7 @@ class EngineInfo:
     scheduling_policy: str
     default_sampling: SamplingParams
     step_timeout: float = 60.0
+    start_seconds: float = 0.0  # from the start of its process's work until it served
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,13 +31,26 @@ def cache_folders(kind: str) -> Iterator[Path]:
     next is a folder under the temporary one that only this user may touch.
     """
     with contextlib.suppress(RuntimeError):  # no HOME, and no entry among the system's users
-        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "manta" / kind
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        yield base / "manta" / kind
+        if _can_be_made(base):
+            return
     with contextlib.suppress(OSError):
         folder = Path(tempfile.gettempdir()) / f"{_PREFIX}cache-{os.geteuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()  # anybody may have made it, to put a program of theirs there
         if stat.S_ISDIR(found.st_mode) and _is_private(found):
             yield folder / kind
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Whether this user may write there, once what is missing of it has been made."""
+    try:
+        while not folder.exists():
+            folder = folder.parent
+    except OSError:
+        return False
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _is_private(found: os.stat_result) -> bool:
@@ -115,6 +128,9 @@ def _sweep(place: Path) -> None:
     for path in place.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # another's, another kind of folder, or held
             if path.lstat().st_uid != os.geteuid():
+                continue
+            if path.is_symlink() and not path.exists():
+                path.unlink()
                 continue
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
             try:

@@ -1,13 +1,14 @@
 """The HTTP application: routes, what guards them, and their description."""
 
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from cluster.client import EngineClient
@@ -16,9 +17,9 @@ from router import responses
 from router.chat import answer_chat, render
 from router.completions import answer_completion
 from router.config import RouterConfig
-from router.errors import ApiError, api_error, unavailable, wrong
+from router.errors import ApiError, api_error, client_closed, unavailable, wrong
 from router.fields import read
-from router.guard import KeyGuard, RootPath, Unforeseen
+from router.guard import Head, KeyGuard, RootPath, Unforeseen
 from router.metrics import CONTENT_TYPE, PREFIXES
 from router.openapi import describe
 from router.replies import Reply
@@ -64,6 +65,7 @@ def build_app(
     app.add_middleware(AnswerCounter, stats=service.stats)
     if config.root_path:
         app.add_middleware(RootPath, path=config.root_path)
+    app.add_middleware(Head)
     _Routes(service, version).add_to(app)
     describe(app, keys=bool(config.api_key))
     return app
@@ -74,7 +76,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
         return ApiError(error.status_code, message, headers=headers).response()
-    return api_error(error).response()
+    service: Service = request.app.state.service
+    return api_error(error, service.retry_after()).response()
 
 
 class _Routes:
@@ -213,7 +216,7 @@ class _Routes:
         length = request.headers.get("content-length", "")
         data = bytearray()
         if not (length.isdigit() and int(length) > most):
-            async for chunk in request.stream():
+            async for chunk in _chunks(request):
                 data += chunk
                 if len(data) > most:
                     break
@@ -228,6 +231,15 @@ class _Routes:
             code="request_too_large",
             headers={"connection": "close"},
         )
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises ApiError 499, which nobody reads, if the client goes."""
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect:
+        raise client_closed() from None
 
 
 def _json(value: Any) -> Response:

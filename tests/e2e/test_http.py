@@ -53,6 +53,29 @@ def test_small_routes(http: httpx.Client, server: Server) -> None:
     assert http.get("/openapi.json").json()["paths"].keys() >= {"/v1/models", CHAT}
 
 
+def test_head_is_get_without_the_body(http: httpx.Client) -> None:
+    for path in ("/health", "/v1/models", "/v1/models/manta-demo", "/metrics", "/openapi.json"):
+        head, get = http.head(path), http.get(path)
+        assert head.status_code == get.status_code == 200 and head.content == b"", path
+        assert head.headers.get("content-type") == get.headers.get("content-type"), path
+    assert http.head("/health").headers["content-length"] == "0"
+    assert http.head(CHAT).status_code == 405 and http.head("/none").status_code == 404
+
+
+def test_a_client_that_goes_in_its_body_leaves_no_traceback(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = server.service.stats.metrics()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with (
+        caplog.at_level("INFO", "manta"),
+        socket.create_connection(("127.0.0.1", server.port)) as connection,
+    ):
+        connection.sendall(head.encode() + b'Content-Length: 100\r\n\r\n{"messages": [')
+    until(lambda: server.service.stats.metrics() != before, PATIENCE)
+    assert not caplog.records
+
+
 def test_tokenize_and_back(http: httpx.Client, server: Server) -> None:
     answer = http.post("/tokenize", json={"prompt": FRANCE, "return_token_strs": True}).json()
     assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"]) == 5
@@ -260,7 +283,7 @@ def test_an_engine_that_dies_in_a_stream(server: Server) -> None:
         for path in ("/health", "/v1/models"):
             assert http.get("/health").status_code == 503, path
         response = http.post("/v1/completions", json={"prompt": FRANCE})
-        assert response.status_code == 503 and response.headers["retry-after"] == "1"
+        assert response.status_code == 503 and response.headers["retry-after"] == "5"
         error_of(response)
         until(lambda: server.service.stats.in_flight == 0)
 
@@ -292,7 +315,7 @@ def test_starting(server: Server) -> None:
                 http.get("/health"),
                 http.get("/v1/models"),
             ):
-                assert response.status_code == 503 and response.headers["retry-after"] == "1"
+                assert response.status_code == 503 and response.headers["retry-after"] == "5"
                 assert error_of(response)["code"] == "starting"
     finally:
         server.engines.extend(engines)

@@ -99,19 +99,19 @@ def test_caches_without_a_home_are_in_a_folder_that_only_this_user_may_touch(
         return run.stdout.split()
 
     assert found(*nobody()) == [f"{tmp_path}/manta-cache-54321/kernels"]
-    home, own = found(HOME="/nowhere", XDG_CACHE_HOME="")
-    assert home == "/nowhere/.cache/manta/kernels"
+    home, own = found(HOME="/dev/null", XDG_CACHE_HOME="")
+    assert home == "/dev/null/.cache/manta/kernels"
     assert own == f"{tmp_path}/manta-cache-{os.geteuid()}/kernels"
     (tmp_path / f"manta-cache-{os.geteuid()}").chmod(0o777)  # anybody could put a library there
-    assert found(HOME="/nowhere", XDG_CACHE_HOME="") == [home]
-    assert found(XDG_CACHE_HOME="/x")[0] == "/x/manta/kernels"
+    assert found(HOME="/dev/null", XDG_CACHE_HOME="") == [home]
+    assert found(XDG_CACHE_HOME=str(tmp_path)) == [f"{tmp_path}/manta/kernels"]
 
 
 def test_a_folder_that_another_user_made_is_none_of_the_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/x")
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / f"manta-cache-{os.geteuid()}").symlink_to(tmp_path / "elsewhere")
-    assert list(cache_folders("kernels")) == [Path("/x/manta/kernels")]
+    assert list(cache_folders("kernels")) == [Path("/dev/null/x/manta/kernels")]
