@@ -75,8 +75,10 @@ def join_ray(address: str, **options: Any) -> None:
     Raises ConfigError if the address is none, EngineError if nobody answers there.
     """
     named = f"{ADDRESS}={os.environ.get(ADDRESS) or address}"
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    known = scheme in ("", "ray") and host and port.isdecimal()
+    if not known or not 0 < int(port) < 1 << 16:
         raise ConfigError(
             f"{ADDRESS} must be HOST:PORT of a Ray cluster (of its GCS, 6379 by default), auto or"
             f" local, got {address[:200]!r}"

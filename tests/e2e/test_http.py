@@ -13,11 +13,10 @@ from cluster.client import EngineLoad
 from cluster.loop import LocalClient
 from engine.config import EMBEDDED_MODEL
 from tests.support.server import ENGINE_OPTIONS, Server, serving
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 FRANCE = "The capital of France is"
 CHAT = "/v1/chat/completions"
-PATIENCE = 10.0  # seconds for the scheduler to come to a state
 ROUTER: dict[str, Any] = {"max_body_bytes": 20_000, "trust_request_chat_template": True}
 
 

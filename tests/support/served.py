@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 
 from deploy.ports import free_ports
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 120
 
 
 class Served:
@@ -29,10 +29,10 @@ class Served:
 
     def wait_until_ready(self) -> None:
         """Until /health says so; fails with the log if the server ends instead."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while self.process.poll() is None and time.monotonic() < deadline:
             try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                if httpx.get(f"{self.url}/health", timeout=60).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
@@ -43,7 +43,7 @@ class Served:
         """SIGTERM, as an operator would; its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(90)
+        return self.process.wait(PATIENCE)
 
 
 @contextmanager
