@@ -378,6 +378,7 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
         RAY_SERVE_ENABLE_HA_PROXY="1",
         RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
         RAY_SERVE_HAPROXY_BINARY_PATH=str(programs / "manta-haproxy"),
+        RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH="deploy.haproxy_guard.install",
     )
     assert all(name in printed.stdout for name in variables)
     with (tmp_path / "log").open("w") as log, cluster(log, **variables) as (process, ports):
