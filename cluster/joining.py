@@ -128,7 +128,7 @@ class OwnRay:
     """
 
     def __init__(self, files: RunFolder | None = None, **options: Any) -> None:
-        _check_open_files()
+        _check_machine()
         self._files = RunFolder() if files is None else files
         self.folder = self._files.path
         self._set_token()
@@ -196,8 +196,19 @@ def _own_processes() -> dict[str, list[Any]]:
     return {} if node is None else node.all_processes
 
 
-def _check_open_files() -> None:
-    """Raises ConfigError if this process may not open enough files; Ray takes all that it may."""
+def _check_machine() -> None:
+    """Raises ConfigError for what Ray itself would take half a minute to fail of, or not name.
+
+    It takes as many open files as it may.
+    """
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", 0))
+        except OSError as error:
+            raise ConfigError(
+                f"Ray needs 127.0.0.1, which this machine has not ({error.strerror}):"
+                " ip address add 127.0.0.1/8 dev lo"
+            ) from None
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < LEAST_FILES:
         raise ConfigError(

@@ -62,18 +62,11 @@ class _StoppedEarly(BaseException):
 
 class _Server:
     def __init__(self, settings: Settings) -> None:
-        from cluster.joining import cluster_address
-
         self._settings = settings
         self._started = time.monotonic()
         self._signalled = False
         self._ready = False
-        self._address = cluster_address() if os.environ.get("RAY_ADDRESS") else None
-        if self._address is not None and settings.router.ssl_certfile is not None:
-            raise ConfigError(
-                "ssl_certfile and ssl_keyfile need a Ray that manta starts itself; on a cluster"
-                " (RAY_ADDRESS) put a proxy that has the certificate before it"
-            )
+        self._address: str | None = None  # of a cluster that is joined
         self._files: RunFolder | None = None
         self._ray: OwnRay | None = None
         self._own_serve = False
@@ -164,9 +157,15 @@ class _Server:
 
     def _start_ray(self) -> None:
         """Start Ray on this machine, or join the cluster of RAY_ADDRESS."""
-        from cluster.joining import OwnRay, join_ray
+        from cluster.joining import ADDRESS, OwnRay, cluster_address, join_ray
 
         router = self._settings.router
+        self._address = cluster_address() if os.environ.get(ADDRESS) else None
+        if self._address is not None and router.ssl_certfile is not None:
+            raise ConfigError(
+                "ssl_certfile and ssl_keyfile need a Ray that manta starts itself; on a cluster"
+                f" ({ADDRESS}) put a proxy that has the certificate before it"
+            )
         variables = serve_environment.everywhere(router)
         os.environ.update(variables)
         if self._address is not None:

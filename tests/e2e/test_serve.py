@@ -18,6 +18,7 @@ import pytest
 from ray._common.utils import reset_ray_address
 
 from deploy.ports import free_ports
+from tests.support.served import certificate, gone, left_of
 from tests.support.waiting import PATIENCE, until
 
 PORT = 8123
@@ -48,28 +49,6 @@ def wait_ready(process, log, url=URL, timeout=PATIENCE, path="/health", **client
                 return
         assert time.monotonic() < deadline, Path(log.name).read_text()
         time.sleep(0.01)
-
-
-def left_of(session):
-    """Processes of a session, and of those that its members started, by their environment."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):
-            environment = Path(f"/proc/{entry}/environ").read_bytes()
-            if f"MANTA_TEST={session}\0".encode() in environment:
-                words = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if words:  # no zombie
-                    found.append(f"{entry} {words[:100]}")
-    return found
-
-
-def gone(session, timeout=PATIENCE):
-    deadline = time.monotonic() + timeout
-    while left := left_of(session):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -259,13 +238,6 @@ def test_a_signal_drains_and_nothing_is_left(server):
     assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [1000] * 8
     assert process.wait(PATIENCE) == 0
     gone(session)
-
-
-def certificate(folder):
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    subprocess.run([*command, *names, *files], check=True, capture_output=True)
 
 
 def test_https_a_key_and_a_config_file_and_a_second_signal_that_ends_it_at_once(tmp_path):
