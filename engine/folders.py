@@ -43,6 +43,19 @@ def cache_folders(kind: str) -> Iterator[Path]:
             yield folder / kind
 
 
+def cache_folder(kind: str) -> Path:
+    """The first of ``cache_folders`` that can be written to. Raises OSError if none can."""
+    cause: OSError = FileNotFoundError("there is no folder for caches")
+    for folder in cache_folders(kind):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+        except OSError as error:
+            cause = error
+    raise cause
+
+
 def _can_be_made(folder: Path) -> bool:
     """Whether this user may write there, once what is missing of it has been made."""
     try:

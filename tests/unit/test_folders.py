@@ -11,7 +11,7 @@ import pytest
 
 from engine import folders
 from engine.errors import ConfigError
-from engine.folders import RunFolder, cache_folders
+from engine.folders import RunFolder, cache_folder, cache_folders
 from tests.support.users import nobody
 
 
@@ -111,7 +111,11 @@ def test_a_folder_that_another_user_made_is_none_of_the_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cache_folder("kernels") == tmp_path / "cache/manta/kernels"
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/x")
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / f"manta-cache-{os.geteuid()}").symlink_to(tmp_path / "elsewhere")
     assert list(cache_folders("kernels")) == [Path("/dev/null/x/manta/kernels")]
+    with pytest.raises(OSError):
+        cache_folder("kernels")
