@@ -152,6 +152,10 @@ class _Server:
                 self._files.remove()
             if self._address is None:
                 end(descendants([os.getpid()]))  # what Ray had begun to start
+            else:
+                import ray
+
+                ray.shutdown()
 
     # ---- inside ----
 

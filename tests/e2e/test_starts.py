@@ -131,6 +131,27 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_program_with_several_workers_starts_there_too_and_leaves_nothing(
+    temporary: Path,
+) -> None:
+    program = (
+        "from manta import LLM, SamplingParams\n"
+        "llm = LLM(tensor_parallel_size=2, num_gpu_blocks_override=140, swap_space=0.1)\n"
+        "(output,) = llm.generate('The capital of France is', SamplingParams(temperature=0))\n"
+        "print(output.outputs[0].text)\n"
+    )
+    done = subprocess.run(
+        [*poor(), sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0 and done.stdout.startswith(" Paris."), done.stderr
+    assert [path.name for path in temporary.iterdir()] == ["manta-cache-54321"]
+
+
 @pytest.fixture(scope="module")
 def server(temporary: Path) -> Iterator[Served]:
     """For a user who is none, without a home, where there is little of anything."""
