@@ -22,6 +22,7 @@ MOST_CHARACTERS = 107 - len(_LONGEST_SOCKET)
 _PREFIX = "manta-"
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 _LOCK = "lock"
+_HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
 
 
 def cache_folders(kind: str) -> Iterator[Path]:
@@ -54,6 +55,21 @@ def cache_folder(kind: str) -> Path:
         except OSError as error:
             cause = error
     raise cause
+
+
+def settle_hub_cache() -> None:
+    """Have huggingface_hub, once it is imported, keep its files where this user may write.
+
+    Without a home that would be a folder called ``~``. One that has files already is left.
+    """
+    if any(os.environ.get(name) for name in _HUB_VARIABLES):
+        return
+    with contextlib.suppress(OSError, RuntimeError):
+        base = Path.home() / ".cache"
+        if (base / "huggingface").exists() or _can_be_made(base):
+            return
+    with contextlib.suppress(OSError):  # else the hub's own error says why it cannot fetch
+        os.environ["HF_HOME"] = str(cache_folder("huggingface"))
 
 
 def _can_be_made(folder: Path) -> bool:

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from engine.folders import cache_folders
+from engine.folders import cache_folders, settle_hub_cache
 from engine.pieces import ByteDecoder, byte_decoder
 
 if TYPE_CHECKING:
@@ -215,6 +215,7 @@ def _check_packages(folder: Path) -> None:
 
 
 def _from_transformers(path_or_id: str, revision: str | None) -> Resolved:
+    settle_hub_cache()
     from transformers import AutoTokenizer
 
     options = {} if revision is None else {"revision": revision}

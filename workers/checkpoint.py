@@ -15,6 +15,7 @@ import torch
 
 from engine.config import EMBEDDED_MODEL
 from engine.errors import CheckpointError, ConfigError
+from engine.folders import settle_hub_cache
 
 EMBEDDED_PATH = Path(__file__).resolve().parent.parent / "deploy" / "demo_model"
 TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -127,6 +128,7 @@ def resolve(model: str, revision: str | None = None, load_format: str = "auto") 
 
 
 def _fetch(model: str, revision: str | None, load_format: str) -> Path:
+    settle_hub_cache()
     from huggingface_hub import snapshot_download  # slow to import, and only needed here
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

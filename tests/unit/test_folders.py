@@ -107,6 +107,28 @@ def test_caches_without_a_home_are_in_a_folder_that_only_this_user_may_touch(
     assert found(XDG_CACHE_HOME=str(tmp_path)) == [f"{tmp_path}/manta/kernels"]
 
 
+def test_the_hub_keeps_its_files_where_a_user_without_a_home_may_write(tmp_path: Path) -> None:
+    code = (
+        "from engine.folders import settle_hub_cache; settle_hub_cache()\n"
+        "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    )
+
+    def found(*command: str, **environment: str) -> str:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
+        run = subprocess.run(
+            [*command, sys.executable, "-c", code],
+            env={**kept, "TMPDIR": str(tmp_path), **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return run.stdout.strip()
+
+    assert found(*nobody()) == f"{tmp_path}/manta-cache-54321/huggingface/hub"
+    assert found(*nobody(), HF_HOME="/given") == "/given/hub"
+    assert found(HOME=str(tmp_path)) == f"{tmp_path}/.cache/huggingface/hub"
+
+
 def test_a_folder_that_another_user_made_is_none_of_the_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
