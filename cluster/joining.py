@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from cluster.processes import descendants, end
+from cluster.processes import descendants, end, runs
 from engine.errors import ConfigError, EngineError
 from engine.folders import RunFolder
 from engine.log import get_logger, waiting_for
@@ -157,10 +157,14 @@ class OwnRay:
             ) from error
 
     def ended(self) -> str | None:
-        """Which of the processes that it cannot go on without has ended, if one has."""
+        """Which of the processes that it cannot go on without has ended, if one has.
+
+        Such a one stays a zombie: Ray's workers end once their raylet's id is gone, and they are
+        to finish what runs.
+        """
         for name in ("raylet", "gcs_server"):
             for info in _own_processes().get(name, ()):
-                if info.process.poll() is not None:
+                if not runs(info.process.pid):
                     return name
         return None
 

@@ -22,6 +22,12 @@ class Process(NamedTuple):
         return found is not None and found[0] != "Z" and int(found[19]) == self.started
 
 
+def runs(pid: int) -> bool:
+    """Whether a process is there, and no zombie. It is not reaped."""
+    found = _stat(pid)
+    return found is not None and found[0] != "Z"
+
+
 def descendants(pids: Iterable[int]) -> list[Process]:
     """The processes that these ones started, and those that they started."""
     children: dict[int, list[Process]] = {}
