@@ -291,3 +291,22 @@ def test_a_machine_with_ipv6_only_serves_and_one_without_a_loopback_is_told(
     said = (tmp_path / "log").read_text()
     assert done.returncode == 0 and '"id":"manta-demo"' in done.stdout, (done.stderr, said)
     assert "Ready at http://localhost:8000 in" in said
+
+
+def test_a_start_that_takes_too_long_ends_and_keeps_rays_logs(tmp_path: Path) -> None:
+    session = f"late-{os.getpid()}"
+    done = subprocess.run(
+        [*SERVE, *SMALL, "--host", "127.0.0.1", "--startup-timeout", "1"],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path), "MANTA_TEST": session},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 2, done.stderr
+    *_, kept, error = done.stderr.splitlines()
+    assert error == "manta: error: no engine is ready within startup_timeout (1 s)"
+    gone(session)
+    (folder,) = tmp_path.iterdir()
+    assert "The logs of Ray stay in " in kept
+    assert (folder / "ray/session_latest/logs/raylet.out").is_file()
