@@ -148,7 +148,7 @@ class _Server:
                 self._ray.stop(keep_logs)
                 if keep_logs:
                     log.info("The logs of Ray stay in %s until the next start", self._ray.folder)
-            elif self._files is not None:
+            elif self._files is not None and not keep_logs:
                 self._files.remove()
             if self._address is None:
                 end(descendants([os.getpid()]))  # what Ray had begun to start

@@ -102,8 +102,9 @@ class RunFolder:
             _sweep(place)
         self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         # Whoever finds a lock that nobody holds removes the folder, so it appears held.
-        self._lock = os.open(self._folder / "new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        lock = os.open(self._folder / "new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        self._lock: int | None = lock
         os.rename(self._folder / "new", self._folder / _LOCK)
         self.path = self._folder
         if len(os.fsencode(self._folder)) > MOST_CHARACTERS:
@@ -116,12 +117,13 @@ class RunFolder:
     def remove(self) -> None:
         """Remove it with all that it holds."""
         _remove(self.path)
-        with contextlib.suppress(OSError):
-            os.close(self._lock)
+        self.leave()
 
     def leave(self) -> None:
         """Leave it for somebody to read, until the next one is made."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
 
 
 def _temporary() -> Path:
