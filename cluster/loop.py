@@ -23,6 +23,7 @@ from cluster.messages import (
     Cancel,
     Command,
     Drain,
+    EndRequests,
     Entry,
     Refused,
     StopAtText,
@@ -179,6 +180,9 @@ class EngineLoop:
         if isinstance(command, Drain):
             self._start_drain()
             return
+        if isinstance(command, EndRequests):
+            self._end_requests(command.cause)
+            return
         if isinstance(command, Ask):
             self._batch(client).answers.append((command.number, self.engine.metrics()))
             return
@@ -317,6 +321,14 @@ class EngineLoop:
     def _end(self, request: _Request) -> None:
         self.engine.abort(request.request_id)
         self._forget(request)
+
+    def _end_requests(self, cause: str) -> None:
+        """End every client's requests with an error."""
+        for client in self._clients.values():
+            if client.requests:
+                self._batch(client).failure = cause
+            for request in list(client.requests.values()):
+                self._end(request)
 
     def _finished(self, request: _Request, index: int) -> None:
         request.unfinished.discard(index)

@@ -3,6 +3,9 @@
 Serve runs this (by ``RAY_SERVE_HAPROXY_BINARY_PATH``, see ``program``) in HAProxy's place:
 
 - HTTPS, which Serve's template does not know (``MANTA_TLS_PEM``: certificate and key);
+- ``::`` is every address, of IPv6 too (``MANTA_HOST``: the host, which Serve makes ``*`` of);
+- its own statistics listen where the server does, not everywhere;
+- a request id that is no text, on which Serve would fail, is dropped;
 - while no ingress replica is there, clients get an answer in OpenAI's shape, 503 with Retry-After;
 - an answer has one x-request-id, its own: Serve adds another;
 - nothing is spliced: after a request whose body came in a packet of its own, as httpx sends it,
@@ -24,9 +27,11 @@ import sys
 from pathlib import Path
 
 TLS_PEM = "MANTA_TLS_PEM"
+HOST = "MANTA_HOST"
 NAME = "manta-haproxy"
 RUN_BY_SERVE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HOST_TIMEOUT = 10  # seconds in which an ingress replica's host acknowledges or takes nothing
+RETRY_AFTER = 5  # seconds in which an ingress replica that ended is replaced
 ADMIN_SOCKET = "admin.sock"  # where HAProxy answers questions
 _PR_SET_PDEATHSIG = 1
 _UNAVAILABLE = (
@@ -45,7 +50,11 @@ _PROBE = f"    option srvtcpka\n    srvtcpka-idle {HOST_TIMEOUT // 2}s\n"
 _PROBE += f"    srvtcpka-intvl {HOST_TIMEOUT // 2}s\n"
 _DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 _SERVER = re.compile(r"^    server .*", re.MULTILINE)
-_BIND = re.compile(r"(frontend http_frontend\n    bind \S+)\n")
+_BIND = re.compile(r"(frontend http_frontend\n    bind )(\S+):(\d+)\n")
+_OWN_BIND = re.compile(r"^(frontend prometheus\n    bind |listen stats\n  bind )\*?:", re.MULTILINE)
+_TEXT_ID = (
+    "    http-request del-header x-request-id if { req.hdr(x-request-id) -m reg [^\\x20-\\x7e] }\n"
+)
 
 
 def program(folder: Path) -> Path:
@@ -98,10 +107,14 @@ def requests(folder: Path) -> int:
     return count
 
 
-def adapt(config: str, tls_pem: str | None) -> str:
-    """The configuration with manta's changes. Raises ValueError if it is not as Serve writes it."""
+def adapt(config: str, tls_pem: str | None, host: str | None = None) -> str:
+    """The configuration with manta's changes; ``host`` is what the server was told to listen on.
+
+    Raises ValueError if it is not as Serve writes it.
+    """
     escaped = _UNAVAILABLE.replace('"', '\\"').replace(" ", "\\ ")
-    answer = "    http-request return status 503 hdr Retry-After 1 content-type application/json"
+    answer = f"    http-request return status 503 hdr Retry-After {RETRY_AFTER}"
+    answer += " content-type application/json"
     config, count = _NO_BACKEND.subn(lambda match: f"{match[1]}{answer} string {escaped}\n", config)
     if count != 1:
         raise ValueError("the default backend is not where it was")
@@ -111,9 +124,14 @@ def adapt(config: str, tls_pem: str | None) -> str:
         raise ValueError("the defaults are not where they were")
     config = _SERVER.sub(lambda match: f"{match[0]} tcp-ut {HOST_TIMEOUT}s", config)
     tls = "" if tls_pem is None else f" ssl crt {tls_pem} alpn h2,http/1.1"
-    config, count = _BIND.subn(lambda match: f"{match[1]}{tls}\n{_ONE_ID}", config)
-    if count != 1:
+    found = _BIND.search(config)
+    if found is None:
         raise ValueError("the frontend is not where it was")
+    address, both = ("[::]", " v4v6") if host == "::" else (found[2], "")
+    bind = f"{found[1]}{address}:{found[3]}{both}{tls}\n{_TEXT_ID}{_ONE_ID}"
+    config = config[: found.start()] + bind + config[found.end() :]
+    if address not in ("*", "[::]"):
+        config = _OWN_BIND.sub(lambda match: f"{match[1]}{address}:", config)
     return config
 
 
@@ -122,7 +140,7 @@ def _error_page(folder: Path) -> None:
     (folder / "500.http").write_text(
         "HTTP/1.1 503 Service Unavailable\r\n"
         "Content-Type: application/json\r\n"
-        "Retry-After: 1\r\n"
+        f"Retry-After: {RETRY_AFTER}\r\n"
         f"Content-Length: {len(_UNAVAILABLE)}\r\n\r\n{_UNAVAILABLE}"
     )
 
@@ -135,7 +153,7 @@ def become(binary: str, arguments: list[str]) -> None:
         sys.exit(1)
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])
-        path.write_text(adapt(path.read_text(), os.environ.get(TLS_PEM)))
+        path.write_text(adapt(path.read_text(), os.environ.get(TLS_PEM), os.environ.get(HOST)))
         _error_page(path.parent)
     os.execv(binary, [binary, *arguments])
 

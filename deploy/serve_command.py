@@ -7,7 +7,10 @@ from typing import Any
 from deploy.options import add_model_option, add_options, from_words, given, given_model
 from engine.config import EMBEDDED_MODEL
 from engine.errors import CheckpointError, ConfigError
+from engine.log import get_logger
 from engine.vllm_options import translated
+
+log = get_logger("serve")
 
 KEY_VARIABLE = "MANTA_API_KEY"
 
@@ -53,16 +56,29 @@ def _run(args: argparse.Namespace) -> None:
     if "api_key" not in options and os.environ.get(KEY_VARIABLE):
         options["api_key"] = (os.environ[KEY_VARIABLE],)
     options.setdefault("served_model_name", (options["model"],))
-    for name in ("model", "tokenizer", "chat_template"):  # Ray's processes run elsewhere
+    for name in (
+        "model",
+        "tokenizer",
+        "chat_template",
+        "api_key_file",
+    ):  # Ray's processes run elsewhere
         if isinstance(options.get(name), str) and os.path.exists(options[name]):
             options[name] = os.path.abspath(options[name])
+    if getattr(args, "api_key", None):
+        log.warning(
+            "--api-key can be read in the list of processes: --api-key-file and %s cannot",
+            KEY_VARIABLE,
+        )
     settings = Settings.from_options(options)
+    settings.router.keys()
     model = settings.engine.model.model
     if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
         raise CheckpointError(f"there is no folder {model!r}")
     if args.print_serve_config:
         from deploy.serve_config import serve_config
 
+        if settings.router.api_key:
+            log.warning("The configuration holds the API keys themselves: see --api-key-file")
         print(serve_config(settings), end="")
         return
     _check_files(settings.router.ssl_certfile, settings.router.ssl_keyfile)

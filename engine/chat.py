@@ -197,11 +197,11 @@ def render(
 def _open_end(message: dict[str, Any]) -> str:
     """Mark the end of the final message, in its last part if it has parts; the text before that."""
     content = message.get("content")
-    if not content:
-        raise RequestError("continue_final_message needs a final message with some content")
     if isinstance(content, str):
         message["content"] = content + _OPEN_END
         return content
+    if not content:
+        raise RequestError("continue_final_message needs a final message with content")
     *before, last = content
     message["content"] = [*before, {**last, "text": last["text"] + _OPEN_END}]
     text: str = last["text"]

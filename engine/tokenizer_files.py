@@ -5,6 +5,7 @@ all is read with ``tokenizers`` alone, and what transformers made of another is 
 start, under a name that is a hash of all that it depends on.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from engine.errors import CheckpointError
+from engine.folders import cache_folders, settle_hub_cache
 from engine.pieces import ByteDecoder, byte_decoder
 
 if TYPE_CHECKING:
@@ -158,13 +160,14 @@ def resolve(path_or_id: str | Path, revision: str | None) -> Resolved:
         return _from_transformers(str(path_or_id), revision)
     if (plain := _read_plain(folder)) is not None:
         return plain
-    kept = _kept_file(folder)
-    if kept.is_file():
-        return _read_kept(kept)
+    name = _kept_name(folder)
+    for kept in cache_folders("tokenizers"):
+        if (kept / name).is_file():
+            return _read_kept(kept / name)
     _check_packages(folder)
     resolved = _from_transformers(str(folder), None)
     if isinstance(resolved.backend, FastBackend) and (backend := resolved.backend.to_json()):
-        _keep(resolved, backend, kept)
+        _keep(resolved, backend, name)
     return resolved
 
 
@@ -259,6 +262,7 @@ def reason(error: Exception) -> str:
 
 
 def _auto_tokenizer(path_or_id: str, revision: str | None) -> Any:
+    settle_hub_cache()
     from transformers import AutoTokenizer
 
     options = {} if revision is None else {"revision": revision}
@@ -274,8 +278,8 @@ def _from_transformers(path_or_id: str, revision: str | None) -> Resolved:
     return Resolved(backend, special, extra, _templates(loaded.chat_template))
 
 
-def _kept_file(folder: Path) -> Path:
-    """Where the tokenizer that transformers makes of this folder is kept."""
+def _kept_name(folder: Path) -> str:
+    """The file in which the tokenizer that transformers makes of this folder is kept."""
     digest = hashlib.sha256(str(folder).encode())
     for package in _DECIDING_PACKAGES:
         try:
@@ -286,19 +290,18 @@ def _kept_file(folder: Path) -> Path:
         if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
             content = path.read_bytes()
             digest.update(f"\0{path.name} {len(content)}\0".encode() + content)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "manta" / "tokenizers" / f"{digest.hexdigest()[:20]}.json"
+    return f"{digest.hexdigest()[:20]}.json"
 
 
-def _keep(resolved: Resolved, backend: str, kept: Path) -> None:
+def _keep(resolved: Resolved, backend: str, name: str) -> None:
     value = {**resolved._asdict(), "backend": backend}
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
-            json.dump(value, file)
-        os.replace(file.name, kept)
-    except OSError:
-        pass  # a home that cannot be written to: the next start is slow too
+    for folder in cache_folders("tokenizers"):
+        with contextlib.suppress(OSError):  # without any, the next start is slow too
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+                json.dump(value, file)
+            os.replace(file.name, folder / name)
+            return
 
 
 def _read_kept(kept: Path) -> Resolved:

@@ -1,13 +1,14 @@
 """The HTTP application: routes, what guards them, and their description."""
 
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from cluster.client import EngineClient
@@ -16,9 +17,9 @@ from router import responses
 from router.chat import answer_chat, render
 from router.completions import answer_completion
 from router.config import RouterConfig
-from router.errors import ApiError, api_error, unavailable, wrong
+from router.errors import ApiError, api_error, client_closed, unavailable, wrong
 from router.fields import read
-from router.guard import KeyGuard, OldHttp, RequestId, RootPath, Unforeseen, given_id
+from router.guard import Head, KeyGuard, OldHttp, RequestId, RootPath, Unforeseen, given_id
 from router.metrics import CONTENT_TYPE, PREFIXES
 from router.openapi import describe
 from router.replies import Reply
@@ -72,6 +73,7 @@ def build_app(
     app.add_middleware(OldHttp)
     if config.root_path:
         app.add_middleware(RootPath, path=config.root_path)
+    app.add_middleware(Head)
     _Routes(service, version).add_to(app)
     describe(app, keys=bool(config.api_key))
     return app
@@ -82,7 +84,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
         return ApiError(error.status_code, message, headers=headers).response()
-    return api_error(error).response()
+    service: Service = request.app.state.service
+    return api_error(error, service.retry_after()).response()
 
 
 class _Routes:
@@ -223,7 +226,7 @@ class _Routes:
         length = request.headers.get("content-length", "")
         data = bytearray()
         if not (length.isdigit() and int(length) > most):
-            async for chunk in request.stream():
+            async for chunk in _chunks(request):
                 data += chunk
                 if len(data) > most:
                     break
@@ -247,6 +250,15 @@ def _take_id(request: Request, body: Sampling) -> bool:
         return True
     body.request_id = given
     return False
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises ApiError 499, which nobody reads, if the client goes."""
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect:
+        raise client_closed() from None
 
 
 def _json(value: Any) -> Response:

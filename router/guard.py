@@ -27,6 +27,23 @@ class RootPath:
         await self._app(scope, receive, send)
 
 
+class Head:
+    """ASGI middleware: HEAD is GET without the body (RFC 9110, 9.3.2), as monitors ask it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def without_body(message: Message) -> None:
+            await send({**message, "body": b""} if "body" in message else message)
+
+        await self._app({**scope, "method": "GET"}, receive, without_body)
+
+
 class Unforeseen:
     """ASGI middleware: answers an exception that no route foresaw. Starlette itself would do so
     outside all other middleware, where the answer is not counted and has no CORS headers."""

@@ -6,7 +6,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from router.answers import DONE, Answer
-from router.errors import ApiError, api_error
+from router.errors import api_error, client_closed
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -47,8 +47,7 @@ class Reply(Response):
                 work.cancel()
                 await asyncio.wait((work,))  # so that nothing of it is left
         if work.cancelled():
-            closed = ApiError(499, "the client closed the request", code="client_closed_request")
-            await closed.response()(scope, receive, send)
+            await client_closed().response()(scope, receive, send)
         else:
             work.result()
 
@@ -69,7 +68,7 @@ class Reply(Response):
                 else:
                     body = await answer.complete(generations)
         except Exception as error:
-            failure = api_error(error)
+            failure = api_error(error, answer.service.retry_after())
             if not started:
                 await failure.response()(scope, receive, send)
                 return

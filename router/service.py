@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import math
 import time
 import uuid
 from collections.abc import (
@@ -36,6 +37,10 @@ from router.stats import RouterStats
 
 T = TypeVar("T")
 INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the event loop
+# Seconds beside its own start until an engine that died has a successor: Serve notices, and starts
+# a process.
+REPLACING = 5.0
+MOST_RETRY_AFTER = 60  # OpenAI's clients heed no more
 ADMISSION_PATIENCE = 5.0  # seconds for an engine to queue a request, if another might
 
 
@@ -66,7 +71,7 @@ class ServedModel:
 
 
 def _facts(info: EngineInfo) -> EngineInfo:
-    return replace(info, engine_id="", num_device_blocks=0, num_cpu_blocks=0)
+    return replace(info, engine_id="", num_device_blocks=0, num_cpu_blocks=0, start_seconds=0.0)
 
 
 class Service:
@@ -89,6 +94,7 @@ class Service:
         self.balancer = Balancer()
         self._model: ServedModel | None = None
         self._loading = asyncio.Lock()
+        self._missing_since: float | None = None  # when it was first seen that none is there
 
     # ---- the engines ----
 
@@ -100,7 +106,26 @@ class Service:
         """
         if not self._admitting() and self._look is not None:
             await self._look()
-        return self._admitting() or [engine for engine in self.engines if engine.healthy]
+        found = self._admitting() or [engine for engine in self.engines if engine.healthy]
+        if found:
+            self._missing_since = None
+        return found
+
+    def retry_after(self) -> int:
+        """Seconds after which a request that cannot be served now should come again.
+
+        1 if an engine admits requests or all drain; else what is left of the time until one that
+        has died is replaced.
+        """
+        now = time.monotonic()
+        if any(engine.healthy for engine in self.engines):
+            self._missing_since = None
+            return 1
+        if self._missing_since is None:
+            self._missing_since = now
+        start = self._model.info.start_seconds if self._model is not None else 0.0
+        left = self._missing_since + start + REPLACING - now
+        return max(1, min(MOST_RETRY_AFTER, math.ceil(left)))
 
     def _admitting(self) -> list[EngineClient]:
         return [engine for engine in self.engines if engine.healthy and not engine.load.draining]

@@ -16,6 +16,7 @@ from engine.config import declared_options
 from manta import SamplingParams, __version__
 from tests.support.tiny_llm import start_llm
 from tests.support.tiny_tokenizer import save_tokenizer
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}w9"
@@ -49,7 +50,7 @@ def run_alone(*argv, **env):
     """The command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "deploy.cli", *argv],
-        cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
 

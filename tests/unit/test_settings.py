@@ -14,6 +14,7 @@ from deploy.haproxy import adapt
 from deploy.serve_config import serve_config
 from deploy.settings import Settings, read_config
 from engine.errors import ConfigError
+from router.config import RouterConfig
 
 
 def test_options_find_their_place():
@@ -60,7 +61,7 @@ backend app
 
 def test_haproxy_is_given_the_certificate_and_a_better_answer():
     plain = adapt(HAPROXY, None)
-    assert "status 503 hdr Retry-After 1" in plain and "404" not in plain
+    assert "status 503 hdr Retry-After 5" in plain and "404" not in plain
     assert "    bind 127.0.0.1:8000\n" in plain and "server a 127.0.0.1:30000" in plain
     assert "    bind 127.0.0.1:8000 ssl crt /k.pem alpn h2,http/1.1\n" in adapt(HAPROXY, "/k.pem")
     assert plain.count("http-response set-header x-request-id") == 1
@@ -69,6 +70,37 @@ def test_haproxy_is_given_the_certificate_and_a_better_answer():
     assert "    server a 127.0.0.1:30000 check tcp-ut 10s\n" in plain
     with pytest.raises(ValueError, match="default backend is not where"):
         adapt("global\n", None)
+
+
+def test_haproxy_listens_where_the_server_was_told_to():
+    """Serve makes * of both, and has its own statistics listen everywhere."""
+    own = "frontend prometheus\n    bind :9101\n"
+    config = own + HAPROXY.replace("127.0.0.1:8000", "*:8000") + "listen stats\n  bind *:8404\n"
+    assert "    bind [::]:8000 v4v6 ssl crt /k" in adapt(config, "/k", "::")
+    for host in ("0.0.0.0", None):
+        everywhere = adapt(config, None, host)
+        assert "    bind *:8000\n" in everywhere
+        assert "    bind :9101\n" in everywhere and "  bind *:8404\n" in everywhere
+    for host in ("127.0.0.1", "::1"):
+        alone = adapt(config.replace("*:8000", f"{host}:8000"), None, host)
+        for where in (f"    bind {host}:9101", f"    bind {host}:8000", f"  bind {host}:8404"):
+            assert f"{where}\n" in alone
+
+
+def test_keys_come_from_a_file_too(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("one\n\n  two \n")
+    config = RouterConfig.from_options(api_key=("zero",), api_key_file=str(file))
+    assert config.keys() == ("zero", "one", "two")
+    options = {"model": "m", "api_key_file": str(file)}
+    printed = serve_config(Settings.from_options(options))
+    assert "two" not in printed and f"api_key_file: {file}" in printed
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="api_key_file: .*keys has no key"):
+        config.keys()
+    file.unlink()
+    with pytest.raises(ConfigError, match="api_key_file: cannot read .*keys: No such file"):
+        config.keys()
 
 
 def test_haproxy_itself_is_the_operators_or_the_wheels(tmp_path, monkeypatch):

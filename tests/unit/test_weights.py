@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
+from tests.support.users import unprivileged
 from workers.attention import choose_backend
 from workers.checkpoint import (
     Config,
@@ -297,6 +300,43 @@ def test_truncated_files_are_named(layout: str, keep: int, copy: Callable[[str],
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
         fill(path)
+
+
+_READ = """
+import sys
+from pathlib import Path
+from engine.errors import CheckpointError
+from workers.checkpoint import load_config, resolve
+from workers.weights import _open, find_files
+for folder in sys.argv[1:]:
+    try:
+        load_config(resolve(folder))
+        with _open(find_files(Path(folder))[0]):
+            print("open")
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_what_may_not_be_read_is_not_called_damaged(
+    copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole = copy("llama")
+    names = ("model.safetensors", "pytorch_model.bin", "config.json", "")
+    folders = [Path(shutil.copytree(whole, tmp_path / f"copy{i}")) for i in range(len(names))]
+    as_pickle(folders[1])
+    for folder, name in zip(folders, names, strict=True):
+        (folder / name).chmod(0)
+    run = subprocess.run(
+        [*unprivileged(), sys.executable, "-c", _READ, str(whole), *map(str, folders)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    opened, *errors = run.stdout.splitlines()
+    assert opened == "open"
+    for folder, name, error in zip(folders, names, errors, strict=True):
+        assert error.startswith(f"cannot read {folder / name}") and "Permission denied" in error
 
 
 class _Evil:
