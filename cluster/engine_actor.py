@@ -128,7 +128,9 @@ class _EngineActor:
 
     def start(self, options: Mapping[str, Any], name: str) -> None:
         """Load the model and serve it."""
-        self._host = EngineHost(EngineConfig.from_options(**options), f"engine:{name}")
+        from cluster.replica import engine_config  # imports torch
+
+        self._host = EngineHost(engine_config(**options), f"engine:{name}")
         self._started.set()
 
     def address(self) -> str:

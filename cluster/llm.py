@@ -18,9 +18,9 @@ from cluster.prompts import (
     refuse_arguments,
     text_prompts,
 )
-from cluster.replica import default_sampling, open_checkpoint, start_replica
+from cluster.replica import default_sampling, engine_config, open_checkpoint, start_replica
 from engine.chat import load_template
-from engine.config import EMBEDDED_MODEL, EngineConfig
+from engine.config import EMBEDDED_MODEL
 from engine.errors import EngineError, RequestError
 from engine.log import get_logger
 from engine.output import RequestText
@@ -48,7 +48,7 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str] = EMBEDDED_MODEL, **options: Any) -> None:
         started = time.perf_counter()
-        self.config = EngineConfig.from_options(model=model, **options)
+        self.config = engine_config(model=model, **options)
         options_ = self.config.model
         checkpoint = open_checkpoint(self.config)
         self._defaults = (

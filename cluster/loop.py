@@ -426,10 +426,9 @@ class LocalClient:
     @classmethod
     async def start(cls, model: str, **options: Any) -> "LocalClient":
         """An engine of its own, from the options of ``LLM``; ``close`` ends it."""
-        from cluster.replica import start_engine  # imports torch
-        from engine.config import EngineConfig
+        from cluster.replica import engine_config, start_engine  # imports torch
 
-        config = EngineConfig.from_options(model=model, **options)
+        config = engine_config(model=model, **options)
         engine, info = await asyncio.to_thread(start_engine, config, uuid.uuid4().hex[:8])
         loop = EngineLoop(engine)
         loop.start()

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from engine.config import EngineConfig, declared_options
+from engine.config import EngineConfig, declared_options, with_gpu_defaults
 from engine.errors import ConfigError
 from engine.vllm_options import translated
 from router.config import RouterConfig
@@ -46,10 +46,10 @@ def with_server_defaults(options: Mapping[str, Any], num_gpus: float) -> dict[st
 
     A CPU reads about a thousand tokens of prompts a second, however many at once: with large steps
     the first of many prompts waits for the last. And a server has time before its first request
-    to take the memory of its KV blocks. On GPUs, and where it is given, all stays.
+    to take the memory of its KV blocks. GPUs have defaults of their own.
     """
     if num_gpus > 0 and options.get("device") != "cpu":
-        return dict(options)
+        return with_gpu_defaults(options)
     # Several that start at once on one machine do not see what the others are about to take.
     defaults: dict[str, Any] = {"prefault_kv_cache": options.get("num_replicas", 1) == 1}
     if options.get("enable_chunked_prefill") is not False:

@@ -20,6 +20,7 @@ from engine.vllm_options import translated
 
 Group = TypeVar("Group")
 
+GPU_STEP_TOKENS = 8192
 EMBEDDED_MODEL = "manta-demo"  # the name of the chat model that ships inside the package
 
 
@@ -151,8 +152,8 @@ class SchedulerConfig:
     )
     max_num_batched_tokens: int = option(
         2048,
-        "most tokens that one step computes; not less than max_num_seqs, or max_model_len without"
-        " chunked prefill, if only that is given",
+        "most tokens that one step computes; 8192 by default on CUDA; not less than max_num_seqs,"
+        " or max_model_len without chunked prefill, if only that is given",
         least=1,
     )
     enable_chunked_prefill: bool = option(True, "split long prompts over steps, mixed with decodes")
@@ -325,6 +326,17 @@ class EngineConfig:
                 " enable_chunked_prefill is off"
             )
         return length
+
+
+def with_gpu_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with what is not given as suits a GPU: its steps are larger, as it computes a
+    prompt's token in a thousandth of the time that a CPU takes."""
+    defaults: dict[str, Any] = {}
+    if options.get("enable_chunked_prefill") is not False:
+        budget = max(GPU_STEP_TOKENS, options.get("max_num_seqs") or 0)
+        defaults["max_num_batched_tokens"] = budget
+    given = {name: value for name, value in options.items() if value is not None}
+    return {**options, **defaults, **given}
 
 
 def _fitted(config: EngineConfig, given: Mapping[str, Any]) -> SchedulerConfig:

@@ -171,9 +171,9 @@ _TABLE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "kv_offloading_backend": ("native",), "kv_transfer_config": (), "kv_events_config": (),
         "kv_sharing_fast_prefill": (False,),
     },
-    "nothing is captured or compiled that could be chosen": {
+    "nothing is captured or compiled that could be chosen but by max_cudagraph_capture_size": {
         "compilation_config": (), "optimization_level": (), "cudagraph_capture_sizes": (),
-        "cuda_graph_sizes": (), "max_cudagraph_capture_size": (), "max_seq_len_to_capture": (ANY,),
+        "cuda_graph_sizes": (), "max_seq_len_to_capture": (ANY,),
         "max_context_len_to_capture": (ANY,), "performance_mode": ("balanced",),
         "attention_config": (), "kernel_config": (), "ir_op_priority": (),
         "enable_flashinfer_autotune": _ON_OR_OFF, "disable_cascade_attn": _ON_OR_OFF,
