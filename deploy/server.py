@@ -192,6 +192,8 @@ class _Server:
         folder = self._folder
         metrics, stats, fallback = free_ports(3, besides=router.port)
         variables = {
+            # This machine is all there is: Ray, engines and ingress replicas listen on loopback.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             haproxy.RUN_BY_SERVE: str(haproxy.program(folder)),
             # Several servers on one machine must not share these.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
