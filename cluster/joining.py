@@ -4,6 +4,8 @@ import logging
 
 import ray
 
+LOOPBACK = "127.0.0.1"
+
 
 def connect_ray() -> None:
     """Join the cluster of RAY_ADDRESS or of this machine, or start one for this process."""

@@ -3,11 +3,15 @@
 Serve runs this (by ``RAY_SERVE_HAPROXY_BINARY_PATH``, see ``program``) in HAProxy's place:
 
 - HTTPS, which Serve's template does not know (``MANTA_TLS_PEM``: certificate and key);
+- where Serve itself keeps to loopback, HAProxy listens for clients elsewhere (``MANTA_HOST``);
 - while no ingress replica is there, clients get an answer in OpenAI's shape, 503 with Retry-After;
 - an answer has one x-request-id, its own: Serve adds another;
 - nothing is spliced: after a request whose body came in a packet of its own, as httpx sends it,
   HAProxy 2.8 spun on a core to the end of the answer, and did not see its client go;
 - an ingress replica whose host vanished keeps nobody waiting for longer than ``HOST_TIMEOUT``;
+- a connection has seconds to send a request's header and the first of its body, and until then no
+  ingress replica sees it; one address cannot take all connections (``MANTA_CLIENT_CONNECTIONS``);
+- what is no HTTP, or comes too slowly, is told so in OpenAI's shape;
 - HAProxy ends with the process that started it, and does not keep the port for ever.
 
 It becomes HAProxy in the end, so the process is the one that Serve watches.
@@ -16,23 +20,55 @@ It becomes HAProxy in the end, so the process is the one that Serve watches.
 import contextlib
 import csv
 import ctypes
+import json
 import os
 import re
+import resource
 import signal
 import socket
 import sys
 from pathlib import Path
 
 TLS_PEM = "MANTA_TLS_PEM"
+HOST = "MANTA_HOST"
 NAME = "manta-haproxy"
 RUN_BY_SERVE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HOST_TIMEOUT = 10  # seconds in which an ingress replica's host acknowledges or takes nothing
+HEADER_TIMEOUT = 10  # seconds until a connection has sent a request's header
+BODY_TIMEOUT = 30  # and from then on its body, or the first 15 KB of it
+CLIENT_TIMEOUT = 120  # seconds in which a client sends nothing of a longer body, or takes nothing
+MOST_CONNECTIONS = 1 << 15  # of clients; each takes two files
+OWN_FILES = 64  # that HAProxy opens for itself
+CLIENT_CONNECTIONS = "MANTA_CLIENT_CONNECTIONS"  # most of one address; a quarter by default
 ADMIN_SOCKET = "admin.sock"  # where HAProxy answers questions
 _PR_SET_PDEATHSIG = 1
-_UNAVAILABLE = (
-    '{"error": {"message": "the server is starting or stopping", "type": "server_error",'
-    ' "param": null, "code": "unavailable"}}'
-)
+
+
+def _error(message: str, kind: str, code: str) -> str:
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
+_UNAVAILABLE = _error("the server is starting or stopping", "server_error", "unavailable")
+# HAProxy's own answers, by the name of their file. Serve makes one page for 502, 503 and 504.
+_PAGES = {
+    "500": ("503 Service Unavailable\r\nRetry-After: 1", _UNAVAILABLE),
+    "400": (
+        "400 Bad Request\r\nConnection: close",
+        _error(
+            "this is no HTTP request, or its header is larger than 15 KB",
+            "invalid_request_error",
+            "bad_request",
+        ),
+    ),
+    "408": (
+        "408 Request Timeout\r\nConnection: close",
+        _error(
+            f"the header took longer than {HEADER_TIMEOUT} s, or the body {BODY_TIMEOUT} s",
+            "invalid_request_error",
+            "request_timeout",
+        ),
+    ),
+}
 _NO_BACKEND = re.compile(r"(backend default_backend\n)    http-request return .*\n")
 _ONE_ID = (
     "    http-response set-header x-request-id %[res.fhdr(x-request-id,1)]"
@@ -43,9 +79,19 @@ _SPLICE = re.compile(r"    option splice-(request|response)\n")
 # heeded on a server's own line only, not as a default.
 _PROBE = f"    option srvtcpka\n    srvtcpka-idle {HOST_TIMEOUT // 2}s\n"
 _PROBE += f"    srvtcpka-intvl {HOST_TIMEOUT // 2}s\n"
+_TIMES = f"    timeout http-request {HEADER_TIMEOUT}s\n    option http-ignore-probes\n"
+# A client that begins to fill the table with half of a request finds its own share full. Networks
+# of IPv6 give each host a /64.
+_SHARE = """\
+    stick-table type ipv6 size 64k expire 1m store conn_cur
+    tcp-request connection track-sc0 src,ipmask(32,64)
+    tcp-request connection reject if {{ sc0_conn_cur gt {each} }}
+    http-request wait-for-body time {seconds}s
+"""
+_MAXCONN = re.compile(r"^    maxconn (\d+)\n", re.MULTILINE)
 _DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 _SERVER = re.compile(r"^    server .*", re.MULTILINE)
-_BIND = re.compile(r"(frontend http_frontend\n    bind \S+)\n")
+_BIND = re.compile(r"(frontend http_frontend\n    bind )(\S+)(:\d+)\n")
 
 
 def program(folder: Path) -> Path:
@@ -98,33 +144,61 @@ def requests(folder: Path) -> int:
     return count
 
 
-def adapt(config: str, tls_pem: str | None) -> str:
-    """The configuration with manta's changes. Raises ValueError if it is not as Serve writes it."""
+def adapt(
+    config: str,
+    folder: Path,
+    tls_pem: str | None = None,
+    host: str | None = None,
+    each: int | None = None,
+    files: int | None = None,
+) -> str:
+    """The configuration with manta's changes. Raises ValueError if it is not as Serve writes it.
+
+    folder: where the pages of errors are. tls_pem: certificate and key, for HTTPS. host: the
+    address to listen on. each: most connections of one address. files: most that this process may
+    open.
+    """
     escaped = _UNAVAILABLE.replace('"', '\\"').replace(" ", "\\ ")
     answer = "    http-request return status 503 hdr Retry-After 1 content-type application/json"
-    config, count = _NO_BACKEND.subn(lambda match: f"{match[1]}{answer} string {escaped}\n", config)
-    if count != 1:
-        raise ValueError("the default backend is not where it was")
-    config = _SPLICE.sub("", config)
-    config, count = _DEFAULTS.subn(lambda match: match[0] + _PROBE, config)
-    if count != 1:
-        raise ValueError("the defaults are not where they were")
-    config = _SERVER.sub(lambda match: f"{match[0]} tcp-ut {HOST_TIMEOUT}s", config)
+    answer = f"{answer} string {escaped}\n"
+    pages = "".join(f"    errorfile {name} {folder}/{name}.http\n" for name in ("400", "408"))
     tls = "" if tls_pem is None else f" ssl crt {tls_pem} alpn h2,http/1.1"
-    config, count = _BIND.subn(lambda match: f"{match[1]}{tls}\n{_ONE_ID}", config)
-    if count != 1:
-        raise ValueError("the frontend is not where it was")
-    return config
+    found = _MAXCONN.search(config)
+    if found is None:
+        raise ValueError("maxconn is not where it was")
+    most = int(found[1])
+    if files is not None:
+        most = max(1, min(most, (files - OWN_FILES) // 2))
+    share = _SHARE.format(each=each or max(1, most // 4), seconds=BODY_TIMEOUT)
+    for pattern, change, what in (
+        (_NO_BACKEND, lambda match: match[1] + answer, "the default backend is"),
+        (_MAXCONN, lambda match: f"    maxconn {most}\n", "maxconn is"),
+        (_DEFAULTS, lambda match: match[0] + _PROBE + _TIMES + pages, "the defaults are"),
+        (
+            _BIND,
+            lambda match: f"{match[1]}{host or match[2]}{match[3]}{tls}\n{share}{_ONE_ID}",
+            "the frontend is",
+        ),
+    ):
+        config, count = pattern.subn(change, config)
+        if count != 1:
+            raise ValueError(f"{what} not where it was")
+    config = _SPLICE.sub("", config)
+    return _SERVER.sub(lambda match: f"{match[0]} tcp-ut {HOST_TIMEOUT}s", config)
 
 
-def _error_page(folder: Path) -> None:
-    """Serve makes one page for HAProxy's own 502, 503 and 504; this one says what to do."""
-    (folder / "500.http").write_text(
-        "HTTP/1.1 503 Service Unavailable\r\n"
-        "Content-Type: application/json\r\n"
-        "Retry-After: 1\r\n"
-        f"Content-Length: {len(_UNAVAILABLE)}\r\n\r\n{_UNAVAILABLE}"
-    )
+def _write_pages(folder: Path) -> None:
+    for name, (head, body) in _PAGES.items():
+        (folder / f"{name}.http").write_text(
+            f"HTTP/1.1 {head}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}",
+            newline="",
+        )
+
+
+def _most_files() -> int | None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if hard == resource.RLIM_INFINITY else hard
 
 
 def become(binary: str, arguments: list[str]) -> None:
@@ -135,8 +209,11 @@ def become(binary: str, arguments: list[str]) -> None:
         sys.exit(1)
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])
-        path.write_text(adapt(path.read_text(), os.environ.get(TLS_PEM)))
-        _error_page(path.parent)
+        pem, host = os.environ.get(TLS_PEM), os.environ.get(HOST)
+        each = int(os.environ.get(CLIENT_CONNECTIONS, 0)) or None
+        config = adapt(path.read_text(), path.parent, pem, host, each, _most_files())
+        path.write_text(config)
+        _write_pages(path.parent)
     os.execv(binary, [binary, *arguments])
 
 

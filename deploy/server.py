@@ -75,6 +75,7 @@ class _Server:
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        from cluster.joining import LOOPBACK
         from deploy.serve import APPLICATION, build
 
         there = _serve_port()
@@ -84,7 +85,8 @@ class _Server:
         if not self._own_serve:
             log.warning("Serve runs on this cluster already: HAProxy keeps the settings it has")
         serve.start(
-            http_options={"host": router.host, "port": router.port},
+            # Serve's own processes listen there too; clients only come to HAProxy.
+            http_options={"host": LOOPBACK if self._own_ray else router.host, "port": router.port},
             proxy_location="EveryNode",
         )
         self._deployed = True
@@ -147,7 +149,8 @@ class _Server:
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM),
-            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(LONGEST_STREAM),
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(haproxy.CLIENT_TIMEOUT),
+            "RAY_SERVE_HAPROXY_MAXCONN": str(haproxy.MOST_CONNECTIONS),
             # Serve's controller looks around ten times a second: 3 % of a core, for nothing.
             "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
             # Statistics of every event that its processes handle: an eighth of what they take.
@@ -157,6 +160,8 @@ class _Server:
             # ``drain`` does this better.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }
+        if (each := self._settings.router.max_connections_per_client) is not None:
+            common[haproxy.CLIENT_CONNECTIONS] = str(each)
         os.environ.update(common)
         if not self._own_ray:
             import ray
@@ -194,6 +199,7 @@ class _Server:
         variables = {
             # This machine is all there is: Ray, engines and ingress replicas listen on loopback.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            haproxy.HOST: router.host,
             haproxy.RUN_BY_SERVE: str(haproxy.program(folder)),
             # Several servers on one machine must not share these.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),

@@ -98,7 +98,7 @@ def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 wrong = f"{where}[{i}].function.arguments must be JSON: {error}"
                 raise RequestError(wrong) from None
         clean.append({**call, "function": {**function, "arguments": arguments or {}}})

@@ -42,6 +42,12 @@ _DECIDING_PACKAGES = (
 )  # fmt: skip
 
 
+def panicked(error: BaseException) -> bool:
+    """Whether ``tokenizers`` gave up in the middle, as it does where a regular expression takes
+    too long; it raises what is no Exception then."""
+    return type(error).__name__ == "PanicException"
+
+
 class Backend(Protocol):
     """What this module needs of a tokenizer; ``tokenizers.Tokenizer`` has nearly all of it."""
 

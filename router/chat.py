@@ -38,7 +38,7 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
     ):
         raise wrong("max_tokens and max_completion_tokens are the same; give one", "max_tokens")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    prompt = await render(service, model, body)
+    prompt = await render(service, model, body, model.info.max_model_len)
     room = room_for_output(model.info, len(prompt.ids), asked, "messages")
     if asked is None:
         recommended = model.info.default_sampling.max_tokens
@@ -55,9 +55,9 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
 
 
 async def render(
-    service: Service, model: ServedModel, body: ChatRequest | TokenizeRequest
+    service: Service, model: ServedModel, body: ChatRequest | TokenizeRequest, most: int
 ) -> Prompt:
-    """The prompt that the chat template makes of the messages.
+    """The prompt that the chat template makes of the messages; see ``Service.encode`` for ``most``.
 
     Raises RequestError for wrong messages, ApiError 422 for what the template refuses.
     """
@@ -89,7 +89,8 @@ async def render(
         if "chat template" in str(error):  # nothing is wrong with them but for this model
             raise ApiError(422, str(error), param="messages", code="unprocessable") from None
         raise
-    (ids,) = await service.encode(model, [text], bool(body.add_special_tokens))
+    special = bool(body.add_special_tokens)
+    (ids,) = await service.encode(model, [text], special, most, "messages")
     return Prompt(ids, text)
 
 

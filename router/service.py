@@ -14,8 +14,10 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import ParamSpec, TypeVar
 
 from cluster.client import EngineClient, EngineInfo, RequestStream
 from cluster.streams import settled
@@ -28,15 +30,18 @@ from engine.stats import Metric
 from engine.tokenizer import Tokenizer
 from router.balance import Balancer, Ticket
 from router.config import RouterConfig
-from router.errors import ApiError, unavailable
+from router.errors import ApiError, too_long, unavailable
 from router.generation import Generation, Prompt
 from router.metrics import scrape
 from router.stats import RouterStats
 
 INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the event loop
+HEAVY_THREADS = 2  # for what takes milliseconds; no more of it at once, for memory's sake
 ADMISSION_PATIENCE = 5.0  # seconds for an engine to queue a request, if another might
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
 # Gives the metrics of other ingress processes by their ids.
 Others = Callable[[], Awaitable[Mapping[str, list[Metric]]]]
 # Brings the live set of engines up to date.
@@ -84,9 +89,11 @@ class Service:
         self._look = look
         self.stats = RouterStats()
         self.draining = False
+        self.body_bytes = 0  # of request bodies that are not complete
         self.balancer = Balancer()
         self._model: ServedModel | None = None
         self._loading = asyncio.Lock()
+        self._heavy = ThreadPoolExecutor(HEAVY_THREADS, "manta-heavy")
 
     # ---- the engines ----
 
@@ -154,14 +161,41 @@ class Service:
         if self.draining:
             raise _draining()
 
+    async def check_drain(self) -> None:
+        """Raises ApiError 503 if no engine will admit a request that is yet to be complete."""
+        self.check_admission()
+        engines = await self.reachable()
+        if engines and all(engine.load.draining for engine in engines):
+            raise _draining()
+
+    async def off_loop(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what takes more than some milliseconds in a thread, as other requests wait for the
+        event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._heavy, partial(call, *args, **kwargs))
+
     async def encode(
-        self, model: ServedModel, texts: list[str], add_special_tokens: bool
+        self, model: ServedModel, texts: list[str], special: bool, most: int, param: str
     ) -> list[list[int]]:
-        """The token ids of texts; long ones do not hold up the other requests' streams."""
+        """The token ids of texts; long ones do not hold up the other requests' streams.
+
+        special: add special tokens. most: tokens that each may have; more of them may come back,
+        but what has far more is refused by its size: ApiError context_length_exceeded, which
+        blames ``param``.
+        """
         with self.stats.time("tokenize"):
             if sum(map(len, texts)) <= INLINE_CHARACTERS:
-                return model.tokenizer.encode(texts, add_special_tokens)
-            return await asyncio.to_thread(model.tokenizer.encode, texts, add_special_tokens)
+                return model.tokenizer.encode(texts, special)
+            return await self.off_loop(_encode, model.tokenizer, texts, special, most, param)
+
+    async def bad_words(
+        self, model: ServedModel, sampling: SamplingParams
+    ) -> tuple[tuple[int, ...], ...]:
+        """The token sequences of ``sampling.bad_words``."""
+        words, tokenizer = sampling.bad_words, model.tokenizer
+        if sum(map(len, words)) <= INLINE_CHARACTERS:
+            return tuple(map(tuple, tokenizer.bad_words_ids(words)))
+        return tuple(map(tuple, await self.off_loop(tokenizer.bad_words_ids, words)))
 
     @contextlib.asynccontextmanager
     async def generations(
@@ -176,7 +210,7 @@ class Service:
 
         Raises RequestError (QueueFull, PromptTooLong) and EngineError.
         """
-        bad_words = tuple(map(tuple, model.tokenizer.bad_words_ids(sampling.bad_words)))
+        bad_words = await self.bad_words(model, sampling)
         started: list[Generation] = []
 
         async def start(number: int, prompt: Prompt) -> None:
@@ -256,6 +290,15 @@ class Service:
                 self.stats.observe("queue", queued)
             if (first := metrics.time_to_first_token) is not None:
                 self.stats.observe("first_token", first)
+
+
+def _encode(
+    tokenizer: Tokenizer, texts: list[str], special: bool, most: int, param: str
+) -> list[list[int]]:
+    for text in texts:
+        if tokenizer.surely_longer(text, most):
+            raise too_long(most, f"{len(text)} characters, which are more tokens than that", param)
+    return tokenizer.encode(texts, special)
 
 
 def _draining() -> ApiError:

@@ -44,6 +44,8 @@ def test_a_file_has_dashes_or_underscores(tmp_path):
 
 
 HAPROXY = """\
+global
+    maxconn 32768
 defaults
     option splice-request
     option splice-response
@@ -59,16 +61,38 @@ backend app
 
 
 def test_haproxy_is_given_the_certificate_and_a_better_answer():
-    plain = adapt(HAPROXY, None)
+    plain = adapt(HAPROXY, Path("/f"))
     assert "status 503 hdr Retry-After 1" in plain and "404" not in plain
     assert "    bind 127.0.0.1:8000\n" in plain and "server a 127.0.0.1:30000" in plain
-    assert "    bind 127.0.0.1:8000 ssl crt /k.pem alpn h2,http/1.1\n" in adapt(HAPROXY, "/k.pem")
+    tls = adapt(HAPROXY, Path("/f"), "/k.pem")
+    assert "    bind 127.0.0.1:8000 ssl crt /k.pem alpn h2,http/1.1\n" in tls
+    assert "    bind 10.0.0.1:8000\n" in adapt(HAPROXY, Path("/f"), host="10.0.0.1")
     assert plain.count("http-response set-header x-request-id") == 1
     assert "splice" in HAPROXY and "splice" not in plain and "no-delay" in plain
-    assert plain.startswith("defaults\n    option srvtcpka\n")
+    assert "defaults\n    option srvtcpka\n" in plain
     assert "    server a 127.0.0.1:30000 check tcp-ut 10s\n" in plain
-    with pytest.raises(ValueError, match="default backend is not where"):
-        adapt("global\n", None)
+    with pytest.raises(ValueError, match="maxconn is not where"):
+        adapt("global\n", Path("/f"))
+    with pytest.raises(ValueError, match="defaults are not where"):
+        adapt(HAPROXY.replace("defaults", "default"), Path("/f"))
+
+
+def test_one_address_has_its_share_of_connections_and_none_is_without_a_file():
+    for files, each, expected in (
+        (None, None, (32768, 8192)),
+        (10_064, None, (5000, 1250)),
+        (256, None, (96, 24)),
+        (None, 20_000, (32768, 20_000)),
+    ):
+        config = adapt(HAPROXY, Path("/f"), None, None, each, files)
+        assert f"    maxconn {expected[0]}\n" in config
+        assert f"reject if {{ sc0_conn_cur gt {expected[1]} }}\n" in config
+
+
+def test_only_haproxy_itself_counts_the_connections_of_a_client():
+    settings = Settings.from_options({"max_connections_per_client": 9})
+    with pytest.raises(ConfigError, match="MANTA_CLIENT_CONNECTIONS"):
+        serve_config(settings)
 
 
 def test_haproxy_itself_is_the_operators_or_the_wheels(tmp_path, monkeypatch):
