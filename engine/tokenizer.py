@@ -1,6 +1,6 @@
 """A checkpoint's tokenizer: text to token ids and back, chats to prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -27,8 +27,10 @@ class Tokenizer:
     too, and which would change text that a stream has already shown.
 
     special_tokens: "bos_token" and so on, to the token. chat_templates: by name ("default").
-    vocab_size: one more than the largest token id.
+    vocab_size: one more than the largest token id. renderer: what runs the templates.
     """
+
+    renderer: Callable[..., str] = staticmethod(chat.render)
 
     def __init__(self, resolved: Resolved) -> None:
         self.backend = backend = resolved.backend
@@ -196,7 +198,7 @@ class Tokenizer:
             )
         if template is chat_template and "{" not in template:
             raise RequestError(f"chat_template must be a template, got {template!r}{self._names()}")
-        return chat.render(
+        return self.renderer(
             template,
             messages,
             add_generation_prompt=add_generation_prompt,

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions, and the way from messages to a prompt."""
 
-import asyncio
 from typing import Any
 
 from msgspec import UNSET
@@ -21,7 +20,7 @@ from router.responses import (
     ChatMessage,
 )
 from router.schema import ChatRequest, TokenizeRequest
-from router.service import INLINE_CHARACTERS, ServedModel, Service
+from router.service import ServedModel, Service
 
 
 async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
@@ -73,18 +72,16 @@ async def render(
         variables["documents"] = body.documents
 
     def rendered() -> str:
-        with service.stats.time("template"):
-            return model.tokenizer.render_chat(
-                messages,
-                template,
-                add_generation_prompt=not goes_on if generation is None else generation,
-                continue_final_message=goes_on,
-                **variables,
-            )
+        return model.tokenizer.render_chat(
+            messages,
+            template,
+            add_generation_prompt=not goes_on if generation is None else generation,
+            continue_final_message=goes_on,
+            **variables,
+        )
 
-    size = sum(len(m["content"]) for m in messages if isinstance(m.get("content"), str))
     try:
-        text = rendered() if size <= INLINE_CHARACTERS else await asyncio.to_thread(rendered)
+        text = await service.rendered(rendered)
     except RequestError as error:
         if "chat template" in str(error):  # nothing is wrong with them but for this model
             raise ApiError(422, str(error), param="messages", code="unprocessable") from None

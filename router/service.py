@@ -33,6 +33,7 @@ from router.config import RouterConfig
 from router.errors import ApiError, too_long, unavailable
 from router.generation import Generation, Prompt
 from router.metrics import scrape
+from router.rendering import Renderer
 from router.stats import RouterStats
 
 INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the event loop
@@ -94,6 +95,8 @@ class Service:
         self._model: ServedModel | None = None
         self._loading = asyncio.Lock()
         self._heavy = ThreadPoolExecutor(HEAVY_THREADS, "manta-heavy")
+        self._renderer = Renderer()
+        self._rendering = ThreadPoolExecutor(1, "manta-rendering")
 
     # ---- the engines ----
 
@@ -145,9 +148,12 @@ class Service:
         facts = (info.model, info.revision, info.max_model_len, info.vocab_size, info.block_size)
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
         template = info.chat_template
+        tokenizer = Tokenizer.load(info.tokenizer, info.revision)
+        tokenizer.renderer = self._renderer.render
+        self._renderer.start()
         return ServedModel(
             info,
-            Tokenizer.load(info.tokenizer, info.revision),
+            tokenizer,
             None if template is None else load_template(template),
             names,
             f"fp_{digest}",
@@ -173,6 +179,12 @@ class Service:
         event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._heavy, partial(call, *args, **kwargs))
+
+    async def rendered(self, render: Callable[[], str]) -> str:
+        """What ``render`` makes with a chat template, which the event loop does not wait for."""
+        with self.stats.time("template"):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._rendering, render)
 
     async def encode(
         self, model: ServedModel, texts: list[str], special: bool, most: int, param: str
