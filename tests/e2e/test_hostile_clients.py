@@ -5,12 +5,11 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from benchmarks.processes import title, tree
+from tests.support.listeners import listeners
 from tests.support.served import Served, serve
 
 SHARE = 60  # connections of one address
@@ -50,24 +49,11 @@ def answered(served: Served) -> bool:
 
 
 def test_only_the_clients_port_is_open_to_other_machines(served: Served) -> None:
-    inodes = {}
-    for pid in tree(served.process.pid):
-        with contextlib.suppress(OSError):
-            for file in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(OSError):
-                    inodes[str(file.readlink())] = title(pid)
-    loopback = ("0100007F:", "0000000000000000FFFF00000100007F:", f"{'0' * 24}01000000:")
-    open_to_all, seen = set(), set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            name = inodes.get(f"socket:[{fields[9]}]")
-            if fields[3] == "0A" and name is not None:  # listens
-                seen.add(name)
-                if not fields[1].startswith(loopback):
-                    open_to_all.add(name)
-    assert {"haproxy", "raylet", "ray::ServeReplica:manta:Engine"} <= seen
-    assert open_to_all == {"haproxy"}
+    found = list(listeners(served.process.pid))
+    assert {"haproxy", "raylet", "ray::ServeReplica:manta:Engine"} <= {one.process for one in found}
+    open_to_all = {(one.process, one.port) for one in found if not one.on_loopback}
+    assert {process for process, _ in open_to_all} == {"haproxy"}
+    assert ("haproxy", served.port) in open_to_all
 
 
 def test_a_request_that_never_comes_whole_is_ended_and_no_router_sees_it(served: Served) -> None:

@@ -72,7 +72,9 @@ def test_a_child_that_answers_nothing_is_killed_and_replaced(monkeypatch: Any) -
     renderer = Renderer()
     renderer.start()
     with pytest.raises(RequestError, match="more time or memory than it may"):
-        renderer.render("{{ (10 ** (10 ** 9)) % 7 }}", HELLO, **OPTIONS)  # no signal gets in between
+        renderer.render(
+            "{{ (10 ** (10 ** 9)) % 7 }}", HELLO, **OPTIONS
+        )  # no signal gets in between
     monkeypatch.undo()
     assert renderer.render(PLAIN, HELLO, **OPTIONS) == "<s>user: Hello;"
     renderer.stop()
