@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from cluster.client import EngineInfo, EngineLoad
@@ -297,6 +297,8 @@ class EngineLoop:
 
     def _submit(self, client: _Client, command: Submit) -> None:
         number, request = command.number, command.request
+        if not request.client:  # a program of its own
+            request = replace(request, client=f"connection {id(client)}")
         batch = self._batch(client)
         try:
             if self.failure is not None:

@@ -11,6 +11,7 @@ Serve runs this (by ``RAY_SERVE_HAPROXY_BINARY_PATH``, see ``program``) in HAPro
 - an ingress replica whose host vanished keeps nobody waiting for longer than ``HOST_TIMEOUT``;
 - a connection has seconds to send a request's header and the first of its body, and until then no
   ingress replica sees it; one address cannot take all connections (``MANTA_CLIENT_CONNECTIONS``);
+- ingress replicas are told a client's address, for fair shares;
 - what is no HTTP, or comes too slowly, is told so in OpenAI's shape;
 - HAProxy ends with the process that started it, and does not keep the port for ever.
 
@@ -80,6 +81,7 @@ _SPLICE = re.compile(r"    option splice-(request|response)\n")
 _PROBE = f"    option srvtcpka\n    srvtcpka-idle {HOST_TIMEOUT // 2}s\n"
 _PROBE += f"    srvtcpka-intvl {HOST_TIMEOUT // 2}s\n"
 _TIMES = f"    timeout http-request {HEADER_TIMEOUT}s\n    option http-ignore-probes\n"
+_TIMES += "    option forwardfor\n"
 # A client that begins to fill the table with half of a request finds its own share full. Networks
 # of IPv6 give each host a /64.
 _SHARE = """\

@@ -117,8 +117,10 @@ class SchedulerConfig:
     max_num_batched_tokens: int = option(2048, "most tokens that one step computes", least=1)
     enable_chunked_prefill: bool = option(True, "split long prompts over steps, mixed with decodes")
     scheduling_policy: str = option(
-        "fcfs", "who runs first: by arrival, or by priority (lower first)",
-        choices=("fcfs", "priority"),
+        "fcfs",
+        "who runs first: by arrival; by priority (lower first); or fair: each client in turn, by"
+        " tokens (a client is an API key or, on a server without keys, an address)",
+        choices=("fcfs", "priority", "fair"),
     )  # fmt: skip
     preemption_mode: str = option(
         "auto",

@@ -167,6 +167,7 @@ class Engine:
                 stop_ids=tuple(dict.fromkeys((*eos, *sampling.stop_token_ids))),
                 bad_words=request.bad_words,
                 priority=request.priority,
+                client=request.client,
             )
             for index in range(sampling.n)
         ]

@@ -7,6 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from router.answers import DONE, Answer
 from router.errors import ApiError, api_error
+from router.guard import client_of
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -55,7 +56,12 @@ class Reply(Response):
         started = False
         try:
             async with answer.service.generations(
-                answer.model, answer.prompts, answer.sampling, answer.priority, answer.streaming
+                answer.model,
+                answer.prompts,
+                answer.sampling,
+                answer.priority,
+                answer.streaming,
+                client_of(scope, by_key=bool(answer.service.config.api_key)),
             ) as generations:
                 if answer.streaming:
                     headers = [*STREAM_HEADERS, (b"x-request-id", answer.id.encode())]

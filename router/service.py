@@ -217,8 +217,9 @@ class Service:
         sampling: SamplingParams,
         priority: int,
         streaming: bool,
+        client: str = "",
     ) -> AsyncIterator[list[Generation]]:
-        """The prompts' generations, all queued; none outlives the block.
+        """The prompts' generations, all queued; none outlives the block. ``client`` asks for them.
 
         Raises RequestError (QueueFull, PromptTooLong) and EngineError.
         """
@@ -232,6 +233,7 @@ class Service:
                 sampling=sampling,
                 bad_words=bad_words,
                 priority=priority,
+                client=client,
                 timeout=self.config.request_timeout,
             )
             ticket, stream = await self._submit(model, request)

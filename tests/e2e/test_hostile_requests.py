@@ -12,7 +12,9 @@ import pytest
 
 from cluster import loop
 from router import bodies
+from router.guard import client_of
 from tests.support.server import Server, serving
+from tests.support.waiting import until
 
 CHAT = "/v1/chat/completions"
 HELLO = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
@@ -226,3 +228,42 @@ def test_deep_and_large_values_are_told_of_in_short(http: httpx.Client) -> None:
         refused(response, 404 if name == "model" else 400)
     answer = http.post(CHAT, json={"messages": [{"role": "user", "content": "x"}, message(deep)]})
     assert answer.status_code in (200, 400, 422)
+
+
+# ---- fair shares ----
+
+
+def test_a_client_with_many_requests_holds_nobody_else_up() -> None:
+    """As HAProxy tells the address: the last of the header's, whatever a client writes there."""
+    body = {**HELLO, "max_tokens": 40, "ignore_eos": True}
+    done: list[str] = []
+
+    async def one(client: httpx.AsyncClient, name: str, address: str) -> None:
+        headers = {"x-forwarded-for": f"{len(done)}.0.0.1, {address}"}
+        answer = await client.post("/v1/completions", json=body, headers=headers)
+        assert answer.status_code == 200
+        done.append(name)
+
+    async def ask(url: str) -> None:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+            hog = [asyncio.create_task(one(client, "hog", "10.0.0.1")) for _ in range(30)]
+            await asyncio.to_thread(until, lambda: server.engine.scheduler.num_waiting > 20)
+            await one(client, "late", "10.0.0.2")
+            await asyncio.gather(*hog)
+
+    with serving(scheduling_policy="fair", max_num_seqs=2) as server:
+        asyncio.run(ask(server.url))
+    assert done.index("late") < 15
+
+
+def test_who_a_request_is_from() -> None:
+    def scope(*headers: tuple[bytes, bytes]) -> dict[str, Any]:
+        return {"type": "http", "headers": list(headers), "client": ("127.0.0.1", 1)}
+
+    forwarded = (b"x-forwarded-for", b"9.9.9.9"), (b"x-forwarded-for", b"8.8.8.8, 10.0.0.1")
+    keys = [(b"authorization", b"Bearer " + key) for key in (b"one", b"two", b"one")]
+    assert client_of(scope(*forwarded), by_key=False) == "10.0.0.1"
+    assert client_of(scope(), by_key=False) == "127.0.0.1"
+    one, two, again = (client_of(scope(*forwarded, key), by_key=True) for key in keys)
+    assert one == again != two and "one" not in one
