@@ -102,6 +102,8 @@ def api_error(error: BaseException) -> ApiError:
         return wrong(str(error), _field(str(error)))
     if isinstance(error, EngineError):
         return unavailable(str(error), "engine_unavailable")
+    if isinstance(error, RecursionError):
+        return wrong("the request has values that are nested too deeply")
     log.error("a request failed unexpectedly", exc_info=error)
     return ApiError(500, "the server failed on this request", type="server_error")
 

@@ -24,7 +24,7 @@ BadWord = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
 # How a chat becomes a prompt, for chats and for /tokenize.
-Messages = Annotated[list[dict[str, Any]], Meta(min_length=1)]
+Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=1 << 16)]
 AddGenerationPrompt = Annotated[
     bool | None, Meta(description="begin the assistant's answer; not continue_final_message")
 ]

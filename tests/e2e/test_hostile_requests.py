@@ -141,13 +141,15 @@ def test_token_ids_that_do_not_fit_are_refused_by_their_number(http: httpx.Clien
         ("bad_words", [f"{i} " + "no " * 80 for i in range(1024)], "at most 65536"),
         ("allowed_token_ids", [1] * ((1 << 18) + 1), "<= 262144"),
         ("allowed_token_ids", [1] * 5000, "the vocabulary has 4096"),
+        ("messages", [{"role": "user", "content": "x"}] * ((1 << 16) + 1), "<= 65536"),
         ("logit_bias", {str(i): 1 for i in range(16385)}, "<= 16384"),
     ],
 )
 def test_lists_have_a_limit_that_is_named(
     http: httpx.Client, name: str, value: Any, allowed: str
 ) -> None:
-    error = refused(http.post("/v1/completions", json={**HELLO, name: value}))
+    path, body = (CHAT, {}) if name == "messages" else ("/v1/completions", HELLO)
+    error = refused(http.post(path, json={**body, name: value}))
     assert error["param"].startswith(name) and allowed in error["message"]
 
 
@@ -226,8 +228,15 @@ def test_deep_and_large_values_are_told_of_in_short(http: httpx.Client) -> None:
     for name in ("model", "request_id"):
         response = http.post("/v1/completions", json={**HELLO, name: "x" * 1_000_000})
         refused(response, 404 if name == "model" else 400)
-    answer = http.post(CHAT, json={"messages": [{"role": "user", "content": "x"}, message(deep)]})
-    assert answer.status_code in (200, 400, 422)
+    hello = {"role": "user", "content": "x"}
+    for depth in (*range(850, 1000, 10), 2000):
+        arguments = "[" * depth + "]" * depth
+        for one in (f'"{arguments}"', arguments):
+            body = json.dumps({"messages": [hello, message("DEEP")]}).replace('"DEEP"', one)
+            for text in (body, body.replace('"x"', arguments)):
+                headers = {"content-type": "application/json"}
+                answer = http.post(CHAT, content=text, headers=headers)
+                assert answer.status_code in (200, 400, 422), (depth, answer.text)
 
 
 # ---- fair shares ----
