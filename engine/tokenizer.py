@@ -105,7 +105,9 @@ class Tokenizer:
         """Whether a text has more than ``most`` tokens, as far as can be said at a cost that
         ``most`` bounds and not the text: it has too many characters, or already its beginning has
         twice as many tokens."""
-        if len(text) > most * self.longest_token:
+        # Without bytes for what the vocabulary lacks one token may stand for any length of text.
+        spelt = self.backend.byte_decoder is not None
+        if spelt and len(text) > most * self.longest_token:
             return True
         head = most * LIKELY_CHARACTERS
         return len(text) > head and len(self.encode(text[:head], False)) > 2 * most

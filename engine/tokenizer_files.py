@@ -42,9 +42,6 @@ _DECIDING_PACKAGES = (
 )  # fmt: skip
 
 
-MOST_TOKENS = 1 << 24  # of a vocabulary
-
-
 def panicked(error: BaseException) -> bool:
     """Whether ``tokenizers`` gave up in the middle, as it does where a regular expression takes
     too long; it raises what is no Exception then."""
@@ -79,8 +76,6 @@ class FastBackend:
         self.byte_decoder = byte_decoder(backend)
         self.added_ids = frozenset(added)
         self.size = max(backend.get_vocab_size(), *(i + 1 for i in added), 0)
-        if self.size > MOST_TOKENS:
-            raise ValueError(f"it has token id {self.size - 1}; {MOST_TOKENS} tokens are allowed")
         self.id_to_token = backend.id_to_token
         self.token_to_id = backend.token_to_id
 
