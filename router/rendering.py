@@ -6,6 +6,7 @@ what is to be rendered to a child (``python -m router.rendering``), which ends w
 """
 
 import contextlib
+import marshal
 import os
 import resource
 import select
@@ -31,12 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 _LENGTH = struct.Struct("<I")
 
 
-class _Call(msgspec.Struct, array_like=True):
-    template: str
-    messages: Any
-    options: dict[str, Any]
-
-
 class _Outcome(msgspec.Struct, array_like=True):
     text: str = ""
     error: str | None = None
@@ -60,7 +55,10 @@ class Renderer:
         Raises RequestError as ``engine.chat.render`` does, and for a template that takes more
         time or memory than there is for it.
         """
-        call = msgspec.msgpack.encode(_Call(template, messages, options))
+        try:  # what JSON may hold, integers of any size included; the child trusts its parent
+            call = marshal.dumps((template, messages, options))
+        except ValueError:
+            raise RequestError("messages: a value is nested too deeply") from None
         with self._turn:
             outcome = self._ask(call)
         if outcome.error is not None:
@@ -136,16 +134,19 @@ def _out_of_time(number: int, frame: object) -> None:
     raise _OutOfTime
 
 
-def _render(call: _Call) -> _Outcome:
+def _render(template: str, messages: Any, options: dict[str, Any]) -> _Outcome:
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
-        text = chat.render(call.template, call.messages, **call.options)
+        text = chat.render(template, messages, **options)
+        text.encode()
     except _OutOfTime:
         return _Outcome(error=f"the chat template takes longer than {CPU_SECONDS:g} s")
     except (MemoryError, RequestError) as error:
         if isinstance(error.__cause__ or error, MemoryError):
             return _Outcome(error=f"the chat template takes more than {MEMORY_BYTES >> 20} MiB")
         return _Outcome(error=str(error))
+    except UnicodeEncodeError as error:
+        return _Outcome(error=f"the chat template makes what is no valid Unicode: {error}")
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     if len(text) > MOST_CHARACTERS:
@@ -155,8 +156,8 @@ def _render(call: _Call) -> _Outcome:
 
 def _serve(calls: BinaryIO, outcomes: BinaryIO) -> None:
     while len(head := calls.read(_LENGTH.size)) == _LENGTH.size:
-        call = msgspec.msgpack.decode(calls.read(_LENGTH.unpack(head)[0]), type=_Call)
-        answer = msgspec.msgpack.encode(_render(call))
+        call = marshal.loads(calls.read(_LENGTH.unpack(head)[0]))
+        answer = msgspec.msgpack.encode(_render(*call))
         outcomes.write(_LENGTH.pack(len(answer)) + answer)
         outcomes.flush()
 

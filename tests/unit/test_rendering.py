@@ -30,6 +30,9 @@ def renderer() -> Iterator[Renderer]:
 
 def test_it_renders_and_refuses_as_in_this_process(renderer: Renderer) -> None:
     assert renderer.render(PLAIN, HELLO, **OPTIONS) == chat.render(PLAIN, HELLO, **OPTIONS)
+    large = [{**HELLO[0], "tool_calls": [{"function": {"name": "f", "arguments": 10**30}}]}]
+    calls = "{{ messages[0].tool_calls | tojson }}"
+    assert renderer.render(calls, large, **OPTIONS) == chat.render(calls, large, **OPTIONS)
     for template, messages in (
         ("{{ raise_exception('no') }}", HELLO),
         ("{% if %}", HELLO),
@@ -41,6 +44,17 @@ def test_it_renders_and_refuses_as_in_this_process(renderer: Renderer) -> None:
         with pytest.raises(RequestError) as there:
             renderer.render(template, messages, **OPTIONS)
         assert str(there.value) == str(here.value)
+
+
+def test_what_cannot_be_sent_or_shown_is_refused(renderer: Renderer) -> None:
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RequestError, match="messages: a value is nested too deeply"):
+        renderer.render(PLAIN, [{**HELLO[0], "tool_calls": deep}], **OPTIONS)
+    with pytest.raises(RequestError, match="no valid Unicode"):
+        renderer.render(PLAIN, [{"role": "user", "content": "\ud800"}], **OPTIONS)
+    assert renderer.render(PLAIN, HELLO, **OPTIONS) == "<s>user: Hello;"
 
 
 LOOP = "{% for a in range(99999) %}"
