@@ -3,7 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test soak-scheduler soak-serve soak-hostile soak-faults soak-hosts check format clean
+.PHONY: system system-test demo serve test soak-scheduler soak-serve soak-hostile soak-faults soak-hosts check format clean
+
+# What is missing of the system: installed as root, else named.
+system:
+	PYTHON=$(PYTHON) tools/setup_system.sh demo
+
+system-test:
+	PYTHON=$(PYTHON) tools/setup_system.sh test
 
 demo: .venv/ready
 	$(BIN)/python tools/demo.py
@@ -11,7 +18,7 @@ demo: .venv/ready
 serve: .venv/ready
 	$(BIN)/manta serve
 
-test: .venv/ready tests/node/node_modules/.ready
+test: system-test .venv/ready tests/node/node_modules/.ready
 	$(BIN)/python -m pytest
 
 # 100,000 requests through the scheduler, without a model; some minutes.
@@ -44,12 +51,12 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-.venv/ready: pyproject.toml tools/setup_venv.sh
+.venv/ready: pyproject.toml tools/setup_venv.sh | system
 	PYTHON=$(PYTHON) tools/setup_venv.sh .venv
 	touch $@
 
 # The OpenAI client for Node, for the tests.
-tests/node/node_modules/.ready: tests/node/package-lock.json
+tests/node/node_modules/.ready: tests/node/package-lock.json | system-test
 	npm ci --no-audit --no-fund --prefix tests/node
 	touch $@
 

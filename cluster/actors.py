@@ -21,11 +21,12 @@ from cluster.joining import connect_ray, own_host
 from cluster.placement import Node, describe, fits, place, splits_a_stage
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError
-from engine.log import get_logger
+from engine.log import get_logger, waiting_for
 from workers.rank import Call, serve
 
 log = get_logger("actors")
 
+_START_TIMEOUT = 180.0  # seconds in which processes that have been placed must answer
 _GONE_TIMEOUT = 10.0  # seconds in which a placement group that is removed must be gone
 
 
@@ -78,7 +79,8 @@ class RayLauncher:
     # ---- placing ----
 
     def start(self, call: Call) -> None:
-        self._group = self._place()
+        with waiting_for(log, "room for the workers in the cluster"):
+            self._group = self._place()
         actor = ray.remote(RankActor)
         for rank in range(self._parallel.world_size):
             self._actors.append(
@@ -97,7 +99,7 @@ class RayLauncher:
             for rank, a in enumerate(self._actors)
         ]
         try:
-            self._pids = ray.get(pids)
+            self._pids = ray.get(pids, timeout=_START_TIMEOUT)
         except RayError as error:
             raise EngineError(f"a worker failed to start: {error}") from error
 

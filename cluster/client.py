@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.config import ChatOptions
 from engine.engine import Delta
 from engine.outputs import RequestMetrics
 from engine.request import Request
@@ -20,7 +21,8 @@ class EngineInfo:
     """What an engine serves; it never changes while the engine lives.
 
     ``tokenizer`` is what ``Tokenizer.load`` takes; ``default_sampling`` is what the checkpoint
-    recommends. ``step_timeout``: a step that takes more seconds hangs.
+    recommends, ``recommended_max_tokens`` how long it says that an answer may be, None if it does
+    not say. ``step_timeout``: a step that takes more seconds hangs.
     """
 
     engine_id: str
@@ -36,7 +38,10 @@ class EngineInfo:
     num_cpu_blocks: int
     scheduling_policy: str
     default_sampling: SamplingParams
+    recommended_max_tokens: int | None = None
     step_timeout: float = 60.0
+    chat_options: ChatOptions = ChatOptions()
+    start_seconds: float = 0.0  # from the start of its process's work until it served
 
 
 @dataclass(frozen=True, slots=True)

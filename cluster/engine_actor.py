@@ -2,6 +2,7 @@
 process as a named Ray actor that outlives whoever started it."""
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import threading
@@ -19,7 +20,7 @@ from cluster.ray_metrics import RayMetrics
 from cluster.transport import Server
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError, MantaError
-from engine.log import get_logger
+from engine.log import get_logger, waiting_for
 
 log = get_logger("engine")
 
@@ -37,6 +38,7 @@ class EngineHost:
     """
 
     def __init__(self, config: EngineConfig, name: str, share: int = 1) -> None:
+        started = time.monotonic()
         if config.parallel.world_size == 1:  # it computes here; Ray has set a thread for each CPU
             cpus = config.parallel.worker_cpus or (os.cpu_count() or 1) // share
             os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
@@ -47,6 +49,7 @@ class EngineHost:
 
         self.engine_id = secrets.token_hex(4)
         engine, info = start_engine(config, self.engine_id)
+        info = dataclasses.replace(info, start_seconds=time.monotonic() - started)
         self._hang_after = info.step_timeout
         self._stopping = False
         self.loop = EngineLoop(engine, self._on_failure)
@@ -125,7 +128,9 @@ class _EngineActor:
 
     def start(self, options: Mapping[str, Any], name: str) -> None:
         """Load the model and serve it."""
-        self._host = EngineHost(EngineConfig.from_options(**options), f"engine:{name}")
+        from cluster.replica import engine_config  # imports torch
+
+        self._host = EngineHost(engine_config(**options), f"engine:{name}")
         self._started.set()
 
     def address(self) -> str:
@@ -157,7 +162,8 @@ def start_actor(name: str, options: Mapping[str, Any]) -> None:
     ).remote()
     try:
         try:
-            ray.get(actor.ping.remote(), timeout=timeout)
+            with waiting_for(log, f"room for engine {name!r} in the cluster"):
+                ray.get(actor.ping.remote(), timeout=timeout)
         except GetTimeoutError:
             there = ray.cluster_resources()  # type: ignore[no-untyped-call]
             free = ray.available_resources()  # type: ignore[no-untyped-call]
@@ -169,7 +175,8 @@ def start_actor(name: str, options: Mapping[str, Any]) -> None:
                 f"no room for engine {name!r} within placement_timeout ({timeout:g} s): it needs"
                 f" {asked}; of the cluster are free {has}"
             ) from None
-        ray.get(actor.start.remote(dict(options), name))
+        with waiting_for(log, f"engine {name!r} to load its model"):
+            ray.get(actor.start.remote(dict(options), name))
     except RayTaskError as error:
         _end(actor)
         if isinstance(error.cause, MantaError):

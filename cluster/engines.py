@@ -66,6 +66,11 @@ class Engines(Collection[EngineClient]):
         for client in self._clients.values():
             client.drain()
 
+    def end_requests(self, cause: str) -> None:
+        """Have every engine end what it still has; its clients are told the cause."""
+        for client in self._clients.values():
+            client.end_requests(cause)
+
     async def close(self) -> None:
         """Close every connection; requests in flight end."""
         self._closed = True
@@ -93,6 +98,7 @@ class Engines(Collection[EngineClient]):
         for id, client in list(self._clients.items()):
             if not client.healthy:
                 del self._clients[id]
+                await client.close()
         for id, address in found.items():
             if id not in self._clients and id not in self._connecting:
                 task = asyncio.create_task(self._connect(id, address))

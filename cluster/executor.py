@@ -19,10 +19,11 @@ import numpy as np
 
 from cluster.launch import Launcher
 from engine import wire
+from engine.addresses import address_family
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.executor import Capacity, ModelFacts
-from engine.log import get_logger
+from engine.log import get_logger, waiting_for
 from engine.plan import Ints, StepPlan, StepResult, ints
 from engine.preempt import MeasuredCosts
 from workers.channel import ChannelClosed, Receiver, RingReceiver, RingSender, SocketChannel
@@ -88,7 +89,11 @@ class Workers:
         host = launcher.host
         self._store = open_store(host, parallel.rendezvous_port)
         token = uuid.uuid4().hex
-        with socket.create_server((host, 0), backlog=2 * self.size) as listener:
+        family = address_family(host)
+        with (
+            waiting_for(log, f"{self.size} workers to start"),
+            socket.create_server((host, 0), family=family, backlog=2 * self.size) as listener,
+        ):
             port = listener.getsockname()[1]
             launcher.start(Call(host, port, self._ring.path, token))
             self._workers = self._accept(listener, token)

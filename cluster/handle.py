@@ -91,7 +91,7 @@ class AsyncEngineHandle:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
         timeout: float | None = None,
     ) -> list[RequestOutput]:
         """As ``LLM.generate``. If the caller is cancelled, so are its requests.
@@ -107,7 +107,7 @@ class AsyncEngineHandle:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
         timeout: float | None = None,
         **template_options: Any,
     ) -> list[RequestOutput]:
@@ -160,7 +160,6 @@ class AsyncEngineHandle:
 
     def _render(self, messages: Any, options: dict[str, Any]) -> list[Tokenized]:
         template = options.pop("chat_template", None)
-        options |= options.pop("chat_template_kwargs", None) or {}
         return chat_prompts(
             self.tokenizer,
             messages,
@@ -184,7 +183,7 @@ class AsyncEngineHandle:
         self,
         prompts: list[Tokenized],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        priority: Sequence[int] | None,
+        priority: int | Sequence[int] | None,
         timeout: float | None,
     ) -> list[RequestOutput]:
         params = one_for_each(sampling_params, self.info.default_sampling, len(prompts))
@@ -294,7 +293,7 @@ class EngineHandle:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
         timeout: float | None = None,
     ) -> list[RequestOutput]:
         """As ``LLM.generate``; an interrupt cancels. Raises EngineError if the engine dies."""
@@ -399,7 +398,9 @@ async def connect_async(name: str, timeout: float = 60.0) -> AsyncEngineHandle:
     client = await RemoteClient.connect(address, timeout)
     info = client.info
     try:
-        tokenizer = await asyncio.to_thread(Tokenizer.load, info.tokenizer, info.revision)
+        tokenizer = await asyncio.to_thread(
+            Tokenizer.load, info.tokenizer, info.revision, info.chat_options
+        )
     except BaseException:
         await client.close()
         raise

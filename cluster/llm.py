@@ -3,8 +3,9 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.interrupts import interrupts_held
 from cluster.progress import PromptBar
@@ -14,11 +15,12 @@ from cluster.prompts import (
     chat_prompts,
     checked_priority,
     one_for_each,
+    refuse_arguments,
     text_prompts,
 )
-from cluster.replica import default_sampling, open_checkpoint, start_replica
+from cluster.replica import default_sampling, engine_config, open_checkpoint, start_replica
 from engine.chat import load_template
-from engine.config import EMBEDDED_MODEL, EngineConfig
+from engine.config import EMBEDDED_MODEL
 from engine.errors import EngineError, RequestError
 from engine.log import get_logger
 from engine.output import RequestText
@@ -26,6 +28,10 @@ from engine.outputs import RequestOutput
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
+from engine.tokenizer_files import load_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = get_logger("llm")
 
@@ -42,7 +48,7 @@ class LLM:
 
     def __init__(self, model: str | PathLike[str] = EMBEDDED_MODEL, **options: Any) -> None:
         started = time.perf_counter()
-        self.config = EngineConfig.from_options(model=model, **options)
+        self.config = engine_config(model=model, **options)
         options_ = self.config.model
         checkpoint = open_checkpoint(self.config)
         self._defaults = (
@@ -50,39 +56,52 @@ class LLM:
             if options_.generation_config == "auto"
             else SamplingParams()
         )
-        self.tokenizer = Tokenizer.load(options_.tokenizer or checkpoint.path, options_.revision)
+        self._tokenizer_path = options_.tokenizer or checkpoint.path
+        self.tokenizer = Tokenizer.load(self._tokenizer_path, options_.revision, options_.chat)
         template = options_.chat_template
         self._chat_template = None if template is None else load_template(template)
         self.engine = start_replica(self.config, checkpoint, self.tokenizer)
         self._request_ids = itertools.count()
         log.info("Ready in %.2f s", time.perf_counter() - started)
 
-    def get_tokenizer(self) -> Tokenizer:
-        return self.tokenizer
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """transformers' tokenizer of the model, for programs that know it; loaded when it is first
+        asked for. ``tokenizer`` is manta's own, which makes the same tokens.
+
+        Raises CheckpointError if transformers cannot load it.
+        """
+        return self._transformers_tokenizer
+
+    @cached_property
+    def _transformers_tokenizer(self) -> "PreTrainedTokenizerBase":
+        return load_transformers(self._tokenizer_path, self.config.model.revision)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the checkpoint's generation_config.json recommends; vLLM's defaults otherwise."""
-        return self._defaults
+        """What the checkpoint's generation_config.json recommends; vLLM's defaults otherwise. A
+        copy: changing it changes no default."""
+        return self._defaults.clone()
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        *,
+        priority: int | Sequence[int] | None = None,
         timeout: float | None = None,
+        **vllm_arguments: Any,
     ) -> list[RequestOutput]:
         """Complete prompts: strings, token id lists, or dicts ``{"prompt": str}`` or
         ``{"prompt_token_ids": [...]}``; one or a list of them.
 
-        ``sampling_params`` is one for all or one for each. ``priority`` is one for each prompt,
-        lower first, under ``scheduling_policy="priority"``. A prompt that is not finished
-        ``timeout`` seconds after the call ends with what it has then: ``finish_reason`` "abort",
-        ``stop_reason`` "timeout".
+        ``sampling_params`` is one for all or one for each, and so is ``priority``: lower first,
+        under ``scheduling_policy="priority"``. A prompt that is not finished ``timeout`` seconds
+        after the call ends with what it has then: ``finish_reason`` "abort", ``stop_reason``
+        "timeout". Further arguments of vLLM's (``lora_request``) may ask for nothing.
 
         Raises RequestError, naming the prompt and field, before anything runs if one is wrong.
         """
+        refuse_arguments("generate", vllm_arguments)
         return self._run(
             text_prompts(self.tokenizer, prompts), sampling_params, use_tqdm, priority, timeout
         )
@@ -91,21 +110,25 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] | None = None,
         timeout: float | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        **vllm_arguments: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several: lists of OpenAI-style messages.
 
         ``chat_template`` is a file or the template itself, instead of the checkpoint's (or the
-        option ``chat_template``); ``timeout`` is that of ``generate``. Raises RequestError for
-        messages that the template refuses.
+        option ``chat_template``). ``chat_template_kwargs`` are further variables of the template;
+        one that it does not use has no effect. The other arguments are those of ``generate``.
+        Raises RequestError for messages that the template refuses.
         """
+        refuse_arguments("chat", vllm_arguments)
         prompts = chat_prompts(
             self.tokenizer,
             messages,
@@ -113,9 +136,9 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
-            **(chat_template_kwargs or {}),
+            chat_template_kwargs=chat_template_kwargs,
         )
-        return self._run(prompts, sampling_params, use_tqdm, None, timeout)
+        return self._run(prompts, sampling_params, use_tqdm, priority, timeout)
 
     # ---- inside ----
 
@@ -124,11 +147,10 @@ class LLM:
         prompts: list[tuple[str | None, list[int]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
-        priority: Sequence[int] | None,
+        priority: int | Sequence[int] | None,
         timeout: float | None,
     ) -> list[RequestOutput]:
-        defaults = self.get_default_sampling_params()
-        params = one_for_each(sampling_params, defaults, len(prompts))
+        params = one_for_each(sampling_params, self._defaults, len(prompts))
         priority = checked_priority(priority, self.config.scheduler.scheduling_policy, len(prompts))
         texts: dict[str, RequestText] = {}
         with interrupts_held() as check_interrupt:

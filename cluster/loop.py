@@ -23,6 +23,7 @@ from cluster.messages import (
     Cancel,
     Command,
     Drain,
+    EndRequests,
     Entry,
     Refused,
     StopAtText,
@@ -185,6 +186,9 @@ class EngineLoop:
             return
         if isinstance(command, Drain):
             self._start_drain()
+            return
+        if isinstance(command, EndRequests):
+            self._end_requests(command.cause)
             return
         if isinstance(command, Ask):
             self._batch(client).answers.append((command.number, self.engine.metrics()))
@@ -359,6 +363,14 @@ class EngineLoop:
         self.engine.abort(request.request_id)
         self._forget(request)
 
+    def _end_requests(self, cause: str) -> None:
+        """End every client's requests with an error."""
+        for client in self._clients.values():
+            if client.requests:
+                self._batch(client).failure = cause
+            for request in list(client.requests.values()):
+                self._end(request)
+
     def _finished(self, request: _Request, index: int) -> None:
         request.unfinished.discard(index)
         if not request.unfinished:
@@ -457,10 +469,9 @@ class LocalClient:
     @classmethod
     async def start(cls, model: str, **options: Any) -> "LocalClient":
         """An engine of its own, from the options of ``LLM``; ``close`` ends it."""
-        from cluster.replica import start_engine  # imports torch
-        from engine.config import EngineConfig
+        from cluster.replica import engine_config, start_engine  # imports torch
 
-        config = EngineConfig.from_options(model=model, **options)
+        config = engine_config(model=model, **options)
         engine, info = await asyncio.to_thread(start_engine, config, uuid.uuid4().hex[:8])
         loop = EngineLoop(engine)
         loop.start()

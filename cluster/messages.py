@@ -38,13 +38,19 @@ class Drain(msgspec.Struct, array_like=True, tag=4):
     """Admit nothing any longer; what is queued or runs goes on to its end."""
 
 
+class EndRequests(msgspec.Struct, array_like=True, tag=6):
+    """End every request, of every client, with an error for this cause."""
+
+    cause: str
+
+
 class Ask(msgspec.Struct, array_like=True, tag=5):
     """Send the engine's metrics; ``number`` is the client's name for the question."""
 
     number: int
 
 
-Command = Submit | StopAtText | Cancel | Drain | Ask
+Command = Submit | StopAtText | Cancel | Drain | EndRequests | Ask
 
 
 class Entry(msgspec.Struct, array_like=True):
@@ -89,7 +95,8 @@ class Batch(msgspec.Struct, array_like=True, tag=2):
     """All that a step, or the commands before it, brought for one client.
 
     ``numbers`` and ``tokens``: the next token of the first completion of each of these requests.
-    ``failure``: the engine cannot go on, for this cause; nothing follows.
+    ``failure``: the client's requests have ended, for this cause; nothing follows. An engine that
+    goes on can be connected to again.
     """
 
     numbers: list[int] = []

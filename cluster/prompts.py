@@ -4,13 +4,39 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.chat import check_variables
 from engine.errors import RequestError
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
+from engine.values import asks_for_nothing
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
+_KEYS = ("prompt", "prompt_token_ids")
 Tokenized = tuple[str | None, list[int]]  # the text, if it was text, and the token ids
+
+# Arguments of vLLM's methods that manta has not, and what there is instead.
+_NOT_TAKEN = {
+    "guided_options_request": "output is not constrained by grammars",
+    "lora_request": "there are no LoRA adapters",
+    "mm_processor_kwargs": "prompts are text",
+    "prompt_adapter_request": "there are no prompt adapters",
+    "prompt_token_ids": 'a prompt may be {"prompt_token_ids": [...]}',
+    "tokenization_kwargs": "a prompt may be token ids, made in any way",
+}
+
+
+def refuse_arguments(method: str, given: Mapping[str, Any]) -> None:
+    """Let pass what asks for nothing among the further arguments that a ``method`` was given.
+
+    Raises RequestError for those of vLLM's that ask for something, TypeError for unknown ones.
+    """
+    for name, value in given.items():
+        if name not in _NOT_TAKEN:
+            raise TypeError(f"{method}() got an unexpected keyword argument {name!r}")
+        each = value if isinstance(value, list) else [value]
+        if not all(map(asks_for_nothing, each)):
+            raise RequestError(f"{name} is not supported: {_NOT_TAKEN[name]}")
 
 
 def text_prompts(tokenizer: Tokenizer, prompts: Any) -> list[Tokenized]:
@@ -39,52 +65,78 @@ def text_prompts(tokenizer: Tokenizer, prompts: Any) -> list[Tokenized]:
 
 
 def chat_prompts(
-    tokenizer: Tokenizer, messages: Any, template: str | None, **options: Any
+    tokenizer: Tokenizer,
+    messages: Any,
+    template: str | None,
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Tokenized]:
     """One conversation or a list of them, rendered by ``template`` or the tokenizer's own.
 
     Raises RequestError for messages that the template refuses.
     """
+    variables = check_variables(chat_template_kwargs or {})
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RequestError("messages must be a non-empty list of messages, or of such lists")
     conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
     prompts: list[Tokenized] = []
     for conversation in conversations:
-        text = tokenizer.render_chat(conversation, template, **options)
-        prompts.append((text, tokenizer.encode(text, add_special_tokens=False)))
+        text = tokenizer.render_chat(
+            conversation,
+            template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **variables,
+        )
+        prompts.append(tokenizer.encode_chat(text))
     return prompts
 
 
 def one_for_each(
     given: SamplingParams | Sequence[SamplingParams] | None, default: SamplingParams, count: int
 ) -> list[SamplingParams]:
-    """Sampling parameters for ``count`` prompts. Raises RequestError for another number."""
+    """Sampling parameters for ``count`` prompts, copied: the caller may go on to change its own.
+
+    Raises RequestError for another number of them.
+    """
     if given is None:
         given = default
     if isinstance(given, SamplingParams):
-        return [given] * count
+        return [given.clone()] * count
     params = list(given) if isinstance(given, Sequence) else []
     if len(params) != count or not all(isinstance(p, SamplingParams) for p in params):
         raise RequestError(
             f"sampling_params must be one SamplingParams or {count} of them, one for each prompt"
         )
-    return params
+    return [p.clone() for p in params]
 
 
 def checked_priority(given: Any, policy: str, count: int) -> list[int]:
-    """A priority for each of ``count`` prompts. Raises RequestError."""
-    if given is None:
-        return [0] * count
-    if policy != "priority":
+    """A priority for each of ``count`` prompts, from one for each or one for all.
+
+    Raises RequestError, also for any but 0 under a policy that knows no priorities.
+    """
+    given = 0 if given is None else given
+    priorities = [given] * count if type(given) is int else given
+    if not isinstance(priorities, Sequence) or len(priorities) != count:
+        raise RequestError(f"priority must be an integer or a list of {count}, one for each prompt")
+    if policy != "priority" and any(priority != 0 for priority in priorities):
         raise RequestError("priority needs scheduling_policy='priority'")
-    if not isinstance(given, Sequence) or len(given) != count:
-        raise RequestError(f"priority must be a list of {count}, one for each prompt")
-    return list(given)
+    return list(priorities)
 
 
 def _check_prompt(number: int, prompt: Any) -> None:
     if isinstance(prompt, Mapping):
-        keys = set(prompt)
+        # An empty prompt is refused as one, later; other keys may ask for nothing.
+        keys = {
+            key
+            for key, value in prompt.items()
+            if not asks_for_nothing(value) or (key in _KEYS and value is not None)
+        }
         if keys == {"prompt"} and isinstance(prompt["prompt"], str):
             return
         if keys == {"prompt_token_ids"} and _is_ids(prompt["prompt_token_ids"]):

@@ -5,13 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cluster.client import EngineInfo
 from cluster.executor import ParallelExecutor
 from cluster.launch import Launcher, ProcessLauncher
 from cluster.progress import LoadBar
 from cluster.recording import recorded
-from engine.config import EMBEDDED_MODEL, EngineConfig
+from engine.config import EMBEDDED_MODEL, EngineConfig, with_gpu_defaults
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError, RequestError
 from engine.executor import Capacity
@@ -33,6 +34,17 @@ class Checkpoint:
     path: Path
     generation: GenerationConfig
     weight_bytes: int  # of its weight files; 0 for dummy weights
+
+
+def engine_config(**options: Any) -> EngineConfig:
+    """An engine's config from flat options, with the defaults of the device that is there.
+
+    Raises ConfigError as ``EngineConfig.from_options`` does.
+    """
+    config = EngineConfig.from_options(**options)
+    if choose_device(config.device.device).type == "cuda":
+        return EngineConfig.from_options(**with_gpu_defaults(options))
+    return config
 
 
 def open_checkpoint(config: EngineConfig) -> Checkpoint:
@@ -127,9 +139,9 @@ def _start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineI
     checkpoint = open_checkpoint(config)
     tokenizer_path = options.tokenizer or str(checkpoint.path)
     tokenizer = Tokenizer.load(tokenizer_path, options.revision)
-    defaults = (
-        default_sampling(checkpoint) if options.generation_config == "auto" else SamplingParams()
-    )
+    auto = options.generation_config == "auto"
+    defaults = default_sampling(checkpoint) if auto else SamplingParams()
+    says_length = auto and "max_new_tokens" in checkpoint.generation.defaults
     engine = start_replica(config, checkpoint, tokenizer)
     info = EngineInfo(
         engine_id=engine_id,
@@ -145,7 +157,9 @@ def _start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineI
         num_cpu_blocks=engine.capacity.num_cpu_blocks,
         scheduling_policy=config.scheduler.scheduling_policy,
         default_sampling=defaults,
+        recommended_max_tokens=defaults.max_tokens if says_length else None,
         step_timeout=config.parallel.step_timeout,
+        chat_options=options.chat,
     )
     return engine, info
 

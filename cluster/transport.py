@@ -28,9 +28,10 @@ import msgspec
 
 from cluster.client import EngineInfo, EngineLoad
 from cluster.loop import EngineLoop
-from cluster.messages import AtWork, Batch, Command, Drain, Hello, Message
+from cluster.messages import AtWork, Batch, Command, Drain, EndRequests, Hello, Message
 from cluster.streams import Stream, StreamTable
 from engine import wire
+from engine.addresses import address_family, host_port
 from engine.errors import EngineError
 from engine.log import get_logger
 from engine.request import Request
@@ -116,8 +117,7 @@ class Server:
         self._loop = loop
         self._info = info
         self._key = key.encode()
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family)
+        self._listener = socket.create_server((host, 0), family=address_family(host))
         self._listener.setblocking(False)
         self.address = f"{host} {self._listener.getsockname()[1]} {key}"
         self.selector = selectors.DefaultSelector()  # for the server's thread
@@ -374,7 +374,8 @@ class RemoteClient(asyncio.Protocol):
             if not isinstance(error, OSError | TimeoutError):
                 raise
             why = f"nothing within {timeout:g} s" if isinstance(error, TimeoutError) else error
-            raise EngineError(f"no engine answers at {host}:{port}: {why}") from error
+            where = host_port(host, int(port))
+            raise EngineError(f"no engine answers at {where}: {why}") from error
         client._check_progress()
         return client
 
@@ -396,6 +397,10 @@ class RemoteClient(asyncio.Protocol):
         """Have the engine admit nothing any longer; ``load`` says when it is done."""
         self._send(Drain())
 
+    def end_requests(self, cause: str) -> None:
+        """Have the engine end all that it still has, of every client, for this cause."""
+        self._send(EndRequests(cause))
+
     async def close(self) -> None:
         """Close the connection; the engine ends the requests that are still in flight."""
         self._end("the connection was closed")
@@ -416,18 +421,23 @@ class RemoteClient(asyncio.Protocol):
         self._checked = now
         silence, step = now - self._heard, self._step_seconds
         if silence >= SILENCE:
-            self._end(f"{self._name} hangs: its process has said nothing for {silence:.1f} s")
+            self._lose(f"{self._name} hangs: its process has said nothing for {silence:.1f} s")
         elif step >= self.info.step_timeout:
-            self._end(f"{self._name} hangs: it has finished no step for {step:.1f} s")
+            self._lose(f"{self._name} hangs: it has finished no step for {step:.1f} s")
         elif self.healthy:
             loop = asyncio.get_running_loop()
             self._watch = loop.call_later(BEAT / 2, self._check_progress)
 
     @property
     def _name(self) -> str:
-        host, port, _ = self._address.split()
-        name = f"the engine {self.info.engine_id}" if hasattr(self, "info") else "an engine"
-        return f"{name} at {host}:{port}"
+        return f"the engine {self.info.engine_id}" if hasattr(self, "info") else "an engine"
+
+    def _lose(self, cause: str) -> None:
+        """End the connection for a cause of which clients are told, without the address."""
+        if self.healthy:
+            host, port, _ = self._address.split()
+            log.warning("At %s: %s", host_port(host, int(port)), cause)
+        self._end(cause)
 
     def _end(self, cause: str) -> None:
         self._table.fail(cause)
@@ -457,11 +467,11 @@ class RemoteClient(asyncio.Protocol):
                     self.info, self._table.load = message.info, message.load
                     self._greeted.set_result(None)
         except (msgspec.MsgspecError, ValueError) as error:
-            self._end(f"{self._name} sent what cannot be read: {error}")
+            self._lose(f"{self._name} sent what cannot be read: {error}")
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self._greeted.done():
             self._greeted.set_exception(ConnectionError("it closed the connection"))
             return
         why = f": {error}" if error is not None else ""
-        self._end(f"{self._name} is gone: its connection broke{why}")
+        self._lose(f"{self._name} is gone: its connection broke{why}")

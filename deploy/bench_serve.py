@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.server_client import ServerClient, ServerError, key_from_environment
+from engine.addresses import host_port
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -181,7 +182,8 @@ class _Plan:
         if args.dataset_name is None:
             args.dataset_name = "random" if args.dataset_path is None else "custom"
         self._check_dataset()
-        self.base_url = (args.base_url or f"http://{args.host}:{args.port}").rstrip("/")
+        url = args.base_url or f"http://{host_port(args.host, args.port)}"
+        self.base_url = url.rstrip("/")
         if not self.base_url.startswith(("http://", "https://")):
             raise ConfigError(
                 f"--base-url must start with http:// or https://, got {args.base_url}"

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from deploy import bench_serve, chat, replay, serve_command
-from deploy.options import Declared, add_options, flag, given
+from deploy.options import (
+    Declared,
+    add_model_option,
+    add_options,
+    flag,
+    given,
+    given_model,
+    with_dashes,
+)
 from engine.config import EMBEDDED_MODEL, declared_options
 from engine.errors import ConfigError, MantaError
 from engine.sampling_params import SamplingParams
@@ -56,13 +64,14 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments with options anywhere between them, which argparse alone does not allow."""
-    args, rest = _parser().parse_known_args(argv)
+    words = with_dashes(sys.argv[1:] if argv is None else argv)
+    args, rest = _parser().parse_known_args(words)
     at = rest.index("--") if "--" in rest else len(rest)
     for word in rest[:at]:
         if word.startswith("-"):
             name = word.split("=")[0]
             known = re.findall(r"--[a-z][\w-]+", args.parser.format_help())
-            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"unknown option {name}{hint}")
     words = rest[:at] + rest[at + 1 :]
@@ -96,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         sampling.add_argument(flag(name), type=kind, default=None, help=text)
     sampling.add_argument("--stop", action="append", help="a string that ends the output")
     sampling.add_argument("--ignore-eos", action="store_true", help="the model's end does not end")
+    add_model_option(generate)
     add_options(generate, _engine_options())
     generate.set_defaults(run=_generate, parser=generate)
 
@@ -110,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="manta bench throughput [OPTION ...] [MODEL]",
         description="Measure offline throughput on random prompts.",
     )
-    throughput.add_argument("model", nargs="?", default=EMBEDDED_MODEL)
+    throughput.add_argument("model", nargs="?")
+    add_model_option(throughput)
     throughput.add_argument("--num-prompts", type=int, default=32)
     throughput.add_argument("--input-len", type=int, default=128, help="tokens of each prompt")
     throughput.add_argument("--output-len", type=int, default=64, help="tokens of each output")
@@ -134,7 +145,7 @@ def _engine_options() -> Declared:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    model, prompts = _model_and_prompts(args.words)
+    model, prompts = _model_and_prompts(args.words, args.model_option)
     if args.system is not None and not args.chat:
         raise ConfigError("--system needs --chat")
     from cluster.llm import LLM  # imports torch, which takes a second
@@ -152,9 +163,9 @@ def _generate(args: argparse.Namespace) -> None:
             print(f"Prompt: {prompt!r}, Generated text: {completion.text!r}", flush=True)
 
 
-def _model_and_prompts(words: list[str]) -> tuple[str, list[str]]:
-    model, prompts = EMBEDDED_MODEL, words
-    if len(words) > 1:
+def _model_and_prompts(words: list[str], option: str | None = None) -> tuple[str, list[str]]:
+    model, prompts = option or EMBEDDED_MODEL, words
+    if option is None and len(words) > 1:
         model, *prompts = words
     if not prompts:
         if sys.stdin.isatty():
@@ -180,6 +191,7 @@ def _sampling(args: argparse.Namespace, defaults: SamplingParams) -> SamplingPar
 def _bench_throughput(args: argparse.Namespace) -> None:
     from deploy.bench import throughput
 
+    args.model = given_model(args) or EMBEDDED_MODEL
     throughput(args, given(args, _engine_options()))
 
 

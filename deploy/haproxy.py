@@ -3,7 +3,10 @@
 Serve runs this (by ``RAY_SERVE_HAPROXY_BINARY_PATH``, see ``program``) in HAProxy's place:
 
 - HTTPS, which Serve's template does not know (``MANTA_TLS_PEM``: certificate and key);
-- where Serve itself keeps to loopback, HAProxy listens for clients elsewhere (``MANTA_HOST``);
+- ``::`` is every address, of IPv6 too (``MANTA_HOST``: the host, which Serve makes ``*`` of, or
+  which only HAProxy listens on, as Serve itself keeps to loopback);
+- its own statistics listen where Serve does, or where the server does, not everywhere;
+- a request id that is no text, on which Serve would fail, is dropped;
 - while no ingress replica is there, clients get an answer in OpenAI's shape, 503 with Retry-After;
 - an answer has one x-request-id, its own: Serve adds another;
 - nothing is spliced: after a request whose body came in a packet of its own, as httpx sends it,
@@ -41,6 +44,7 @@ CLIENT_TIMEOUT = 120  # seconds in which a client sends nothing of a longer body
 MOST_CONNECTIONS = 1 << 15  # of clients; each takes two files
 OWN_FILES = 64  # that HAProxy opens for itself
 CLIENT_CONNECTIONS = "MANTA_CLIENT_CONNECTIONS"  # most of one address; a quarter by default
+RETRY_AFTER = 5  # seconds in which an ingress replica that ended is replaced
 ADMIN_SOCKET = "admin.sock"  # where HAProxy answers questions
 _PR_SET_PDEATHSIG = 1
 
@@ -52,7 +56,7 @@ def _error(message: str, kind: str, code: str) -> str:
 _UNAVAILABLE = _error("the server is starting or stopping", "server_error", "unavailable")
 # HAProxy's own answers, by the name of their file. Serve makes one page for 502, 503 and 504.
 _PAGES = {
-    "500": ("503 Service Unavailable\r\nRetry-After: 1", _UNAVAILABLE),
+    "500": (f"503 Service Unavailable\r\nRetry-After: {RETRY_AFTER}", _UNAVAILABLE),
     "400": (
         "400 Bad Request\r\nConnection: close",
         _error(
@@ -93,7 +97,12 @@ _SHARE = """\
 _MAXCONN = re.compile(r"^    maxconn (\d+)\n", re.MULTILINE)
 _DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 _SERVER = re.compile(r"^    server .*", re.MULTILINE)
-_BIND = re.compile(r"(frontend http_frontend\n    bind )(\S+)(:\d+)\n")
+_BIND = re.compile(r"(frontend http_frontend\n    bind )(\S+):(\d+)\n")
+_EVERYWHERE = ("*", "[::]")
+_OWN_BIND = re.compile(r"^(frontend prometheus\n    bind |listen stats\n  bind )\*?:", re.MULTILINE)
+_TEXT_ID = (
+    "    http-request del-header x-request-id if { req.hdr(x-request-id) -m reg [^\\x20-\\x7e] }\n"
+)
 
 
 def program(folder: Path) -> Path:
@@ -156,37 +165,49 @@ def adapt(
 ) -> str:
     """The configuration with manta's changes. Raises ValueError if it is not as Serve writes it.
 
-    folder: where the pages of errors are. tls_pem: certificate and key, for HTTPS. host: the
-    address to listen on. each: most connections of one address. files: most that this process may
-    open.
+    folder: where the pages of errors are. tls_pem: certificate and key, for HTTPS. host: what the
+    server was told to listen on. each: most connections of one address. files: most that this
+    process may open.
     """
     escaped = _UNAVAILABLE.replace('"', '\\"').replace(" ", "\\ ")
-    answer = "    http-request return status 503 hdr Retry-After 1 content-type application/json"
-    answer = f"{answer} string {escaped}\n"
+    answer = f"    http-request return status 503 hdr Retry-After {RETRY_AFTER}"
+    answer += f" content-type application/json string {escaped}\n"
     pages = "".join(f"    errorfile {name} {folder}/{name}.http\n" for name in ("400", "408"))
-    tls = "" if tls_pem is None else f" ssl crt {tls_pem} alpn h2,http/1.1"
     found = _MAXCONN.search(config)
     if found is None:
         raise ValueError("maxconn is not where it was")
     most = int(found[1])
     if files is not None:
         most = max(1, min(most, (files - OWN_FILES) // 2))
-    share = _SHARE.format(each=each or max(1, most // 4), seconds=BODY_TIMEOUT)
     for pattern, change, what in (
         (_NO_BACKEND, lambda match: match[1] + answer, "the default backend is"),
         (_MAXCONN, lambda match: f"    maxconn {most}\n", "maxconn is"),
         (_DEFAULTS, lambda match: match[0] + _PROBE + _TIMES + pages, "the defaults are"),
-        (
-            _BIND,
-            lambda match: f"{match[1]}{host or match[2]}{match[3]}{tls}\n{share}{_ONE_ID}",
-            "the frontend is",
-        ),
     ):
         config, count = pattern.subn(change, config)
         if count != 1:
             raise ValueError(f"{what} not where it was")
     config = _SPLICE.sub("", config)
-    return _SERVER.sub(lambda match: f"{match[0]} tcp-ut {HOST_TIMEOUT}s", config)
+    config = _SERVER.sub(lambda match: f"{match[0]} tcp-ut {HOST_TIMEOUT}s", config)
+    share = _SHARE.format(each=each or max(1, most // 4), seconds=BODY_TIMEOUT)
+    return _listen(config, tls_pem, host, f"{share}{_TEXT_ID}{_ONE_ID}")
+
+
+def _listen(config: str, tls_pem: str | None, host: str | None, rules: str) -> str:
+    """The configuration with the frontend's address and its first ``rules``."""
+    tls = "" if tls_pem is None else f" ssl crt {tls_pem} alpn h2,http/1.1"
+    found = _BIND.search(config)
+    if found is None:
+        raise ValueError("the frontend is not where it was")
+    serves = found[2]
+    address = {"::": "[::]", "0.0.0.0": "*", None: serves}.get(host, host)
+    both = " v4v6" if host == "::" else ""
+    bind = f"{found[1]}{address}:{found[3]}{both}{tls}\n{rules}"
+    config = config[: found.start()] + bind + config[found.end() :]
+    own = address if serves in _EVERYWHERE else serves
+    if own not in _EVERYWHERE:
+        config = _OWN_BIND.sub(lambda match: f"{match[1]}{own}:", config)
+    return config
 
 
 def _write_pages(folder: Path) -> None:

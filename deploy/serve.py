@@ -5,6 +5,7 @@ runs the same application.
 """
 
 import asyncio
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from typing import Any
@@ -106,7 +107,7 @@ class Engine:
 def build(options: Mapping[str, Any]) -> serve.Application:
     """The application of a server's options, with names as ``manta serve`` has them.
 
-    Raises ConfigError.
+    Raises ConfigError. It must run where the files that the options name are.
     """
     settings = Settings.from_options({k.replace("-", "_"): v for k, v in options.items()})
     router = settings.router
@@ -132,4 +133,5 @@ def build(options: Mapping[str, Any]) -> serve.Application:
         health_check_timeout_s=HEALTH_TIMEOUT,
         ray_actor_options={"num_cpus": 0},
     )(Router)
-    return ingress.bind(router, APPLICATION, engine.bind(dict(settings.options), APPLICATION))
+    with_keys = dataclasses.replace(router, api_key=router.keys(), api_key_file=None)
+    return ingress.bind(with_keys, APPLICATION, engine.bind(dict(settings.options), APPLICATION))

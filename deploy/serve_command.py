@@ -4,9 +4,13 @@ import argparse
 import os
 from typing import Any
 
-from deploy.options import add_options, given
+from deploy.options import add_model_option, add_options, from_words, given, given_model
 from engine.config import EMBEDDED_MODEL
 from engine.errors import CheckpointError, ConfigError
+from engine.log import get_logger
+from engine.vllm_options import translated
+
+log = get_logger("serve")
 
 KEY_VARIABLE = "MANTA_API_KEY"
 
@@ -23,9 +27,8 @@ def add_command(commands: Any) -> None:
         " names, or on one that is started on this machine. SIGTERM or Ctrl-C finishes what runs;"
         " a second one does not.",
     )
-    serve.add_argument(
-        "model", nargs="?", default=argparse.SUPPRESS, help=f"default: {EMBEDDED_MODEL}"
-    )
+    serve.add_argument("model", nargs="?", help=f"default: {EMBEDDED_MODEL}")
+    add_model_option(serve)
     serve.add_argument(
         "--config",
         metavar="FILE",
@@ -43,24 +46,39 @@ def add_command(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> None:
     from deploy.settings import Settings, read_config, server_options
 
-    options = read_config(args.config) if args.config else {}
-    options |= given(args, server_options())
-    if "model" in args:
-        options["model"] = args.model
-    options.setdefault("model", EMBEDDED_MODEL)
+    names = [f.name for _, f in server_options()]
+    in_file = read_config(args.config) if args.config else {}
+    options = translated(from_words(in_file, server_options()), names)
+    options |= translated(given(args, server_options()), names)
+    if args.model is None and args.model_option is None and "model" in options:
+        args.model = options["model"]
+    options["model"] = given_model(args) or EMBEDDED_MODEL
     if "api_key" not in options and os.environ.get(KEY_VARIABLE):
         options["api_key"] = (os.environ[KEY_VARIABLE],)
     options.setdefault("served_model_name", (options["model"],))
-    for name in ("model", "tokenizer", "chat_template"):  # Ray's processes run elsewhere
+    for name in (
+        "model",
+        "tokenizer",
+        "chat_template",
+        "api_key_file",
+    ):  # Ray's processes run elsewhere
         if isinstance(options.get(name), str) and os.path.exists(options[name]):
             options[name] = os.path.abspath(options[name])
+    if getattr(args, "api_key", None):
+        log.warning(
+            "--api-key can be read in the list of processes: --api-key-file and %s cannot",
+            KEY_VARIABLE,
+        )
     settings = Settings.from_options(options)
+    settings.router.keys()
     model = settings.engine.model.model
     if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
         raise CheckpointError(f"there is no folder {model!r}")
     if args.print_serve_config:
         from deploy.serve_config import serve_config
 
+        if settings.router.api_key:
+            log.warning("The configuration holds the API keys themselves: see --api-key-file")
         print(serve_config(settings), end="")
         return
     _check_files(settings.router.ssl_certfile, settings.router.ssl_keyfile)

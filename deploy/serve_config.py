@@ -7,9 +7,11 @@ from engine.errors import ConfigError
 
 ENVIRONMENT = """\
 # For `serve deploy`. Start the cluster's nodes (`ray start`) with these in their environment, so
-# that no Python proxy stands between a client and its tokens, and HAProxy has manta's settings:
+# that no Python proxy stands between a client and its tokens, and HAProxy has manta's settings
+# and is started again at once if it ends:
 #   RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1
 #   RAY_SERVE_HAPROXY_BINARY_PATH="$(command -v manta-haproxy)"
+#   RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH=deploy.haproxy_guard.install
 #   RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S=120 RAY_SERVE_HAPROXY_MAXCONN=32768
 """
 

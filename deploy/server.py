@@ -2,48 +2,57 @@
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import http.client
 import logging
 import os
-import shutil
 import signal
 import socket
 import ssl
-import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from deploy import haproxy
-from deploy.ports import free_ports
+from deploy import haproxy, serve_environment
 from deploy.settings import Settings
+from engine.addresses import address_family, host_port
 from engine.errors import ConfigError, EngineError
-from engine.log import get_logger
+from engine.folders import RunFolder
+from engine.log import get_logger, waiting_for
+
+if TYPE_CHECKING:
+    from cluster.engines import Engines
+    from cluster.joining import OwnRay
 
 log = get_logger("serve")
 
-OBJECT_STORE_BYTES = 100 << 20  # nothing of ours passes through Ray's object store
-LONGEST_STREAM = 24 * 3600  # seconds that an HAProxy which was replaced goes on with its streams
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LOOK_EVERY = 0.25  # seconds between two looks at Ray's processes
+GCS_PATIENCE = 30.0  # seconds that what runs has at most once Ray has failed: it ends after 60
+LAST_WORDS = 5.0  # seconds in which clients take what a request that was ended says
+CONTROLLER_TIMEOUT = 30.0  # seconds in which Serve must have ended
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def run(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; the exit status.
+    """Serve until SIGTERM, SIGINT or SIGHUP; the exit status: 1 if Ray failed meanwhile.
 
     Raises ConfigError for a port that is taken, and EngineError if the application does not start.
     """
-    folder = Path(tempfile.mkdtemp(prefix="manta-"))
-    server = _Server(settings, folder)
+    # What Ray's processes leave behind when they are killed stays below this one, to be found.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    server = _Server(settings)
     try:
         with contextlib.suppress(_StoppedEarly):
             server.start()
-            server.wait_for_signal()
-        server.drain()
+        asyncio.run(server.serve())
+    except EngineError:
+        server.stop(keep_logs=True)
+        raise
     finally:
         server.stop()
-        shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
@@ -52,247 +61,341 @@ class _StoppedEarly(BaseException):
 
 
 class _Server:
-    def __init__(self, settings: Settings, folder: Path) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._folder = folder
         self._started = time.monotonic()
-        self._signalled = threading.Event()
+        self._signalled = False
         self._ready = False
-        self._own_ray = not os.environ.get("RAY_ADDRESS")
-        if not self._own_ray and settings.router.ssl_certfile is not None:
-            raise ConfigError(
-                "ssl_certfile and ssl_keyfile need a Ray that manta starts itself; on a cluster"
-                " (RAY_ADDRESS) put a proxy that has the certificate before it"
-            )
+        self._address: str | None = None  # of a cluster that is joined
+        self._files: RunFolder | None = None
+        self._ray: OwnRay | None = None
         self._own_serve = False
         self._deployed = False
+        self._stopped = False
 
     def start(self) -> None:
         router = self._settings.router
         self._catch_signals()
-        self._start_ray()
+        try:
+            self._start_ray()
+        except SystemExit as exit:  # a signal that came while Ray's own handler was there
+            if exit.code != signal.SIGTERM:
+                raise
+            raise _StoppedEarly from None
         self._catch_signals()  # Ray has set handlers of its own
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        from cluster.joining import LOOPBACK
-        from deploy.serve import APPLICATION, build
+        self._start_serve()
+        with waiting_for(log, "Serve to take the application"):
+            from deploy.serve import APPLICATION, build
 
-        there = _serve_port()
-        self._own_serve = there is None
-        if there is not None and there != router.port:
-            raise ConfigError(f"Serve runs on this cluster already, at port {there}: give --port")
-        if not self._own_serve:
-            log.warning("Serve runs on this cluster already: HAProxy keeps the settings it has")
-        serve.start(
-            # Serve's own processes listen there too; clients only come to HAProxy.
-            http_options={"host": LOOPBACK if self._own_ray else router.host, "port": router.port},
-            proxy_location="EveryNode",
-        )
-        self._deployed = True
-        try:
-            serve.run(build(self._settings.options), name=APPLICATION, route_prefix="/")
-        except RuntimeError as error:
-            deployments = serve.status().applications[APPLICATION].deployments
-            causes = [d.message for d in deployments.values() if d.message]
-            raise EngineError("\n".join(["the server did not start", *causes])) from error
-        self._wait_until_healthy()
+            self._deployed = True
+            target = build(self._settings.options)
+            serve.run_many(
+                [serve.RunTarget(target, name=APPLICATION, route_prefix="/")],
+                wait_for_applications_running=False,
+            )
+        self._wait_until_ready()
         self._ready = True
         scheme = "https" if router.ssl_certfile else "http"
         host = "localhost" if router.host in ("0.0.0.0", "::") else router.host
         seconds = time.monotonic() - self._started
-        log.info("Ready at %s://%s:%d in %.1f s", scheme, host, router.port, seconds)
+        log.info("Ready at %s://%s in %.1f s", scheme, host_port(host, router.port), seconds)
 
-    def wait_for_signal(self) -> None:
-        while not self._signalled.wait(1.0):
-            pass
+    async def serve(self) -> None:
+        """Until a signal comes, and then until what runs has ended, or ``--shutdown-timeout``.
 
-    def drain(self) -> None:
-        """Admit nothing any longer and wait for what runs, up to ``--shutdown-timeout``.
-
-        Also where the signal came before ``start`` had seen the server ready: clients may have.
+        A Ray that fails is one that mends nothing any longer: then the process ends too, for
+        whoever runs it to start it again.
         """
         if not self._ready:
             log.info("Stopped before it was ready")
-        if self._deployed:
-            timeout = self._settings.router.shutdown_timeout
-            log.info("Stopping: no further requests; what runs has %g s to finish", timeout)
-            deadline = time.monotonic() + timeout
-            asyncio.run(_drain_engines(deadline))
-            while haproxy.requests(self._folder) and time.monotonic() < deadline:
-                time.sleep(0.02)  # answers that clients have not taken to the end
+        if not self._deployed:
+            return
+        from cluster.engines import Engines
+        from deploy.serve import APPLICATION
 
-    def stop(self) -> None:
+        engines = Engines(APPLICATION)
+        await engines.open()
+        failed = None
+        while not self._signalled and failed is None:
+            await asyncio.sleep(LOOK_EVERY)
+            failed = self._ray.ended() if self._ray is not None else None
+        timeout = self._settings.router.shutdown_timeout
+        if failed is not None:
+            timeout = min(timeout, GCS_PATIENCE)
+            log.error(
+                "Ray's %s has ended: nothing that fails would be mended, so this ends", failed
+            )
+        log.info("Stopping: no further requests; what runs has %g s to finish", timeout)
+        await self._drain(engines, time.monotonic() + timeout, failed is None)
+        if failed is not None:
+            self._end_at_once(1)  # neither Serve nor this process could end in order
+        await engines.close()
+
+    def stop(self, keep_logs: bool = False) -> None:
         """Take down what was started, and only that."""
-        with contextlib.suppress(ImportError):
-            import ray
+        from cluster.processes import descendants, end
 
-            if ray.is_initialized():
-                from ray import serve
+        if self._stopped:
+            return
+        self._stopped = True
+        try:
+            self._stop_serve()
+        finally:
+            if self._ray is not None:
+                self._ray.stop(keep_logs)
+                if keep_logs:
+                    log.info("The logs of Ray stay in %s until the next start", self._ray.folder)
+            elif self._files is not None and not keep_logs:
+                self._files.remove()
+            if self._address is None:
+                end(descendants([os.getpid()]))  # what Ray had begun to start
+            else:
+                import ray
 
-                from cluster.directory import Directory
-                from deploy.serve import APPLICATION
-
-                if self._own_serve:
-                    serve.shutdown()  # type: ignore[no-untyped-call]
-                elif self._deployed:
-                    serve.delete(APPLICATION)
-                if self._deployed:
-                    Directory(APPLICATION).clear()
                 ray.shutdown()
 
     # ---- inside ----
 
     def _start_ray(self) -> None:
         """Start Ray on this machine, or join the cluster of RAY_ADDRESS."""
-        common = {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM),
-            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(haproxy.CLIENT_TIMEOUT),
-            "RAY_SERVE_HAPROXY_MAXCONN": str(haproxy.MOST_CONNECTIONS),
-            # Serve's controller looks around ten times a second: 3 % of a core, for nothing.
-            "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-            # Statistics of every event that its processes handle: an eighth of what they take.
-            "RAY_event_stats": "0",
-            # Else a replica whose host vanished is sent requests for 5 s more.
-            "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
-            # ``drain`` does this better.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        }
-        if (each := self._settings.router.max_connections_per_client) is not None:
-            common[haproxy.CLIENT_CONNECTIONS] = str(each)
-        os.environ.update(common)
-        if not self._own_ray:
-            import ray
+        from cluster.joining import ADDRESS, OwnRay, cluster_address, join_ray
 
-            try:
-                ray.init(
-                    logging_level=logging.WARNING,
-                    runtime_env={
-                        "env_vars": common,
-                        "worker_process_setup_hook": "deploy.haproxy.set_up_process",
-                    },
-                )
-            except (ConnectionError, RuntimeError) as error:
-                raise EngineError(
-                    f"RAY_ADDRESS: {error}; one that asks for a token needs RAY_AUTH_MODE=token"
-                ) from error
+        router = self._settings.router
+        self._address = cluster_address() if os.environ.get(ADDRESS) else None
+        if self._address is not None and router.ssl_certfile is not None:
+            raise ConfigError(
+                "ssl_certfile and ssl_keyfile need a Ray that manta starts itself; on a cluster"
+                f" ({ADDRESS}) put a proxy that has the certificate before it"
+            )
+        variables = serve_environment.everywhere(router)
+        os.environ.update(variables)
+        if self._address is not None:
+            join_ray(
+                self._address,
+                runtime_env={
+                    "env_vars": variables,
+                    "worker_process_setup_hook": "deploy.haproxy.set_up_process",
+                },
+            )
             return
-        _check_port(self._settings.router.host, self._settings.router.port)
-        os.environ.update(self._environment())
+        _check_port(router.host, router.port)
+        self._files = RunFolder()
+        pem = _tls_pem(router.ssl_certfile, router.ssl_keyfile)
+        os.environ.update(serve_environment.on_this_machine(router, self._files, pem))
+        self._ray = OwnRay(self._files)
         import ray
 
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-        )
         _check_room(self._settings, ray.cluster_resources())  # type: ignore[no-untyped-call]
 
-    def _environment(self) -> dict[str, str]:
-        """What Ray's processes on this machine are to find in their environment."""
-        router = self._settings.router
-        folder = self._folder
-        metrics, stats, fallback = free_ports(3, besides=router.port)
-        variables = {
-            # This machine is all there is: Ray, engines and ingress replicas listen on loopback.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            haproxy.HOST: router.host,
-            haproxy.RUN_BY_SERVE: str(haproxy.program(folder)),
-            # Several servers on one machine must not share these.
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / haproxy.ADMIN_SOCKET),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-        }
-        if router.ssl_certfile is not None and router.ssl_keyfile is not None:
-            pem = folder / "tls.pem"
-            pem.touch(mode=0o600)
-            pem.write_bytes(
-                Path(router.ssl_certfile).read_bytes()
-                + b"\n"
-                + Path(router.ssl_keyfile).read_bytes()
-            )
-            variables[haproxy.TLS_PEM] = str(pem)
-        return variables
+    def _start_serve(self) -> None:
+        from ray import serve
 
-    def _wait_until_healthy(self) -> None:
-        """Serve says that the application runs; wait until the way through HAProxy is open too."""
+        from cluster.joining import LOOPBACK
+
+        router = self._settings.router
+        there = _serve_port()
+        self._own_serve = there is None
+        if there is not None and there != router.port:
+            raise ConfigError(f"Serve runs on this cluster already, at port {there}: give --port")
+        if not self._own_serve:
+            log.warning("Serve runs on this cluster already: HAProxy keeps the settings it has")
+        try:
+            with waiting_for(log, "Serve and HAProxy to start"):
+                serve.start(
+                    # Serve's own processes listen there too; clients only come to HAProxy.
+                    http_options={
+                        "host": router.host if self._ray is None else LOOPBACK,
+                        "port": router.port,
+                    },
+                    proxy_location="EveryNode",
+                )
+        except Exception as error:  # Serve raises many kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise EngineError(
+                f"Serve does not start: {self._haproxys_words() or reason}"
+            ) from error
+
+    def _haproxys_words(self) -> str:
+        """What HAProxy complained of last, if it did."""
+        logs = self._files.path.glob("*/*.stderr.log") if self._files is not None else ()
+        for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
+            lines = path.read_text(errors="replace").splitlines()
+            if alerts := [line for line in lines if "[ALERT]" in line]:
+                return f"HAProxy says {alerts[0]}"
+        return ""
+
+    def _wait_until_ready(self) -> None:
+        """Until Serve says that the application runs, and the way through HAProxy is open too.
+
+        Raises EngineError if it fails, or ``--startup-timeout`` is over.
+        """
+        timeout = self._settings.router.startup_timeout
+        deadline = self._started + timeout
+        with waiting_for(log, "the engines to be ready"):
+            while not _application_runs():
+                if time.monotonic() > deadline:
+                    raise EngineError(f"no engine is ready within startup_timeout ({timeout:g} s)")
+                time.sleep(0.1)
+        where = host_port(self._settings.router.host, self._settings.router.port)
+        with waiting_for(log, f"an answer through HAProxy at {where}"):
+            while not self._is_healthy():
+                if time.monotonic() > deadline:
+                    raise EngineError(
+                        f"no answer at {where} within startup_timeout ({timeout:g} s)"
+                        f" {self._haproxys_words()}"
+                    )
+                time.sleep(0.02)
+
+    def _is_healthy(self) -> bool:
+        """Whether /health says so, through HAProxy."""
         router = self._settings.router
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(router.host, router.host)
-        while True:
-            connection: http.client.HTTPConnection
-            if router.ssl_certfile is not None:
-                context = ssl._create_unverified_context()
-                connection = http.client.HTTPSConnection(
-                    host, router.port, timeout=5, context=context
-                )
-            else:
-                connection = http.client.HTTPConnection(host, router.port, timeout=5)
-            with (
-                contextlib.closing(connection),
-                contextlib.suppress(OSError, http.client.HTTPException),
-            ):
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    return
-            time.sleep(0.02)
+        connection: http.client.HTTPConnection
+        if router.ssl_certfile is not None:
+            context = ssl._create_unverified_context()
+            connection = http.client.HTTPSConnection(host, router.port, timeout=5, context=context)
+        else:
+            connection = http.client.HTTPConnection(host, router.port, timeout=5)
+        with (
+            contextlib.closing(connection),
+            contextlib.suppress(OSError, http.client.HTTPException),
+        ):
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        return False
+
+    async def _drain(self, engines: "Engines", deadline: float, ray_lives: bool) -> None:
+        """Have the engines admit nothing any longer, and wait for what runs.
+
+        Whatever still runs at the deadline is ended with an error that its client gets to see.
+        """
+        await _drain_engines(engines, deadline, look=ray_lives)
+        if await self._answers_taken(deadline):
+            return
+        log.warning("Requests are still in flight; they end now")
+        engines.end_requests("the server was shut down before the request had finished")
+        await self._answers_taken(time.monotonic() + LAST_WORDS)
+
+    async def _answers_taken(self, deadline: float) -> bool:
+        """Whether clients have taken all answers to the end before the deadline."""
+        while self._files is not None and haproxy.requests(self._files.path):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def _stop_serve(self) -> None:
+        if not (self._own_serve or self._deployed):
+            return
+        from ray import serve
+
+        from cluster.directory import Directory
+        from deploy.serve import APPLICATION
+
+        if self._own_serve:
+            _end_serve()
+        elif self._deployed:
+            serve.delete(APPLICATION)
+        if self._deployed:
+            Directory(APPLICATION).clear()
 
     def _catch_signals(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:
+                signal.signal(number, self._on_signal)  # else it runs under nohup
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled.is_set():
-            _kill_descendants()
-            if self._own_ray and "ray" in sys.modules:
-                from ray._common.utils import reset_ray_address
-
-                reset_ray_address()  # else programs would look for this Ray for minutes
-            shutil.rmtree(self._folder, ignore_errors=True)
-            os._exit(128 + number)
-        self._signalled.set()
+        if self._signalled:
+            self._end_at_once(128 + number)
+        self._signalled = True
         if not self._ready:
             raise _StoppedEarly
 
+    def _end_at_once(self, status: int) -> None:
+        """End this process with all that it started."""
+        from cluster.processes import descendants, end
 
-async def _drain_engines(deadline: float) -> None:
-    from cluster.engines import Engines
-    from deploy.serve import APPLICATION
+        if self._address is None:
+            end(descendants([os.getpid()]))
+        if self._files is not None:
+            self._files.remove()
+        os._exit(status)
+
+
+async def _drain_engines(engines: "Engines", deadline: float, look: bool) -> None:
+    """Have engines admit nothing any longer; returns when all have nothing left to do, or at the
+    deadline. ``look``: whether those that come meanwhile can be found."""
 
     def at_work() -> bool:
         loads = [engine.load for engine in engines if engine.healthy]
         return any(load.running or load.waiting or not load.draining for load in loads)
 
-    engines = Engines(APPLICATION)
-    await engines.open()
     looking: asyncio.Task[None] | None = None
     try:
-        while True:
+        while time.monotonic() <= deadline:
             engines.drain()
             if at_work():
                 looking = None
                 await asyncio.sleep(0.02)
-            elif looking is None or not looking.done():
+            elif look and (looking is None or not looking.done()):
                 # One may have come meanwhile, that is to drain too, and at once.
                 looking = looking or asyncio.create_task(engines.look())
                 await asyncio.wait((looking,), timeout=0.02)
             else:
                 return
-            if time.monotonic() > deadline:
-                log.warning("Requests are still in flight; they end now")
-                return
     finally:
         if looking is not None:
             looking.cancel()
-        await engines.close()
+
+
+def _application_runs() -> bool:
+    """Whether Serve says so. Raises EngineError, with the causes, if it gave up."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    from deploy.serve import APPLICATION
+
+    found = serve.status().applications.get(APPLICATION)
+    if found is None:
+        return False
+    if found.status == ApplicationStatus.DEPLOY_FAILED:
+        causes = [d.message for d in found.deployments.values() if d.message]
+        raise EngineError("\n".join(["the server did not start", *(causes or [found.message])]))
+    return bool(found.status == ApplicationStatus.RUNNING)
+
+
+def _end_serve() -> None:
+    """As ``serve.shutdown``, which has Ray say that a task of it failed and will be retried."""
+    import ray
+    from ray import serve
+    from ray.exceptions import GetTimeoutError, RayActorError
+    from ray.serve import context
+
+    client = context._get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    client.shutdown_cached_handles()  # type: ignore[no-untyped-call]
+    ending = client._controller.graceful_shutdown.options(max_task_retries=0).remote()
+    with contextlib.suppress(RayActorError):  # the controller has ended
+        try:
+            ray.get(ending, timeout=CONTROLLER_TIMEOUT)
+        except GetTimeoutError:
+            log.warning("Serve has not ended within %g s", CONTROLLER_TIMEOUT)
+    client._shutdown = True
+    serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _tls_pem(certificate: str | None, key: str | None) -> str | None:
+    """A file with both, in memory: however this process ends, no key is left on a disk."""
+    if certificate is None or key is None:
+        return None
+    file = os.memfd_create("manta-tls")
+    for name in (certificate, key):
+        os.write(file, Path(name).read_bytes() + b"\n")
+    return f"/proc/{os.getpid()}/fd/{file}"
 
 
 def _serve_port() -> int | None:
@@ -327,27 +430,10 @@ def _check_room(settings: Settings, there: dict[str, float]) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
+    with socket.socket(address_family(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-
-
-def _kill_descendants() -> None:
-    """Kill every process that this one started, and those that they started."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                stat = Path(f"/proc/{entry}/stat").read_text()
-                parent = int(stat.rsplit(")", 1)[1].split()[1])
-                children.setdefault(parent, []).append(int(entry))
-    queue = [os.getpid()]
-    while queue:
-        for child in children.get(queue.pop(), ()):
-            queue.append(child)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+            where = host_port(host, port)
+            raise ConfigError(f"cannot listen on {where}: {error.strerror}") from None

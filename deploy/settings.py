@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from engine.config import EngineConfig, declared_options, refuse_unknown
+from engine.config import EngineConfig, declared_options, with_gpu_defaults
 from engine.errors import ConfigError
+from engine.vllm_options import translated
 from router.config import RouterConfig
 
 CPU_STEP_TOKENS = 320
@@ -17,7 +18,8 @@ CPU_STEP_TOKENS = 320
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``manta serve`` and a Serve config file say. ``options`` are those that were given."""
+    """What ``manta serve`` and a Serve config file say. ``options`` are those that were given, with
+    manta's names."""
 
     engine: EngineConfig
     router: RouterConfig
@@ -31,11 +33,11 @@ class Settings:
         """
         engine = {f.name for _, f in declared_options()}
         router = {f.name for f in dataclasses.fields(RouterConfig)}
-        refuse_unknown(options, engine | router)
+        options = translated(options, engine | router)
         return cls(
             EngineConfig.from_options(**{k: v for k, v in options.items() if k in engine}),
             RouterConfig.from_options(**{k: v for k, v in options.items() if k in router}),
-            dict(options),
+            options,
         )
 
 
@@ -44,10 +46,10 @@ def with_server_defaults(options: Mapping[str, Any], num_gpus: float) -> dict[st
 
     A CPU reads about a thousand tokens of prompts a second, however many at once: with large steps
     the first of many prompts waits for the last. And a server has time before its first request
-    to take the memory of its KV blocks. On GPUs, and where it is given, all stays.
+    to take the memory of its KV blocks. GPUs have defaults of their own.
     """
     if num_gpus > 0 and options.get("device") != "cpu":
-        return dict(options)
+        return with_gpu_defaults(options)
     # Several that start at once on one machine do not see what the others are about to take.
     defaults: dict[str, Any] = {"prefault_kv_cache": options.get("num_replicas", 1) == 1}
     if options.get("enable_chunked_prefill") is not False:

@@ -1,20 +1,21 @@
 """Chats to prompts, by the Jinja templates that checkpoints bring (transformers' conventions)."""
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.errors import ConfigError, RequestError
+from engine.forms import calls_taken, content_as, content_taken
+from engine.templates import compiled
+from engine.values import asks_for_nothing
 
-if TYPE_CHECKING:
-    import jinja2
-
-MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+MESSAGE_FIELDS = (
+    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning",
+)  # fmt: skip
 _OWN_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message")
-_OPEN_END = "<|manta: the final message goes on here|> "
+_ARGUMENTS = (*_OWN_VARIABLES, "chat_template", "self")
+_OPEN_END = "THE_FINAL_MESSAGE_GOES_ON_HERE "
 
 
 def load_template(value: str) -> str:
@@ -31,15 +32,26 @@ def load_template(value: str) -> str:
                 f"chat_template must be a file that can be read, or a Jinja template: {error}"
             ) from None
     try:
-        _compile(value)
+        compiled(value)
     except RequestError as error:
         raise ConfigError(str(error)) from None
     return value
 
 
+def check_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The variables that a caller adds to a chat template's own.
+
+    Raises RequestError for one that is an argument of its own.
+    """
+    if wrong := [name for name in variables if name in _ARGUMENTS]:
+        raise RequestError(f"chat_template_kwargs: {wrong[0]} is an argument of its own")
+    return variables
+
+
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages as a template takes them: text parts joined by newlines, tool calls' arguments
-    as objects, fields that are None left out.
+    """The messages, checked; ``reasoning`` is there under its older name too, as in vLLM. What asks
+    for nothing is left out: fields that are None, as in transformers, and unknown ones that are
+    empty.
 
     Raises RequestError, naming the message and what is wrong with it.
     """
@@ -51,11 +63,15 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
 def _check_message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} must be an object with role and content, got {message!r}")
-    clean = {key: value for key, value in message.items() if value is not None}
+    clean = {
+        key: value
+        for key, value in message.items()
+        if value is not None and (key in MESSAGE_FIELDS or not asks_for_nothing(value))
+    }
     if unknown := [key for key in clean if key not in MESSAGE_FIELDS]:
         allowed = ", ".join(MESSAGE_FIELDS)
         raise RequestError(f"{where} has {unknown[0]!r}; allowed are {allowed}")
-    for field in ("role", "name", "tool_call_id", "reasoning_content"):
+    for field in ("role", "name", "tool_call_id", "reasoning_content", "reasoning"):
         if field in clean and not isinstance(clean[field], str):
             raise RequestError(f"{where}.{field} must be a string, got {clean[field]!r}")
     if not clean.get("role"):
@@ -63,30 +79,36 @@ def _check_message(where: str, message: Any) -> dict[str, Any]:
     if "tool_calls" in clean:
         clean["tool_calls"] = _tool_calls(f"{where}.tool_calls", clean["tool_calls"])
     if "content" in clean:
-        clean["content"] = _text(f"{where}.content", clean["content"])
+        clean["content"] = _content(f"{where}.content", clean["content"])
+    elif clean["role"] == "assistant" and not clean.get("tool_calls"):
+        clean["content"] = ""  # it said nothing
     elif "tool_calls" not in clean:
         raise RequestError(f"{where} must have content")
+    if "reasoning" in clean:
+        clean["reasoning_content"] = clean["reasoning"]
     return clean
 
 
-def _text(where: str, content: Any) -> str:
+def _content(where: str, content: Any) -> str | list[dict[str, str]]:
+    """A string as it is, or a copy of the text parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
         raise RequestError(f"{where} must be a string or a list of parts, got {content!r}")
-    texts = []
+    parts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else part
         if kind != "text":
             raise RequestError(f"{where}[{i}] must be of type 'text' (only text), got {kind!r}")
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        keys = {key for key in part if key == "text" or not asks_for_nothing(part[key])}
+        if keys != {"type", "text"} or not isinstance(part["text"], str):
             raise RequestError(f"{where}[{i}] must have a string 'text' and no more, got {part!r}")
-        texts.append(part["text"])
-    return "\n".join(texts)
+        parts.append({"type": "text", "text": part["text"]})
+    return parts
 
 
 def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
-    """OpenAI's clients write a call's arguments as JSON in a string; templates take an object."""
+    """Calls whose arguments are an object, or a string of JSON as OpenAI's clients write them."""
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise RequestError(f"{where} must be a list, got {calls!r}")
     clean = []
@@ -94,15 +116,45 @@ def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RequestError(f"{where}[{i}] must have a function with a name, got {call!r}")
-        arguments = function.get("arguments")
+        arguments = function.get("arguments") or "{}"
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments or "{}")
+                json.loads(arguments)
             except (ValueError, RecursionError) as error:
                 wrong = f"{where}[{i}].function.arguments must be JSON: {error}"
                 raise RequestError(wrong) from None
-        clean.append({**call, "function": {**function, "arguments": arguments or {}}})
+        clean.append({**call, "function": {**function, "arguments": arguments}})
     return clean
+
+
+def _as_taken(
+    template: str, message: dict[str, Any], with_tools: bool, content_format: str
+) -> dict[str, Any]:
+    """A checked message in the form in which the template takes it."""
+    shown = dict(message)
+    if "tool_calls" in message:
+        calls = calls_taken(template, with_tools)
+        shown["tool_calls"] = [_with_arguments(c, calls.objects) for c in message["tool_calls"]]
+        if not calls.no_content:
+            shown.setdefault("content", "")
+    if message["role"] == "developer" and not any(content_taken(template, "developer", with_tools)):
+        shown["role"] = "system"  # OpenAI's newer name for it, which most templates pass over
+    if "content" in message:
+        takes = content_taken(template, shown["role"], with_tools)
+        shown["content"] = content_as(message["content"], takes, content_format)
+    if (reasoning := message.get("reasoning_content")) is not None:
+        shown["thinking"] = reasoning  # as gpt-oss calls it
+    return shown
+
+
+def _with_arguments(call: Mapping[str, Any], as_object: bool) -> dict[str, Any]:
+    """A checked tool call with its arguments as an object, or as a string of JSON."""
+    arguments = call["function"]["arguments"]
+    if as_object and isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    elif not as_object and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def render(
@@ -114,6 +166,7 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None,
     special_tokens: Mapping[str, str],
     template_kwargs: Mapping[str, Any],
+    content_format: str = "auto",
 ) -> str:
     """The prompt that ``template`` makes of ``messages``; see ``Tokenizer.render_chat``."""
     if add_generation_prompt and continue_final_message:
@@ -121,19 +174,16 @@ def render(
             "continue_final_message needs add_generation_prompt=False: either the final message"
             " goes on or a new one begins"
         )
-    chat = check_messages(messages)
-    compiled, variables = _compile(template)
-    if wrong := [k for k in template_kwargs if k in _OWN_VARIABLES or k not in variables]:
-        raise RequestError(f"the chat template takes no {wrong[0]!r}")
-    if tools and "tools" not in variables:
-        raise RequestError("tools: the chat template takes none")
-    final = chat[-1].get("content", "")
-    if continue_final_message:
-        if not final.strip():
-            raise RequestError("continue_final_message needs a final message with some content")
-        chat[-1]["content"] = final + _OPEN_END
+    checked = check_messages(messages)
+    runnable, variables = compiled(template)
+    check_variables(template_kwargs)  # others that the template does not use have no effect
+    for name, value in (("tools", tools), ("documents", template_kwargs.get("documents"))):
+        if value and name not in variables:
+            raise RequestError(f"{name}: the chat template takes none")
+    chat = [_as_taken(template, message, bool(tools), content_format) for message in checked]
+    final = _open_end(chat[-1]) if continue_final_message else None
     try:
-        prompt = compiled.render(
+        prompt = runnable.render(
             **{"documents": None, **special_tokens, **template_kwargs},
             messages=chat,
             tools=list(tools) if tools else None,
@@ -141,7 +191,21 @@ def render(
         )
     except Exception as error:  # the template's own refusals, or a message it does not foresee
         raise RequestError(f"the chat template refuses these messages: {error}") from error
-    return _cut(prompt, final) if continue_final_message else prompt
+    return prompt if final is None else _cut(prompt, final)
+
+
+def _open_end(message: dict[str, Any]) -> str:
+    """Mark the end of the final message, in its last part if it has parts; the text before that."""
+    content = message.get("content")
+    if isinstance(content, str):
+        message["content"] = content + _OPEN_END
+        return content
+    if not content:
+        raise RequestError("continue_final_message needs a final message with content")
+    *before, last = content
+    message["content"] = [*before, {**last, "text": last["text"] + _OPEN_END}]
+    text: str = last["text"]
+    return text
 
 
 def _cut(prompt: str, final: str) -> str:
@@ -153,47 +217,3 @@ def _cut(prompt: str, final: str) -> str:
         raise RequestError("continue_final_message: the chat template leaves out the final message")
     kept = prompt[at + len(mark) :].startswith(" ")
     return prompt[:at] if kept else prompt[:at].rstrip()
-
-
-@functools.lru_cache(maxsize=64)
-def _compile(template: str) -> tuple["jinja2.Template", frozenset[str]]:
-    """The compiled template and the variables that it reads."""
-    import jinja2.ext
-    import jinja2.meta
-
-    try:
-        environment = _environment()
-        variables = jinja2.meta.find_undeclared_variables(environment.parse(template))
-        return environment.from_string(template), frozenset(variables)
-    except jinja2.TemplateSyntaxError as error:
-        raise RequestError(f"chat_template, line {error.lineno}: {error.message}") from None
-
-
-@functools.cache
-def _environment() -> "jinja2.Environment":
-    """Jinja as transformers sets it up; a sandbox, for templates come with checkpoints."""
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks the assistant's text for training; here it is just its body."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda style: datetime.now().strftime(style)
-    return environment

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from engine.choice import check_choice
 from engine.config import EngineConfig
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from engine.executor import Capacity, Executor, ModelFacts, PendingResult
@@ -147,15 +148,18 @@ class Engine:
             )
         max_total = self._admissible(request)
         sampling.check_vocabulary(self.facts.vocab_size)
+        eos = () if sampling.ignore_eos else self.eos_token_ids
+        stop_ids = tuple(dict.fromkeys((*eos, *(sampling.stop_token_ids or ()))))
+        check_choice(sampling, request.bad_words, stop_ids, self.facts.vocab_size)
         most = self.config.model.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(sampling, name)
-            if asked is not None and most != -1 and not 0 <= asked <= most:
+            count = self.facts.vocab_size if asked == -1 else asked
+            if asked is not None and most != -1 and count > most:
                 raise RequestError(f"{name} must be at most max_logprobs ({most}), got {asked}")
         self._check_bad_words(request)
         self._check_queue(request)
         seed = self._random.getrandbits(64) if sampling.seed is None else sampling.seed
-        eos = () if sampling.ignore_eos else self.eos_token_ids
         sequences = [
             Sequence(
                 request.request_id,
@@ -164,7 +168,7 @@ class Engine:
                 index=index,
                 seed=child_seed(seed, index),
                 max_total=max_total,
-                stop_ids=tuple(dict.fromkeys((*eos, *sampling.stop_token_ids))),
+                stop_ids=stop_ids,
                 bad_words=request.bad_words,
                 priority=request.priority,
                 client=request.client,
@@ -349,7 +353,7 @@ class Engine:
         return [
             *self.stats.metrics(),
             *scheduler_metrics(self.scheduler, self.capacity),
-            cache_metric(self.config.cache, self.capacity),
+            cache_metric(self.config.cache, self.capacity, self.max_model_len),
         ]
 
     # ---- the prefix cache ----

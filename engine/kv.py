@@ -73,6 +73,19 @@ class KVBlocks:
                 self.device.publish(seq.blocks[i], hashes[i])
             seq.published = full
 
+    def withdraw(self, seq: Sequence) -> None:
+        """Take a sequence's content out of the prefix cache, in both tiers, whoever wrote it.
+
+        For one whose logits were not finite: any of the keys and values that they came from may be
+        to blame, and whoever were given these would fail too.
+        """
+        if not self.prefix_caching:
+            return
+        for block_hash in seq.hashes(len(seq.tokens) // self.block_size, self.block_size):
+            for pool in (self.device, self.cpu):
+                if (block := pool.find(block_hash)) is not None:
+                    pool.forget(block)
+
     def release(self, seq: Sequence) -> None:
         """Give up everything that the sequence holds, in both tiers.
 

@@ -1,7 +1,13 @@
 """The log: lines for people on standard error, through the standard library's logging."""
 
+import contextlib
 import logging
 import sys
+import threading
+import time
+from collections.abc import Iterator
+
+WAITING = 10.0  # seconds between two lines about the same wait
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -19,3 +25,20 @@ def get_logger(name: str) -> logging.Logger:
         root.setLevel(logging.INFO)
         root.propagate = False
     return root.getChild(name)
+
+
+@contextlib.contextmanager
+def waiting_for(log: logging.Logger, what: str) -> Iterator[None]:
+    """While this lasts, say every ``WAITING`` seconds what is waited for."""
+    started, over = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        while not over.wait(WAITING):
+            log.info("Waiting for %s: %.0f s so far", what, time.monotonic() - started)
+
+    thread = threading.Thread(target=say, name="manta-waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()

@@ -1,34 +1,70 @@
 """How one request's tokens are chosen and when it ends."""
 
+import copy
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from engine.errors import RequestError
+from engine.values import asks_for_nothing, real, whole
+
+T = TypeVar("T")
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM
+MOST_BIAS = 100.0  # OpenAI's bound: more than this decides no more, as logits differ by less
+
+# Sampling parameters of vLLM's that manta has not, with the values at which they ask for nothing
+# (None and what is empty always do).
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "early_stopping": (False,),
+    "extra_args": (),
+    "flat_logprobs": (False,),
+    "guided_decoding": (),
+    "length_penalty": (1.0,),
+    "logits_processors": (),
+    "logprob_token_ids": (),
+    "prompt_logprob_start": (),
+    "prompt_logprob_token_ids": (),
+    "repetition_detection": (),
+    "routed_experts_prompt_start": (0,),
+    "skip_clone": (False, True),
+    "skip_reading_prefix_cache": (False,),
+    "stream_interval": (1,),
+    "structured_outputs": (),
+    "thinking_token_budget": (-1,),
+    "trace_decode_token_ids": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
 
 
-def _number(name: str, value: Any, allowed: str, ok: Callable[[float], bool]) -> None:
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not ok(value):
+def _number(name: str, value: Any, allowed: str, ok: Callable[[float], bool]) -> float:
+    number = real(value)
+    if number is None or not math.isfinite(number) or not ok(number):
         raise RequestError(f"{name} must be {allowed}, got {value!r}")
+    return number
 
 
-def _integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+def _integer(name: str, value: Any, least: int, *, optional: bool = False) -> int | None:
     if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        return None
+    number = whole(value)
+    if number is None or number < least:
         none = " or None" if optional else ""
         raise RequestError(f"{name} must be an integer of at least {least}{none}, got {value!r}")
+    return number
 
 
 def _ids(name: str, values: Any) -> tuple[int, ...]:
-    wrong = isinstance(values, str) or not isinstance(values, Sequence)
-    if wrong or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in values):
+    wrong = isinstance(values, str | bytes) or not isinstance(values, Sequence)
+    ids = () if wrong else tuple(map(whole, values))
+    if wrong or any(i is None or i < 0 for i in ids):
         raise RequestError(f"{name} must be a list of token ids, got {values!r}")
-    return tuple(values)
+    return cast(tuple[int, ...], ids)
 
 
 def _words(name: str, values: Any) -> tuple[str, ...]:
@@ -39,7 +75,50 @@ def _words(name: str, values: Any) -> tuple[str, ...]:
     return tuple(values)
 
 
-@dataclass(frozen=True, kw_only=True)
+def _seed(value: Any) -> int | None:
+    if value is None or value == -1:  # as in vLLM
+        return None
+    number = whole(value)
+    if number is None or not -(2**63) <= number < 2**64:
+        raise RequestError(f"seed must be a 64-bit integer or None, got {value!r}")
+    return number
+
+
+def _bias(bias: Any) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise RequestError(f"logit_bias must map token ids to numbers, got {bias!r}")
+    clean = {}
+    for token, value in bias.items():
+        try:
+            token = int(token)  # JSON's keys are strings
+        except (TypeError, ValueError, OverflowError):
+            token = -1
+        if token < 0:
+            raise RequestError(f"logit_bias must have token ids as keys, got {bias!r}")
+        number = real(value)
+        if number is None:
+            raise RequestError(f"logit_bias[{token}] must be a number, got {value!r}")
+        clean[token] = min(max(number, -MOST_BIAS), MOST_BIAS)
+    return clean
+
+
+def _with_neutral_values(cls: type[T]) -> type[T]:
+    """The class, made to accept the parameters of ``NEUTRAL`` where they ask for nothing."""
+    make = cls.__init__
+
+    @functools.wraps(make)
+    def init(self: T, **values: Any) -> None:
+        for name in [name for name in values if name in NEUTRAL]:
+            if not asks_for_nothing(value := values.pop(name), NEUTRAL[name]):
+                raise RequestError(f"{name} is not supported, got {value!r}")
+        make(self, **values)
+
+    setattr(cls, "__init__", init)  # noqa: B010  # mypy lets no method be assigned to
+    return cls
+
+
+@_with_neutral_values
+@dataclass(kw_only=True)
 class SamplingParams:
     """Sampling parameters, with the names and meanings of vLLM's (and so of the OpenAI API's).
 
@@ -48,9 +127,10 @@ class SamplingParams:
         probability relative to the most likely token's.
     repetition_penalty: over 1 discourages tokens of the prompt and output (Keskar et al. 2019).
     presence_penalty, frequency_penalty in [-2, 2]: over the output, as the OpenAI API has them.
-    logit_bias: token id to a bias in [-100, 100], added to the logits.
+    logit_bias: token id to what is added to its logit; beyond ±100 it is ±100, which decides alone.
     allowed_token_ids: only these may be chosen. bad_words: none of these is ever completed.
-    seed: makes the request's tokens a function of the prompt and these parameters alone.
+    seed: makes the request's tokens a function of the prompt and these parameters alone; -1 is
+        the same as None.
     stop: strings that end the output. stop_token_ids: tokens that do. ignore_eos: the model's
         own end tokens do not. min_tokens: none of the end tokens is chosen before this many.
     max_tokens: most tokens of output; None is as many as the model's length allows.
@@ -58,7 +138,9 @@ class SamplingParams:
         whole vocabulary. prompt_logprobs: the same for the prompt.
     detokenize: make text; False leaves it empty (stop strings then cannot be used).
 
-    Raises RequestError, naming the field, for a wrong value or a contradiction.
+    Parameters of vLLM's that are none here (``NEUTRAL``) are accepted where they ask for nothing.
+    Raises RequestError, naming the field, for a wrong value or a contradiction, when it is made
+    and when a parameter is changed.
     """
 
     n: int = 1
@@ -71,10 +153,10 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
-    bad_words: Sequence[str] = ()
+    bad_words: Sequence[str] | str | None = None
     seed: int | None = None
-    stop: Sequence[str] | str = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: Sequence[str] | str | None = None
+    stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
     max_tokens: int | None = 16
@@ -86,36 +168,28 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        _integer("n", self.n, 1)
-        _number("temperature", self.temperature, "at least 0", lambda v: v >= 0)
-        _number("top_p", self.top_p, "over 0 and at most 1", lambda v: 0 < v <= 1)
-        _integer("top_k", self.top_k, -1)
-        _number("min_p", self.min_p, "from 0 to 1", lambda v: 0 <= v <= 1)
-        _number("repetition_penalty", self.repetition_penalty, "over 0", lambda v: v > 0)
-        for name in ("presence_penalty", "frequency_penalty"):
-            _number(name, getattr(self, name), "from -2 to 2", lambda v: -2 <= v <= 2)
-        _integer("min_tokens", self.min_tokens, 0)
-        _integer("max_tokens", self.max_tokens, 1, optional=True)
-        _integer("logprobs", self.logprobs, -1, optional=True)
-        _integer("prompt_logprobs", self.prompt_logprobs, -1, optional=True)
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens",
-                     "spaces_between_special_tokens", "include_stop_str_in_output"):  # fmt: skip
+        clean: dict[str, Any] = {"seed": _seed(self.seed)}
+        for name, least, optional in _INTEGERS:
+            clean[name] = _integer(name, getattr(self, name), least, optional=optional)
+        for name, allowed, ok in _NUMBERS:
+            clean[name] = _number(name, getattr(self, name), allowed, ok)
+        for name in _BOOLEANS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)
-                                      or not -(2**63) <= self.seed < 2**64):  # fmt: skip
-            raise RequestError(f"seed must be a 64-bit integer or None, got {self.seed!r}")
-        set_ = object.__setattr__
-        set_(self, "top_k", max(self.top_k, 0))
-        set_(self, "stop", _words("stop", self.stop))
-        set_(self, "bad_words", _words("bad_words", self.bad_words))
-        set_(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        clean["top_k"] = max(clean["top_k"], 0)
+        for name in ("stop", "bad_words"):
+            clean[name] = _words(name, () if getattr(self, name) is None else getattr(self, name))
+        clean["stop_token_ids"] = _ids("stop_token_ids", self.stop_token_ids or ())
         if self.allowed_token_ids is not None:
-            set_(self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
-            if not self.allowed_token_ids:
-                raise RequestError("allowed_token_ids must not be empty: no token could be chosen")
+            clean["allowed_token_ids"] = _ids("allowed_token_ids", self.allowed_token_ids)
         if self.logit_bias is not None:
-            set_(self, "logit_bias", self._bias(self.logit_bias))
+            clean["logit_bias"] = _bias(self.logit_bias)
+        self.__dict__.update(clean)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids must not be empty: no token could be chosen")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
@@ -127,21 +201,19 @@ class SamplingParams:
                 f"n must be 1 when temperature is 0 (greedy), got {self.n}: all would be the same"
             )
 
-    @staticmethod
-    def _bias(bias: Any) -> dict[int, float]:
-        if not isinstance(bias, Mapping):
-            raise RequestError(f"logit_bias must map token ids to numbers, got {bias!r}")
-        clean = {}
-        for token, value in bias.items():
-            try:
-                token = int(token)  # JSON's keys are strings
-            except (TypeError, ValueError):
-                token = -1
-            if token < 0:
-                raise RequestError(f"logit_bias must have token ids as keys, got {bias!r}")
-            _number(f"logit_bias[{token}]", value, "from -100 to 100", lambda v: -100 <= v <= 100)
-            clean[token] = float(value)
-        return clean
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change one parameter, checked as the constructor checks it; a refused value leaves all
+        as it was. What runs already is not changed: requests have copies of their own."""
+        if len(self.__dict__) < len(self.__dataclass_fields__):  # the constructor sets them
+            object.__setattr__(self, name, value)
+        elif name in self.__dict__:
+            self.__dict__.update(dataclasses.replace(self, **{name: value}).__dict__)
+        else:
+            raise AttributeError(f"SamplingParams has no {name!r}")
+
+    def clone(self) -> "SamplingParams":
+        """A copy that shares nothing with this one."""
+        return copy.deepcopy(self)
 
     @property
     def greedy(self) -> bool:
@@ -160,7 +232,7 @@ class SamplingParams:
         named = {
             "logit_bias": self.logit_bias or (),
             "allowed_token_ids": self.allowed_token_ids or (),
-            "stop_token_ids": self.stop_token_ids,
+            "stop_token_ids": self.stop_token_ids or (),
         }
         for name, ids in named.items():
             if wrong := [i for i in ids if i >= vocab_size]:
@@ -171,3 +243,25 @@ class SamplingParams:
                 raise RequestError(
                     f"{name} has {len(ids)} token ids; the vocabulary has {vocab_size}"
                 )
+
+
+_INTEGERS = (  # name, least, whether it may be None
+    ("n", 1, False),
+    ("top_k", -1, False),
+    ("min_tokens", 0, False),
+    ("max_tokens", 1, True),
+    ("logprobs", -1, True),
+    ("prompt_logprobs", -1, True),
+)
+_NUMBERS: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    ("temperature", "at least 0", lambda v: v >= 0),
+    ("top_p", "over 0 and at most 1", lambda v: 0 < v <= 1),
+    ("min_p", "from 0 to 1", lambda v: 0 <= v <= 1),
+    ("repetition_penalty", "over 0", lambda v: v > 0),
+    ("presence_penalty", "from -2 to 2", lambda v: -2 <= v <= 2),
+    ("frequency_penalty", "from -2 to 2", lambda v: -2 <= v <= 2),
+)
+_BOOLEANS = (
+    "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)  # fmt: skip

@@ -403,6 +403,8 @@ class Scheduler:
                 token, logprobs = tokens[i], result.logprobs.get(i)
                 bad = any_failed and bool(failed[i])
                 i += 1
+            if bad:
+                self.kv.withdraw(seq)  # it was published when it was planned
             if seq.finished:
                 continue
             if number in result.prompt_logprobs:
@@ -423,7 +425,8 @@ class Scheduler:
 
     def _end_if_done(self, seq: Sequence, token: int) -> None:
         if token in seq.stop_ids:
-            if token in seq.sampling.stop_token_ids:  # the model's own end is no reason to name
+            # The model's own end is no reason to name.
+            if token in (seq.sampling.stop_token_ids or ()):
                 seq.stop_reason = token
             self._finish(seq, FinishReason.STOP)
         elif len(seq.tokens) >= seq.max_total:

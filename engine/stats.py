@@ -127,6 +127,7 @@ class EngineStats:
         self.prefill = Histogram(REQUEST_SECONDS)
         self.decode = Histogram(REQUEST_SECONDS)
         self._gaps: defaultdict[float, int] = defaultdict(int)  # of the step, by last token's time
+        self._firsts = 0  # first tokens of the step
 
     # ---- what the engine tells ----
 
@@ -142,6 +143,7 @@ class EngineStats:
         times.tokens += 1
         if times.tokens == 1:
             times.first = now
+            self._firsts += 1
             self.first_token.observe(now - metrics.arrival_time)
         else:
             self._gaps[times.last] += 1
@@ -153,8 +155,13 @@ class EngineStats:
         self.cached_tokens += num_cached
 
     def step(self, num_tokens: int, seconds: float, now: float) -> None:
-        """A step ended; its tokens were told before."""
-        self.step_tokens.observe(num_tokens)
+        """A step that computed ``num_tokens`` ended; the tokens that it brought were told before.
+
+        A token is computed when the next is wanted, the last one never: so prompts and outputs are
+        what was computed and the first tokens.
+        """
+        self.step_tokens.observe(num_tokens + self._firsts)
+        self._firsts = 0
         self.step_seconds.observe(seconds)
         for last, count in self._gaps.items():
             self.inter_token.observe(now - last, count)
@@ -216,7 +223,9 @@ class EngineStats:
                 "admission_rejections", "Requests refused, by error.", "reason", self.rejected,
                 ("QueueFull", "PromptTooLong", "RequestError"),
             ),
-            self.step_tokens.metric("iteration_tokens_total", "Tokens computed in a step."),
+            self.step_tokens.metric(
+                "iteration_tokens_total", "Prompt tokens computed and tokens generated in a step."
+            ),
             self.step_seconds.metric("step_time_seconds", "Time of a step."),
             self.request_prompt_tokens.metric("request_prompt_tokens", "Prompt tokens."),
             self.request_generation_tokens.metric(

@@ -63,8 +63,10 @@ def scheduler_metrics(scheduler: Scheduler, capacity: Capacity) -> list[Metric]:
     ]
 
 
-def cache_metric(config: CacheConfig, capacity: Capacity) -> Metric:
-    """How the KV cache was set up, in the labels of a gauge that is 1."""
+def cache_metric(config: CacheConfig, capacity: Capacity, max_model_len: int) -> Metric:
+    """How the KV cache was set up, in the labels of a gauge that is 1, as vLLM has it: among them
+    the tokens that the device's blocks hold, and how many requests of the greatest length."""
+    tokens = capacity.num_device_blocks * capacity.block_size
     facts = {
         "block_size": capacity.block_size,
         "num_gpu_blocks": capacity.num_device_blocks,
@@ -73,6 +75,8 @@ def cache_metric(config: CacheConfig, capacity: Capacity) -> Metric:
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
         "swap_space": config.swap_space,
+        "kv_cache_size_tokens": tokens,
+        "kv_cache_max_concurrency": round(tokens / max_model_len, 2),
     }
     sample = Sample(tuple(map(str, facts.values())), 1)
     return Metric(

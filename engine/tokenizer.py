@@ -5,12 +5,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-from engine import chat
+from engine import chat, control_tokens
+from engine.config import ChatOptions
 from engine.errors import CheckpointError, RequestError, shown
-from engine.tokenizer_files import Resolved, panicked, resolve
+from engine.templates import literal_text
+from engine.tokenizer_files import Resolved, panicked, reason, resolve
 
 LIKELY_CHARACTERS = 16  # of a token at most, in nearly every text
 _AT_ONCE = 1 << 18  # characters
+_AS_TRANSFORMERS = ChatOptions()
 
 
 class TokenText(NamedTuple):
@@ -27,12 +30,14 @@ class Tokenizer:
     too, and which would change text that a stream has already shown.
 
     special_tokens: "bos_token" and so on, to the token. chat_templates: by name ("default").
-    vocab_size: one more than the largest token id. renderer: what runs the templates.
+    vocab_size: one more than the largest token id. chat_options: how chats become prompts.
+    renderer: what runs the templates.
     """
 
     renderer: Callable[..., str] = staticmethod(chat.render)
 
-    def __init__(self, resolved: Resolved) -> None:
+    def __init__(self, resolved: Resolved, chat_options: ChatOptions = _AS_TRANSFORMERS) -> None:
+        self.chat_options = chat_options
         self.backend = backend = resolved.backend
         self.special_tokens = resolved.special_tokens
         self.chat_templates = resolved.chat_templates
@@ -48,17 +53,22 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     @classmethod
-    def load(cls, path_or_id: str | Path, revision: str | None = None) -> "Tokenizer":
+    def load(
+        cls,
+        path_or_id: str | Path,
+        revision: str | None = None,
+        chat_options: ChatOptions = _AS_TRANSFORMERS,
+    ) -> "Tokenizer":
         """The tokenizer of a checkpoint folder or of a Hugging Face hub id (at a revision).
 
         Raises CheckpointError if there is none, or it cannot be read.
         """
         try:
-            return cls(resolve(path_or_id, revision))
+            return cls(resolve(path_or_id, revision), chat_options)
         except BaseException as error:  # tokenizers raises plain Exception, transformers anything
             if not isinstance(error, Exception) and not panicked(error):
                 raise
-            message = f"cannot load a tokenizer from {str(path_or_id)!r}: {error}"
+            message = f"cannot load a tokenizer from {str(path_or_id)!r}: {reason(error)}"
             raise CheckpointError(message) from error
 
     @overload
@@ -153,14 +163,14 @@ class Tokenizer:
         texts = [self.decode([*before, token_id])[skip:] for token_id in ids]
         return [TokenText(text, text.encode()) for text in texts]
 
-    def bad_words_ids(self, words: Sequence[str]) -> list[list[int]]:
+    def bad_words_ids(self, words: Sequence[str] | None) -> list[list[int]]:
         """The token sequences that must not be completed, for ``SamplingParams.bad_words``.
 
         Each word at the start of a text and after a space, as in vLLM; but where vLLM leaves out
         the second if it takes another number of tokens, here it is kept.
         """
         sequences: list[list[int]] = []
-        for word in words:
+        for word in words or ():
             bare = self.encode(word.lstrip(), add_special_tokens=False)
             if not bare:
                 raise RequestError(f"bad_words has {word!r}, which is no token at all")
@@ -179,8 +189,8 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **template_kwargs: Any,
     ) -> str:
-        """The prompt of OpenAI-style messages. It holds its own special tokens: encode it with
-        ``add_special_tokens=False``, or call ``apply_chat_template``.
+        """The prompt of OpenAI-style messages, for ``encode_chat``: control tokens that users wrote
+        are marked in it if ``chat_options`` say that they shall be ordinary text.
 
         chat_template: the name of one of the checkpoint's, or a template itself (see
             ``chat.load_template`` for one in a file); the checkpoint's default by default.
@@ -200,6 +210,11 @@ class Tokenizer:
             )
         if template is chat_template and "{" not in template:
             raise RequestError(f"chat_template must be a template, got {template!r}{self._names()}")
+        if self.chat_options.sanitize_control_tokens:
+            names = self._control_tokens(template)
+            messages, tools, template_kwargs = (
+                control_tokens.marked(value, names) for value in (messages, tools, template_kwargs)
+            )
         return self.renderer(
             template,
             messages,
@@ -208,7 +223,36 @@ class Tokenizer:
             tools=tools,
             special_tokens=self.special_tokens,
             template_kwargs=template_kwargs,
+            content_format=self.chat_options.content_format,
         )
+
+    def _control_tokens(self, template: str) -> list[str]:
+        """Special tokens, and added ones that the template writes; as in transformers."""
+        written = literal_text(template)
+        return [
+            token
+            for token, special in self.backend.added_tokens.items()
+            if special or (token in written and not token.isspace())
+        ]
+
+    def encode_chat(self, text: str, add_special_tokens: bool = False) -> tuple[str, list[int]]:
+        """What ``render_chat`` gave, as it is shown and as token ids.
+
+        It holds special tokens of its own, so that no begin token is added unless
+        ``add_special_tokens``. Raises RequestError for a control token that a user wrote and that
+        cannot be ordinary text in this tokenizer.
+        """
+        if not self.chat_options.sanitize_control_tokens:
+            return text, self.encode(text, add_special_tokens)
+        backend = self.backend
+        begin = self.encode("") if add_special_tokens else []
+        ids = control_tokens.encoded(
+            control_tokens.pieces(text, backend.added_tokens),
+            lambda piece: self.encode(piece, add_special_tokens=False),
+            backend.encode_plain,
+            backend.token_to_id,
+        )
+        return control_tokens.unmarked(text), begin + ids
 
     def _names(self) -> str:
         names = sorted(self.chat_templates)
@@ -221,5 +265,5 @@ class Tokenizer:
         **options: Any,
     ) -> list[int]:
         """The token ids of ``render_chat`` with the same arguments."""
-        text = self.render_chat(messages, chat_template, **options)
-        return self.encode(text, add_special_tokens=False)
+        _, ids = self.encode_chat(self.render_chat(messages, chat_template, **options))
+        return ids

@@ -5,6 +5,7 @@ all is read with ``tokenizers`` alone, and what transformers made of another is 
 start, under a name that is a hash of all that it depends on.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -14,10 +15,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from engine.errors import CheckpointError
+from engine.folders import cache_folders, settle_hub_cache
 from engine.pieces import ByteDecoder, byte_decoder
 
 if TYPE_CHECKING:
     import tokenizers
+    import transformers
 
 SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -54,8 +58,11 @@ class Backend(Protocol):
     byte_decoder: ByteDecoder | None
     size: int
     added_ids: frozenset[int]
+    added_tokens: dict[str, bool]  # whether they are special
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]: ...
+
+    def encode_plain(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
 
@@ -75,6 +82,7 @@ class FastBackend:
         self._backend = backend
         self.byte_decoder = byte_decoder(backend)
         self.added_ids = frozenset(added)
+        self.added_tokens = {token.content: token.special for token in added.values()}
         self.size = max(backend.get_vocab_size(), *(i + 1 for i in added), 0)
         self.id_to_token = backend.id_to_token
         self.token_to_id = backend.token_to_id
@@ -86,6 +94,16 @@ class FastBackend:
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The token ids of a text in which no added token is looked for."""
+        backend = self._backend
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        splits = [text]
+        if backend.pre_tokenizer is not None:
+            splits = [split for split, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for split in splits for token in backend.model.tokenize(split)]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -99,10 +117,18 @@ class SlowBackend:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.added_ids = frozenset(tokenizer.added_tokens_decoder)
+        added = tokenizer.added_tokens_decoder.values()
+        self.added_tokens = {token.content: token.special for token in added}
         self.size = max(len(tokenizer), *(i + 1 for i in self.added_ids), 0)
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         return [self._tokenizer.encode(t, add_special_tokens=add_special_tokens) for t in texts]
+
+    def encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+        return ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         text: str = self._tokenizer.decode(
@@ -140,13 +166,14 @@ def resolve(path_or_id: str | Path, revision: str | None) -> Resolved:
         return _from_transformers(str(path_or_id), revision)
     if (plain := _read_plain(folder)) is not None:
         return plain
-    kept = _kept_file(folder)
-    if kept.is_file():
-        return _read_kept(kept)
+    name = _kept_name(folder)
+    for kept in cache_folders("tokenizers"):
+        if (kept / name).is_file():
+            return _read_kept(kept / name)
     _check_packages(folder)
     resolved = _from_transformers(str(folder), None)
     if isinstance(resolved.backend, FastBackend) and (backend := resolved.backend.to_json()):
-        _keep(resolved, backend, kept)
+        _keep(resolved, backend, name)
     return resolved
 
 
@@ -217,11 +244,39 @@ def _check_packages(folder: Path) -> None:
                 )
 
 
-def _from_transformers(path_or_id: str, revision: str | None) -> Resolved:
+def load_transformers(
+    path_or_id: str | Path, revision: str | None
+) -> "transformers.PreTrainedTokenizerBase":
+    """transformers' own tokenizer of a checkpoint folder, or of a hub id at a revision.
+
+    Raises CheckpointError if transformers cannot load it.
+    """
+    try:
+        loaded: transformers.PreTrainedTokenizerBase = _auto_tokenizer(str(path_or_id), revision)
+    except Exception as error:  # transformers raises anything
+        message = f"transformers cannot load a tokenizer from {str(path_or_id)!r}: {reason(error)}"
+        raise CheckpointError(message) from error
+    return loaded
+
+
+def reason(error: BaseException) -> str:
+    """Why a tokenizer cannot be loaded. transformers asks for its own option to trust code."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "it is code of the checkpoint's own (auto_map), and manta runs none"
+    return text
+
+
+def _auto_tokenizer(path_or_id: str, revision: str | None) -> Any:
+    settle_hub_cache()
     from transformers import AutoTokenizer
 
     options = {} if revision is None else {"revision": revision}
-    loaded = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **options)
+    return AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **options)
+
+
+def _from_transformers(path_or_id: str, revision: str | None) -> Resolved:
+    loaded = _auto_tokenizer(path_or_id, revision)
     special = loaded.special_tokens_map
     extra = [token for token in loaded.all_special_tokens if token not in special.values()]
     fast = getattr(loaded, "backend_tokenizer", None)
@@ -229,8 +284,8 @@ def _from_transformers(path_or_id: str, revision: str | None) -> Resolved:
     return Resolved(backend, special, extra, _templates(loaded.chat_template))
 
 
-def _kept_file(folder: Path) -> Path:
-    """Where the tokenizer that transformers makes of this folder is kept."""
+def _kept_name(folder: Path) -> str:
+    """The file in which the tokenizer that transformers makes of this folder is kept."""
     digest = hashlib.sha256(str(folder).encode())
     for package in _DECIDING_PACKAGES:
         try:
@@ -241,19 +296,18 @@ def _kept_file(folder: Path) -> Path:
         if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
             content = path.read_bytes()
             digest.update(f"\0{path.name} {len(content)}\0".encode() + content)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "manta" / "tokenizers" / f"{digest.hexdigest()[:20]}.json"
+    return f"{digest.hexdigest()[:20]}.json"
 
 
-def _keep(resolved: Resolved, backend: str, kept: Path) -> None:
+def _keep(resolved: Resolved, backend: str, name: str) -> None:
     value = {**resolved._asdict(), "backend": backend}
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
-            json.dump(value, file)
-        os.replace(file.name, kept)
-    except OSError:
-        pass  # a home that cannot be written to: the next start is slow too
+    for folder in cache_folders("tokenizers"):
+        with contextlib.suppress(OSError):  # without any, the next start is slow too
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+                json.dump(value, file)
+            os.replace(file.name, folder / name)
+            return
 
 
 def _read_kept(kept: Path) -> Resolved:

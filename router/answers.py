@@ -13,7 +13,7 @@ import msgspec
 
 from cluster.loop import FEW_LOGPROBS
 from engine.engine import Delta
-from engine.outputs import CompletionOutput
+from engine.outputs import CompletionOutput, RequestOutput
 from engine.sampling_params import SamplingParams
 from router.errors import ApiError
 from router.generation import Generation, Piece, Prompt, merged
@@ -52,8 +52,8 @@ class Answer(ABC):
         self.as_ids = bool(body.return_tokens_as_token_ids)
         options = body.stream_options
         self._usage = bool(options and options.include_usage)
-        self._usage_always = bool(options and options.continuous_usage_stats)
-        self._opened: set[int] = set()  # choices whose first chunk was made
+        self._usage_always = self._usage and bool(options and options.continuous_usage_stats)
+        self._told: dict[int, int] = {}  # tokens of each choice that the stream has told of
         # Whether a chunk of text alone will not do.
         self._detailed = sampling.logprobs is not None or self.return_ids or self._usage_always
         # Whether what a step brings takes so long that it is made in a thread.
@@ -142,21 +142,24 @@ class Answer(ABC):
             return b""  # log-probabilities of the prompt
         choice = generation.first_choice + output.index
         opening = b""
-        if choice not in self._opened:
-            self._opened.add(choice)
+        if choice not in self._told:
+            self._told[choice] = 0
             opening = self._opening(generation, choice)
+        self._told[choice] = self.length(output)
         if finished or self._detailed:
             check(output)
             full = self._full(generation, piece, choice)
-            return opening + self._head + full + self._usage_or_tail([generation])
+            return opening + self._head + full + self._usage_or_tail(generation)
         if not piece.text:
             return opening
         return opening + self._head + self._plain(choice, piece.text) + self._tail
 
-    def _usage_or_tail(self, generations: list[Generation]) -> bytes:
+    def _usage_or_tail(self, generation: Generation) -> bytes:
         if not self._usage_always:
             return self._tail
-        return b'],"usage":' + to_json(self.usage(generations)) + b"}\n\n"
+        output, first = generation.output, generation.first_choice
+        told = sum(self._told.get(first + one.index, 0) for one in output.outputs)
+        return b'],"usage":' + to_json(_usage([output], told)) + b"}\n\n"
 
     def _end(self, generations: list[Generation]) -> bytes:
         if not self._usage:
@@ -166,21 +169,25 @@ class Answer(ABC):
     # ---- both ----
 
     def usage(self, generations: list[Generation]) -> Usage:
-        """What the generations have taken so far."""
+        """What the generations have taken."""
         outputs = [generation.output for generation in generations]
-        prompt = sum(len(output.prompt_token_ids) for output in outputs)
-        completion = sum(self.length(c) for output in outputs for c in output.outputs)
-        cached = sum(output.num_cached_tokens for output in outputs)
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(cached),
-        )
+        return _usage(outputs, sum(self.length(c) for output in outputs for c in output.outputs))
 
     def length(self, output: CompletionOutput) -> int:
         """How many tokens of a completion the client gets."""
         return len(output.token_ids)
+
+
+def _usage(outputs: list[RequestOutput], completion: int) -> Usage:
+    """Of requests whose completions have so many tokens together."""
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    cached = sum(output.num_cached_tokens for output in outputs)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached),
+    )
 
 
 def check(output: CompletionOutput) -> None:
@@ -188,7 +195,8 @@ def check(output: CompletionOutput) -> None:
     if output.finish_reason == "error":
         raise ApiError(
             500,
-            "the model's output was not finite: the request ended with an error",
+            "the request ended with an error: the model's output was not finite, or its bad_words"
+            " left no token of allowed_token_ids to choose",
             type="server_error",
             code="generation_failed",
         )

@@ -20,7 +20,7 @@ from router.completions import answer_completion
 from router.config import RouterConfig
 from router.errors import ApiError, api_error, unavailable, wrong
 from router.fields import read
-from router.guard import KeyGuard, RootPath, Unforeseen
+from router.guard import Head, KeyGuard, OldHttp, RequestId, RootPath, Unforeseen, given_id
 from router.metrics import CONTENT_TYPE, PREFIXES
 from router.openapi import describe
 from router.replies import Reply
@@ -29,6 +29,7 @@ from router.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    Sampling,
     TokenizeRequest,
 )
 from router.service import Look, Others, Service, engines_by_id
@@ -71,8 +72,11 @@ def build_app(
         allow_headers=["*"],
     )
     app.add_middleware(AnswerCounter, stats=service.stats)
+    app.add_middleware(RequestId)
+    app.add_middleware(OldHttp)
     if config.root_path:
         app.add_middleware(RootPath, path=config.root_path)
+    app.add_middleware(Head)
     _Routes(service, version).add_to(app)
     describe(app, keys=bool(config.api_key))
     return app
@@ -83,7 +87,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
         return ApiError(error.status_code, message, headers=headers).response()
-    return api_error(error).response()
+    service: Service = request.app.state.service
+    return api_error(error, service.retry_after()).response()
 
 
 class _Routes:
@@ -111,13 +116,15 @@ class _Routes:
         """Complete prompts."""
         self._service.check_admission()
         body = await self._body(request, CompletionRequest)
-        return Reply(await answer_completion(self._service, body))
+        own_id = _take_id(request, body)
+        return Reply(await answer_completion(self._service, body), own_id)
 
     async def chat_completions(self, request: Request) -> Response:
         """Answer a chat."""
         self._service.check_admission()
         body = await self._body(request, ChatRequest)
-        return Reply(await answer_chat(self._service, body))
+        own_id = _take_id(request, body)
+        return Reply(await answer_chat(self._service, body), own_id)
 
     async def models(self) -> Response:
         """The names that requests may give."""
@@ -228,6 +235,15 @@ class _Routes:
 
 def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [tokenizer.id_to_piece(i) or "" for i in ids]
+
+
+def _take_id(request: Request, body: Sampling) -> bool:
+    """Make the request's X-Request-Id its id, unless the body has one; False if that was done."""
+    given = given_id(request.scope)
+    if given is None or body.request_id is not None:
+        return True
+    body.request_id = given
+    return False
 
 
 def _json(value: Any) -> Response:

@@ -5,7 +5,7 @@ import time
 
 from starlette.requests import Request
 
-from router.errors import ApiError, unavailable
+from router.errors import ApiError, client_closed, unavailable
 from router.service import Service
 
 BODY_SECONDS = 120.0  # for a whole body
@@ -60,7 +60,7 @@ async def _receive(request: Request, data: bytearray) -> bool:
     """Append the next part of a body; whether there is more."""
     message = await request.receive()
     if message["type"] == "http.disconnect":
-        raise ApiError(499, "the client closed the request", code="client_closed_request")
+        raise client_closed()  # which nobody reads
     data += message.get("body", b"")
     return bool(message.get("more_body", False))
 

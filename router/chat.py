@@ -4,10 +4,11 @@ from typing import Any
 
 from msgspec import UNSET
 
+from engine.chat import check_variables
 from engine.errors import RequestError
 from engine.sampling_params import SamplingParams
 from router.answers import Answer, check, to_json
-from router.errors import ApiError, wrong
+from router.errors import ApiError, field_of, wrong
 from router.generation import Generation, Piece, Prompt
 from router.logprobs import chat_logprobs, prompt_logprobs
 from router.parameters import refuse_contradictions, room_for_output, sampling_of
@@ -30,19 +31,14 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
     """
     model = await service.model(body.model)
     refuse_contradictions(body, model.info)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise wrong("top_logprobs needs logprobs to be true", "top_logprobs")
-    if None not in (body.max_tokens, body.max_completion_tokens) and (
-        body.max_tokens != body.max_completion_tokens
-    ):
-        raise wrong("max_tokens and max_completion_tokens are the same; give one", "max_tokens")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     prompt = await render(service, model, body, model.info.max_model_len)
     room = room_for_output(model.info, len(prompt.ids), asked, "messages")
     if asked is None:
-        recommended = model.info.default_sampling.max_tokens
-        # 16 is what SamplingParams has where the checkpoint recommends nothing.
-        asked = room if recommended in (None, 16) else min(room, recommended or room)
+        recommended = model.info.recommended_max_tokens
+        asked = room if recommended is None else min(room, recommended)
     sampling = sampling_of(
         body,
         model.info.default_sampling,
@@ -64,11 +60,8 @@ async def render(
     template = _template(service, model, body.chat_template)
     goes_on = bool(body.continue_final_message)
     generation = body.add_generation_prompt
-    variables = dict(body.chat_template_kwargs or {})
-    for name in ("chat_template", "add_generation_prompt", "continue_final_message", "tools"):
-        if name in variables:
-            raise wrong(f"chat_template_kwargs: {name} is a field of its own", name)
-    if body.documents is not None:
+    variables = dict(check_variables(body.chat_template_kwargs or {}))
+    if body.documents:
         variables["documents"] = body.documents
 
     def rendered() -> str:
@@ -84,10 +77,11 @@ async def render(
         text = await service.rendered(rendered)
     except RequestError as error:
         if "chat template" in str(error):  # nothing is wrong with them but for this model
-            raise ApiError(422, str(error), param="messages", code="unprocessable") from None
+            param = field_of(str(error)) or "messages"
+            raise ApiError(422, str(error), param=param, code="unprocessable") from None
         raise
     special = bool(body.add_special_tokens)
-    (ids,) = await service.encode(model, [text], special, most, "messages")
+    text, ids = await service.encode_chat(model, text, special, most)
     return Prompt(ids, text)
 
 
@@ -140,11 +134,9 @@ class ChatAnswer(Answer):
             system_fingerprint=self.model.fingerprint,
             choices=[self._choice(generation, index) for index in range(len(output.outputs))],
             usage=self.usage(generations),
+            prompt_token_ids=output.prompt_token_ids if self.return_ids else None,
+            prompt_logprobs=prompt_logprobs(output.prompt_logprobs),
         )
-        if self.return_ids:
-            answer.prompt_token_ids = output.prompt_token_ids
-        if output.prompt_logprobs is not None:
-            answer.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
         return to_json(answer)
 
     def _choice(self, generation: Generation, index: int) -> ChatChoice:
@@ -156,7 +148,7 @@ class ChatAnswer(Answer):
             logprobs=self._shown(Piece(output, 0, "")),
             finish_reason=output.finish_reason,  # type: ignore[arg-type]
             stop_reason=output.stop_reason,
-            token_ids=output.token_ids if self.return_ids else UNSET,
+            token_ids=output.token_ids if self.return_ids else None,
         )
 
     def _shown(self, piece: Piece) -> ChatLogprobs | None:
@@ -174,7 +166,7 @@ class ChatAnswer(Answer):
 
     def _opening(self, generation: Generation, choice: int) -> bytes:
         part = to_json(ChatChunkChoice(index=choice, delta=ChatDelta(self._role, "")))
-        tail = self._usage_or_tail([generation])
+        tail = self._usage_or_tail(generation)
         if self.return_ids:
             ids = to_json(generation.output.prompt_token_ids)
             tail = b'],"prompt_token_ids":' + ids + tail[1:]

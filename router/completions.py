@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from msgspec import UNSET
-
-from engine.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from engine.outputs import CompletionOutput, PositionLogprobs
 from engine.sampling_params import SamplingParams
+from engine.text import detokenizer
+from engine.tokenizer import Tokenizer
 from router.answers import Answer, check, to_json
 from router.errors import wrong
 from router.generation import Generation, Piece, Prompt
 from router.logprobs import completion_logprobs, prompt_logprobs
+from router.offsets import TextOffsets
 from router.parameters import refuse_contradictions, room_for_output, sampling_of
 from router.responses import Completion, CompletionChoice, CompletionLogprobs
 from router.schema import MOST_PROMPTS, CompletionRequest
@@ -33,9 +34,12 @@ async def answer_completion(service: Service, body: CompletionRequest) -> "Compl
     if body.echo:
         for prompt in prompts:
             if prompt.text is None:
-                prompt.text = model.tokenizer.decode(prompt.ids)
+                prompt.text = _echoed(model.tokenizer, prompt.ids, alone=body.max_tokens == 0)
     room = min(room_for_output(model.info, len(p.ids), body.max_tokens, "prompt") for p in prompts)
-    asked = min(DEFAULT_MAX_TOKENS, room) if body.max_tokens is None else body.max_tokens
+    asked = body.max_tokens
+    if asked is None:
+        recommended = model.info.recommended_max_tokens or DEFAULT_MAX_TOKENS
+        asked = min(DEFAULT_MAX_TOKENS, recommended, room)
     shown = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
         shown = body.logprobs if shown is None else max(shown, body.logprobs)
@@ -73,6 +77,15 @@ async def _prompts(service: Service, model: ServedModel, body: CompletionRequest
     return [Prompt(ids, text) for text, ids in zip(texts, encoded, strict=True)]
 
 
+def _echoed(tokenizer: Tokenizer, ids: Sequence[int], alone: bool) -> str:
+    """The text of a prompt's tokens. A character that they leave unfinished is shown, whole, by the
+    output, unless the prompt is alone."""
+    if tokenizer.backend.byte_decoder is None:
+        return tokenizer.decode(ids)
+    text = detokenizer(tokenizer, (), skip_special_tokens=False)
+    return text.push(ids) + (text.finish() if alone else "")
+
+
 class CompletionAnswer(Answer):
     """Completions, whole or as a stream."""
 
@@ -92,7 +105,7 @@ class CompletionAnswer(Answer):
         self._prompt_alone = body.max_tokens == 0
         self._logprobs = body.logprobs
         self._prompt_logprobs = body.prompt_logprobs is not None
-        self._offsets: dict[int, int] = {}  # of a choice's next token in its text
+        self._offsets: dict[int, TextOffsets] = {}  # by choice
         self._detailed = self._detailed or self._prompt_alone
 
     def whole(self, generations: list[Generation]) -> bytes:
@@ -115,7 +128,7 @@ class CompletionAnswer(Answer):
 
     def _choice(self, generation: Generation, output: CompletionOutput) -> CompletionChoice:
         check(output)
-        choice = self._part(generation, output, 0, output.text, generation.first_choice, True)
+        choice = self._part(generation, output, 0, output.text, True)
         if self._prompt_logprobs:
             assert generation.output.prompt_logprobs is not None
             choice.prompt_logprobs = prompt_logprobs(generation.output.prompt_logprobs)
@@ -127,12 +140,10 @@ class CompletionAnswer(Answer):
         output: CompletionOutput,
         start: int,
         text: str,
-        first_choice: int,
         opening: bool,
     ) -> CompletionChoice:
         """A choice with the output's tokens from ``start`` on, after the prompt if it is the
         opening of an echo."""
-        index = first_choice + output.index
         prompt, tokens = generation.output, output.token_ids[start:]
         finish, stop = output.finish_reason, output.stop_reason
         if self._prompt_alone:
@@ -141,44 +152,47 @@ class CompletionAnswer(Answer):
         if self._logprobs is not None:
             assert output.logprobs is not None
             positions = output.logprobs[start : start + len(tokens)]
-            shown = self._shown(index, prompt if echoes else None, tokens, positions)
+            shown = self._shown(generation, output, tokens, positions, echoes)
         if echoes:
             text = (prompt.prompt or "") + text
         return CompletionChoice(
-            index=index,
+            index=generation.first_choice + output.index,
             text=text,
             logprobs=shown,
             finish_reason=finish,  # type: ignore[arg-type]
-            stop_reason=UNSET if finish is None else stop,
-            token_ids=tokens if self.return_ids else UNSET,
-            prompt_token_ids=prompt.prompt_token_ids if self.return_ids and opening else UNSET,
+            stop_reason=None if finish is None else stop,
+            token_ids=tokens if self.return_ids else None,
+            prompt_token_ids=prompt.prompt_token_ids if self.return_ids and opening else None,
         )
 
     def _shown(
         self,
-        index: int,
-        echoed: RequestOutput | None,
+        generation: Generation,
+        output: CompletionOutput,
         tokens: list[int],
         positions: Sequence[PositionLogprobs | None],
+        echoes: bool,
     ) -> CompletionLogprobs:
         """The log-probabilities of a choice's next tokens, after those of the prompt if it is
         echoed here."""
         assert self._logprobs is not None
-        if echoed is not None:
-            assert echoed.prompt_logprobs is not None
-            tokens = [*echoed.prompt_token_ids, *tokens]
-            positions = [*echoed.prompt_logprobs, *positions]
-        shown = completion_logprobs(
-            tokens,
-            positions,
-            self._logprobs,
-            self.model.tokenizer,
-            self.as_ids,
-            self._offsets.get(index, 0),
+        tokenizer, prompt = self.model.tokenizer, generation.output
+        index = generation.first_choice + output.index
+        if index not in self._offsets:
+            ids = prompt.prompt_token_ids
+            self._offsets[index] = TextOffsets(tokenizer, self.sampling, ids)
+        offsets = self._offsets[index]
+        before = (prompt.prompt or "") if self._echo else ""
+        begins = offsets.of_prompt(prompt.prompt_token_ids, before) if echoes else []
+        end = None if output.finish_reason is None else len(before) + len(output.text)
+        begins += offsets.of_output(tokens, end)
+        if echoes:
+            assert prompt.prompt_logprobs is not None
+            tokens = [*prompt.prompt_token_ids, *tokens]
+            positions = [*prompt.prompt_logprobs, *positions]
+        return completion_logprobs(
+            tokens, positions, self._logprobs, tokenizer, self.as_ids, begins
         )
-        if tokens:
-            self._offsets[index] = shown.text_offset[-1] + len(shown.tokens[-1])
-        return shown
 
     def _opening(self, generation: Generation, choice: int) -> bytes:
         if not self._echo or self._detailed:
@@ -186,16 +200,14 @@ class CompletionAnswer(Answer):
         return self._head + self._plain(choice, generation.output.prompt or "") + self._tail
 
     def _plain(self, choice: int, text: str) -> bytes:
-        return b'{"index":%d,"text":%b,"logprobs":null,"finish_reason":null}' % (
-            choice,
-            to_json(text),
-        )
+        return (
+            b'{"index":%d,"text":%b,"logprobs":null,"finish_reason":null,"stop_reason":null,'
+            b'"token_ids":null,"prompt_token_ids":null,"prompt_logprobs":null}'
+        ) % (choice, to_json(text))
 
     def _full(self, generation: Generation, piece: Piece, choice: int) -> bytes:
         opening = self._detailed and piece.start == 0
-        part = self._part(
-            generation, piece.output, piece.start, piece.text, generation.first_choice, opening
-        )
+        part = self._part(generation, piece.output, piece.start, piece.text, opening)
         return to_json(part)
 
     def length(self, output: CompletionOutput) -> int:

@@ -2,10 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from engine.config import group_of, option, refuse_unknown
+from engine.config import group_of, option
 from engine.errors import ConfigError
+from engine.vllm_options import translated
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class RouterConfig:
         (),
         "a key that clients must bring (Authorization: Bearer KEY) for all but /health and"
         " /metrics; repeatable; also MANTA_API_KEY",
+    )
+    api_key_file: str | None = option(
+        None, "a file with such keys, one a line: unlike --api-key, `ps` does not show them"
     )
     ssl_keyfile: str | None = option(None, "the private key, to serve HTTPS")
     ssl_certfile: str | None = option(None, "the certificate, to serve HTTPS")
@@ -46,6 +51,9 @@ class RouterConfig:
     request_timeout: float | None = option(
         None, "seconds after which a request is ended, with what it has", least=0.001
     )
+    startup_timeout: float = option(
+        3600.0, "seconds after which a server that is not ready gives up", least=1
+    )
     shutdown_timeout: float = option(
         60.0, "seconds that running requests are given to finish at a shutdown", least=0
     )
@@ -54,6 +62,20 @@ class RouterConfig:
         1, "replicas of the HTTP side, each a process that makes tokens text", least=1
     )
 
+    def keys(self) -> tuple[str, ...]:
+        """The API keys, also those of ``api_key_file``. Raises ConfigError if it has none."""
+        if self.api_key_file is None:
+            return self.api_key
+        try:
+            text = Path(self.api_key_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"api_key_file: cannot read {self.api_key_file}: {reason}") from None
+        keys = tuple(line.strip() for line in text.splitlines() if line.strip())
+        if not keys:
+            raise ConfigError(f"api_key_file: {self.api_key_file} has no key")
+        return self.api_key + keys
+
     @classmethod
     def from_options(cls, **options: Any) -> "RouterConfig":
         """The config from flat options.
@@ -61,8 +83,7 @@ class RouterConfig:
         Raises ConfigError, naming the option and what is allowed, for an unknown option, a wrong
         value or a contradiction.
         """
-        refuse_unknown(options, [f.name for f in dataclasses.fields(cls)])
-        config = group_of(cls, options)
+        config = group_of(cls, translated(options, [f.name for f in dataclasses.fields(cls)]))
         if (config.ssl_keyfile is None) != (config.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile must be given together")
         if config.root_path and not config.root_path.startswith("/"):

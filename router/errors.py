@@ -13,8 +13,9 @@ log = get_logger("router")
 
 _FIELDS = frozenset(CompletionRequest.__struct_fields__ + ChatRequest.__struct_fields__)
 
-RETRY_AFTER = {"retry-after": "1"}
 MOST_CHARACTERS = 2000  # of a message: what was sent may be in it, whatever its size
+# Where a worker is: for the log, and for programs of the cluster, but for no client.
+_PLACE = re.compile(r", pid \d+ on [^\s)]+")
 
 
 class ErrorInfo(msgspec.Struct, kw_only=True):
@@ -81,11 +82,26 @@ def too_long(most: int, has: str, param: str) -> ApiError:
 
 def unavailable(message: str, code: str) -> ApiError:
     """Nothing is wrong with the request, but it cannot be served now: 503, to be sent again."""
-    return ApiError(503, message, type="server_error", code=code, headers=RETRY_AFTER)
+    return ApiError(503, message, type="server_error", code=code)
 
 
-def api_error(error: BaseException) -> ApiError:
-    """The answer to an exception; one that nobody foresaw is logged and not shown."""
+def client_closed() -> ApiError:
+    """What is answered, and counted, where the client has gone."""
+    return ApiError(499, "the client closed the request", code="client_closed_request")
+
+
+def api_error(error: BaseException, retry_after: int = 1) -> ApiError:
+    """The answer to an exception; one that nobody foresaw is logged and not shown.
+
+    retry_after: seconds after which what cannot be served now should be sent again.
+    """
+    answer = _answer(error)
+    if answer.status in (429, 503):
+        answer.headers["retry-after"] = str(retry_after)
+    return answer
+
+
+def _answer(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
@@ -94,21 +110,21 @@ def api_error(error: BaseException) -> ApiError:
             f"too many requests wait already: {error}",
             type="rate_limit_error",
             code="rate_limit_exceeded",
-            headers=RETRY_AFTER,
         )
     if isinstance(error, PromptTooLong):
         return wrong(str(error), "prompt", "context_length_exceeded")
     if isinstance(error, RequestError):
-        return wrong(str(error), _field(str(error)))
+        return wrong(str(error), field_of(str(error)))
     if isinstance(error, EngineError):
-        return unavailable(str(error), "engine_unavailable")
+        cause = _PLACE.sub("", str(error).partition("\n")[0])
+        return unavailable(cause.removesuffix(":"), "engine_unavailable")
     if isinstance(error, RecursionError):
         return wrong("the request has values that are nested too deeply")
     log.error("a request failed unexpectedly", exc_info=error)
     return ApiError(500, "the server failed on this request", type="server_error")
 
 
-def _field(message: str) -> str | None:
-    """The field that a RequestError names, which is the message's first word."""
+def field_of(message: str) -> str | None:
+    """The field that a RequestError names, which is the message's first word; None for none."""
     match = re.match(r"[a-z_]+", message)
     return match[0] if match and match[0] in _FIELDS else None

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
+import msgspec.inspect
 
 from engine.chat import MESSAGE_FIELDS
+from engine.sampling_params import NEUTRAL as SAMPLING_NEUTRAL
+from engine.values import asks_for_nothing
 from router.errors import ApiError, wrong
-from router.schema import Sampling, StreamOptions
+from router.schema import StreamOptions
 
 T = TypeVar("T")
 TEXT = {"type": "text"}
@@ -24,13 +27,13 @@ HARMLESS = (
 )
 
 # Fields of OpenAI's and vLLM's APIs that are not supported, with the values at which they ask for
-# nothing (null is always one).
+# nothing (null and what is empty always do).
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    **SAMPLING_NEUTRAL,
     # OpenAI's
     "audio": (),
-    "best_of": (1,),
     "function_call": ("none", "auto"),
-    "functions": ([],),
+    "functions": (),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
@@ -40,34 +43,33 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "suffix": ("",),
+    "suffix": (),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
+    "tools": (),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM's
     "cache_salt": (),
     "ec_transfer_params": (),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
     "include_reasoning": (True, False),
     "kv_transfer_params": (),
-    "length_penalty": (1,),
-    "logprob_token_ids": ([],),
     "media_io_kwargs": (),
     "mm_processor_kwargs": (),
-    "prompt_embeds": ([],),
-    "repetition_detection": (),
+    "prompt_embeds": (),
     "return_prompt_text": (False,),
     "return_token_offsets": (False,),
-    "routed_experts_prompt_start": (0,),
-    "stream_interval": (1,),
-    "structured_outputs": (),
-    "thinking_token_budget": (-1,),
-    "truncate_prompt_tokens": (),
+    "structural_tag": (),
     "truncation_side": (),
-    "use_beam_search": (False,),
-    "vllm_xargs": ({},),
+    "vllm_xargs": (),
     "watermarking": (False,),
-}  # fmt: skip
+}
+_NUMBER = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
 
 
 def read(body: bytes, kind: type[T], allow_unknown: bool) -> T:
@@ -82,19 +84,44 @@ def read(body: bytes, kind: type[T], allow_unknown: bool) -> T:
     if not isinstance(values, dict):
         raise wrong("the body must be a JSON object")
     known = getattr(kind, "__struct_fields__")  # noqa: B009  # of every Struct
-    generates = issubclass(kind, Sampling)
     for name in [name for name in values if name not in known]:
         value = values.pop(name)
-        if generates and name in NEUTRAL:
+        if name in NEUTRAL:
             _check_neutral(name, value)
-        elif not (generates and name in HARMLESS) and not allow_unknown:
+        elif value is not None and name not in HARMLESS and not allow_unknown:
             raise _unknown(name, known)
     if allow_unknown:
         _drop_unknown(values)
     try:
         return msgspec.convert(values, kind)
+    except msgspec.ValidationError:
+        values = _with_numbers(values, msgspec.inspect.type_info(kind))
+    try:
+        return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
+
+
+def _with_numbers(value: Any, kind: msgspec.inspect.Type, *, text: bool = True) -> Any:
+    """The value with its numbers as numbers where they are written in another way, as some clients
+    do and pydantic takes them: 5.0 for an integer and, unless ``text`` is False, "5" or "0.7"."""
+    if isinstance(kind, msgspec.inspect.Metadata):
+        value = _with_numbers(value, kind.type, text=text)
+    elif isinstance(kind, msgspec.inspect.UnionType):
+        for one in kind.types:
+            is_text = any(isinstance(other, msgspec.inspect.StrType) for other in kind.types)
+            value = _with_numbers(value, one, text=text and not is_text)
+    elif isinstance(kind, msgspec.inspect.IntType | msgspec.inspect.FloatType):
+        if text and isinstance(value, str) and _NUMBER.fullmatch(value):
+            value = float(value) if "." in value else int(value)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+    elif isinstance(kind, msgspec.inspect.ListType) and isinstance(value, list):
+        value = [_with_numbers(one, kind.item_type, text=False) for one in value]
+    elif isinstance(kind, msgspec.inspect.StructType) and isinstance(value, dict):
+        kinds = {field.encode_name: field.type for field in kind.fields}
+        value = {n: _with_numbers(v, kinds[n]) if n in kinds else v for n, v in value.items()}
+    return value
 
 
 def _drop_unknown(values: dict[str, Any]) -> None:
@@ -120,9 +147,7 @@ def _drop_unknown(values: dict[str, Any]) -> None:
 
 
 def _check_neutral(name: str, value: Any) -> None:
-    if value is None or any(type(value) is type(v) and value == v for v in NEUTRAL[name]):
-        return
-    if name == "length_penalty" and value == 1.0:
+    if asks_for_nothing(value, NEUTRAL[name]):
         return
     values = [*map(_json, NEUTRAL[name]), "null"]
     raise wrong(

@@ -2,13 +2,16 @@
 
 import hashlib
 import hmac
+import re
 from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.errors import ApiError, api_error
+from router.errors import ApiError, api_error, wrong
 
 OPEN_PATHS = ("/health", "/metrics")
+REQUEST_ID = b"x-request-id"
+_ID = re.compile(rb"[!-~]{1,256}")
 
 
 class RootPath:
@@ -22,6 +25,23 @@ class RootPath:
         if scope["type"] == "http":
             scope["root_path"] = self._path
         await self._app(scope, receive, send)
+
+
+class Head:
+    """ASGI middleware: HEAD is GET without the body (RFC 9110, 9.3.2), as monitors ask it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def without_body(message: Message) -> None:
+            await send({**message, "body": b""} if "body" in message else message)
+
+        await self._app({**scope, "method": "GET"}, receive, without_body)
 
 
 class Unforeseen:
@@ -45,6 +65,70 @@ class Unforeseen:
             if started:
                 raise
             await api_error(error).response()(scope, receive, send)
+
+
+class RequestId:
+    """ASGI middleware: an answer has the X-Request-Id of its request, if it has none of its own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = None if scope["type"] != "http" else _header(scope, REQUEST_ID)
+        if given is None:
+            await self._app(scope, receive, send)
+            return
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                if all(name != REQUEST_ID for name, _ in headers):
+                    message = {**message, "headers": [*headers, (REQUEST_ID, given)]}
+            await send(message)
+
+        await self._app(scope, receive, named)
+
+
+class OldHttp:
+    """ASGI middleware: a client of HTTP/1.0 gets a stream whole, with its length, since it does not
+    know chunks (RFC 9112, section 7.1)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["http_version"] not in ("1.0", "0.9"):
+            await self._app(scope, receive, send)
+            return
+        start: Message | None = None
+        body = bytearray()
+
+        async def collected(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            body.extend(message.get("body", b""))
+            if start is not None and not message.get("more_body", False):
+                headers = [h for h in start.get("headers", ()) if h[0] != b"content-length"]
+                length = (b"content-length", b"%d" % len(body))
+                await send({**start, "headers": [*headers, length]})
+                await send({"type": "http.response.body", "body": bytes(body)})
+                start = None
+
+        await self._app(scope, receive, collected)
+
+
+def given_id(scope: Scope) -> str | None:
+    """The request's X-Request-Id, to be used as its id. Raises ApiError for one that cannot be."""
+    given = _header(scope, REQUEST_ID)
+    if given is not None and not _ID.fullmatch(given):
+        raise wrong("X-Request-Id must be 1 to 256 visible characters of ASCII", "X-Request-Id")
+    return None if given is None else given.decode()
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    return next((value for key, value in scope["headers"] if key == name), None)
 
 
 class KeyGuard:

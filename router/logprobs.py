@@ -28,11 +28,11 @@ def completion_logprobs(
     count: int,
     tokenizer: Tokenizer,
     as_ids: bool,
-    offset: int = 0,
+    offsets: list[int],
 ) -> CompletionLogprobs:
-    """OpenAI's lists for some tokens, whose text begins at character ``offset``. The top ones of a
-    position are the chosen token and the ``count`` likeliest."""
-    shown = CompletionLogprobs([], [], [], [])
+    """OpenAI's lists for some tokens, whose text begins at ``offsets``. The top ones of a position
+    are the chosen token and the ``count`` likeliest."""
+    shown = CompletionLogprobs(offsets, [], [], [])
     for token_id, position in zip(token_ids, positions, strict=True):
         if position is None:  # a prompt's first token
             token = f"token_id:{token_id}" if as_ids else tokenizer.decode([token_id])
@@ -43,11 +43,9 @@ def completion_logprobs(
             top = {token: logprob}
             for other, entry in likeliest(position, count):
                 top.setdefault(_name(other, entry, as_ids), max(entry.logprob, LEAST))
-        shown.text_offset.append(offset)
         shown.token_logprobs.append(logprob)
         shown.tokens.append(token)
         shown.top_logprobs.append(top)
-        offset += len(token)
     return shown
 
 
@@ -70,8 +68,11 @@ def chat_logprobs(
     return ChatLogprobs(content)
 
 
-def prompt_logprobs(positions: Sequence[PositionLogprobs | None]) -> PromptLogprobs:
-    """vLLM's maps from token id, for each token of a prompt; None for the first."""
+def prompt_logprobs(positions: Sequence[PositionLogprobs | None] | None) -> PromptLogprobs | None:
+    """vLLM's maps from token id, for each token of a prompt; None for the first, and for all if
+    nobody asked for them."""
+    if positions is None:
+        return None
     return [
         None
         if position is None

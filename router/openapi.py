@@ -58,6 +58,10 @@ _PARAMETERS: Mapping[str, dict[str, Any]] = {
 }  # fmt: skip
 _STREAMS = ("/v1/completions", "/v1/chat/completions")
 _OPEN = ("/health", "/metrics")
+_TEXTS = {
+    "integer": r"^-?[0-9]{1,30}(\.0{1,30})?$",
+    "number": r"^-?[0-9]{1,30}(\.[0-9]{1,30})?$",
+}
 
 
 def describe(app: FastAPI, keys: bool) -> None:
@@ -147,13 +151,29 @@ def _complete(schemas: dict[str, Any]) -> None:
             for kind in (properties["messages"], *properties["messages"].get("anyOf", ())):
                 if "items" in kind:
                     kind["items"] = {"$ref": _REF.format(name="Message")}
+    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest"):
+        schemas[name]["additionalProperties"] = {"type": "null"}
     for name in ("ChatRequest", "CompletionRequest"):
         properties = schemas[name]["properties"]
+        for field in properties:
+            properties[field] = _with_numbers_as_text(properties[field])
         for field in HARMLESS:
             properties[field] = {"description": "accepted; has no effect"}
         for field, values in NEUTRAL.items():
             properties[field] = {
                 "description": "not supported",
-                "enum": [None, *values],
+                "enum": [None, "", [], {}, *values],
                 "default": None,
             }
+
+
+def _with_numbers_as_text(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field that may have its number as text; see ``fields.read``."""
+    kinds = schema.get("anyOf", [schema])
+    numbers = [kind["type"] for kind in kinds if kind.get("type") in _TEXTS]
+    if not numbers:
+        return schema
+    text = {"type": "string", "pattern": _TEXTS[numbers[0]]}
+    if "anyOf" in schema:
+        return {**schema, "anyOf": [*kinds, text]}
+    return {"anyOf": [schema, text]}

@@ -10,7 +10,8 @@ from router.schema import Sampling
 
 def refuse_contradictions(body: Sampling, info: EngineInfo) -> None:
     """Raises ApiError for fields that are right, but not with each other or with this engine."""
-    if body.stream_options is not None and not body.stream:
+    options = body.stream_options
+    if options and (options.include_usage or options.continuous_usage_stats) and not body.stream:
         raise wrong("stream_options needs stream to be true", "stream_options")
     if body.prompt_logprobs is not None and body.stream:
         raise wrong("prompt_logprobs: a stream has none", "prompt_logprobs")

@@ -6,7 +6,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from router.answers import DONE, Answer
-from router.errors import ApiError, api_error
+from router.errors import api_error, client_closed
 from router.guard import client_of
 
 STREAM_HEADERS = [
@@ -20,12 +20,14 @@ class Reply(Response):
     """Runs an answer and sends it, whole or as a stream of events.
 
     It watches for the client's disconnect all the while; if it comes, what the engine does for the
-    request is cancelled, whatever state it is in.
+    request is cancelled, whatever state it is in. ``own_id``: X-Request-Id is the answer's id, not
+    what the request had there.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, own_id: bool) -> None:
         super().__init__(None)
         self._answer = answer
+        self._id = {"x-request-id": answer.id} if own_id else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stats = self._answer.service.stats
@@ -46,8 +48,7 @@ class Reply(Response):
                 work.cancel()
                 await asyncio.wait((work,))  # so that nothing of it is left
         if work.cancelled():
-            closed = ApiError(499, "the client closed the request", code="client_closed_request")
-            await closed.response()(scope, receive, send)
+            await client_closed().response()(scope, receive, send)
         else:
             work.result()
 
@@ -64,7 +65,8 @@ class Reply(Response):
                 client_of(scope, by_key=bool(answer.service.config.api_key)),
             ) as generations:
                 if answer.streaming:
-                    headers = [*STREAM_HEADERS, (b"x-request-id", answer.id.encode())]
+                    own = [(name.encode(), value.encode()) for name, value in self._id.items()]
+                    headers = [*STREAM_HEADERS, *own]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     started = True
                     async for data in answer.events(generations):
@@ -72,7 +74,7 @@ class Reply(Response):
                 else:
                     body = await answer.complete(generations)
         except Exception as error:
-            failure = api_error(error)
+            failure = api_error(error, answer.service.retry_after())
             if not started:
                 await failure.response()(scope, receive, send)
                 return
@@ -81,7 +83,7 @@ class Reply(Response):
         if started:
             await send({"type": "http.response.body", "body": b""})
         else:
-            response = Response(body, 200, {"x-request-id": answer.id}, "application/json")
+            response = Response(body, 200, self._id, "application/json")
             await response(scope, receive, send)
 
 

@@ -1,5 +1,6 @@
-"""The bodies of answers, in OpenAI's shapes with vLLM's additions. Fields that are UNSET are left
-out: those that nobody asked for."""
+"""The bodies of answers, in OpenAI's shapes with vLLM's additions. What nobody asked for is null as
+in vLLM, so that a program may read it; in the chunks of a chat, where it is UNSET, it is left out.
+"""
 
 from typing import Literal
 
@@ -51,10 +52,10 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
-    stop_reason: int | str | None | UnsetType = UNSET
-    token_ids: list[int] | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    stop_reason: int | str | None
+    token_ids: list[int] | None
+    prompt_token_ids: list[int] | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -93,10 +94,12 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class ChatMessage(msgspec.Struct):
-    """What the model says."""
+    """What the model says. The fields that are always null are OpenAI's and vLLM's."""
 
     role: str
     content: str
+    refusal: None = None
+    reasoning: None = None
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -107,7 +110,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: int | str | None
-    token_ids: list[int] | UnsetType = UNSET
+    token_ids: list[int] | None
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -120,8 +123,8 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_token_ids: list[int] | None
+    prompt_logprobs: PromptLogprobs | None
 
 
 class ChatDelta(msgspec.Struct):

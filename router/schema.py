@@ -40,7 +40,10 @@ ChatTemplate = Annotated[
          " the server must be told to trust"),
 ]  # fmt: skip
 TemplateVariables = Annotated[
-    dict[str, Any] | None, Meta(description="further variables of the chat template")
+    dict[str, Any] | None,
+    Meta(
+        description="further variables of the chat template; one that it does not use has no effect"
+    ),
 ]
 Documents = Annotated[
     list[dict[str, str]] | None, Meta(description="for chat templates that take documents")
@@ -81,9 +84,8 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[
-        Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1 << 14)]
-        | None,
-        Meta(description="token ids to what is added to their logits"),
+        Annotated[dict[str, float], Meta(max_length=1 << 14)] | None,
+        Meta(description="token ids to what is added to their logits, at most 100 either way"),
     ] = None
     seed: Annotated[
         Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None,
@@ -122,7 +124,10 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ] = None
     request_id: Annotated[
         Annotated[str, Meta(pattern=r"^[!-~]{1,256}(?!\n)$")] | None,
-        Meta(description="the end of the answer's id, and x-request-id"),
+        Meta(
+            description="the end of the answer's id, and x-request-id; the request's header of"
+            " that name by default"
+        ),
     ] = None
     user: Annotated[str | None, Meta(description="accepted; has no effect")] = None
 
@@ -160,6 +165,7 @@ class Message(msgspec.Struct, kw_only=True):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
 
 
@@ -177,7 +183,8 @@ class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
         Positive | None, Meta(description="as many as the model's length allows")
     ] = None
     max_tokens: Annotated[
-        Positive | None, Meta(description="the older name of max_completion_tokens")
+        Positive | None,
+        Meta(description="the older name of max_completion_tokens, which goes before"),
     ] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import math
 import time
 import uuid
 from collections.abc import (
@@ -38,6 +39,10 @@ from router.stats import RouterStats
 
 INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the event loop
 HEAVY_THREADS = 2  # for what takes milliseconds; no more of it at once, for memory's sake
+# Seconds beside its own start until an engine that died has a successor: Serve notices, and starts
+# a process.
+REPLACING = 5.0
+MOST_RETRY_AFTER = 60  # OpenAI's clients heed no more
 ADMISSION_PATIENCE = 5.0  # seconds for an engine to queue a request, if another might
 
 
@@ -70,7 +75,7 @@ class ServedModel:
 
 
 def _facts(info: EngineInfo) -> EngineInfo:
-    return replace(info, engine_id="", num_device_blocks=0, num_cpu_blocks=0)
+    return replace(info, engine_id="", num_device_blocks=0, num_cpu_blocks=0, start_seconds=0.0)
 
 
 class Service:
@@ -97,6 +102,7 @@ class Service:
         self._heavy = ThreadPoolExecutor(HEAVY_THREADS, "manta-heavy")
         self._renderer = Renderer()
         self._rendering = ThreadPoolExecutor(1, "manta-rendering")
+        self._missing_since: float | None = None  # when it was first seen that none is there
 
     # ---- the engines ----
 
@@ -108,7 +114,26 @@ class Service:
         """
         if not self._admitting() and self._look is not None:
             await self._look()
-        return self._admitting() or [engine for engine in self.engines if engine.healthy]
+        found = self._admitting() or [engine for engine in self.engines if engine.healthy]
+        if found:
+            self._missing_since = None
+        return found
+
+    def retry_after(self) -> int:
+        """Seconds after which a request that cannot be served now should come again.
+
+        1 if an engine admits requests or all drain; else what is left of the time until one that
+        has died is replaced.
+        """
+        now = time.monotonic()
+        if any(engine.healthy for engine in self.engines):
+            self._missing_since = None
+            return 1
+        if self._missing_since is None:
+            self._missing_since = now
+        start = self._model.info.start_seconds if self._model is not None else 0.0
+        left = self._missing_since + start + REPLACING - now
+        return max(1, min(MOST_RETRY_AFTER, math.ceil(left)))
 
     def _admitting(self) -> list[EngineClient]:
         return [engine for engine in self.engines if engine.healthy and not engine.load.draining]
@@ -148,7 +173,7 @@ class Service:
         facts = (info.model, info.revision, info.max_model_len, info.vocab_size, info.block_size)
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
         template = info.chat_template
-        tokenizer = Tokenizer.load(info.tokenizer, info.revision)
+        tokenizer = Tokenizer.load(info.tokenizer, info.revision, info.chat_options)
         tokenizer.renderer = self._renderer.render
         self._renderer.start()
         return ServedModel(
@@ -189,25 +214,45 @@ class Service:
     async def encode(
         self, model: ServedModel, texts: list[str], special: bool, most: int, param: str
     ) -> list[list[int]]:
-        """The token ids of texts; long ones do not hold up the other requests' streams.
+        """The token ids of texts.
 
         special: add special tokens. most: tokens that each may have; more of them may come back,
         but what has far more is refused by its size: ApiError context_length_exceeded, which
         blames ``param``.
         """
-        with self.stats.time("tokenize"):
-            if sum(map(len, texts)) <= INLINE_CHARACTERS:
-                return model.tokenizer.encode(texts, special)
-            return await self.off_loop(_encode, model.tokenizer, texts, special, most, param)
+        tokenizer = model.tokenizer
+
+        def encode() -> list[list[int]]:
+            _refuse_far_longer(tokenizer, texts, most, param)
+            return tokenizer.encode(texts, special)
+
+        return await self._tokenized(sum(map(len, texts)), encode)
+
+    async def encode_chat(
+        self, model: ServedModel, text: str, special: bool, most: int
+    ) -> tuple[str, list[int]]:
+        """A rendered chat, as it is shown and as token ids; see ``encode``."""
+        tokenizer = model.tokenizer
+
+        def encode() -> tuple[str, list[int]]:
+            _refuse_far_longer(tokenizer, [text], most, "messages")
+            return tokenizer.encode_chat(text, special)
+
+        return await self._tokenized(len(text), encode)
 
     async def bad_words(
         self, model: ServedModel, sampling: SamplingParams
     ) -> tuple[tuple[int, ...], ...]:
         """The token sequences of ``sampling.bad_words``."""
-        words, tokenizer = sampling.bad_words, model.tokenizer
+        words, tokenizer = sampling.bad_words or (), model.tokenizer
         if sum(map(len, words)) <= INLINE_CHARACTERS:
             return tuple(map(tuple, tokenizer.bad_words_ids(words)))
         return tuple(map(tuple, await self.off_loop(tokenizer.bad_words_ids, words)))
+
+    async def _tokenized(self, size: int, encode: Callable[[], T]) -> T:
+        """What ``encode`` gives; long texts do not hold up the other requests' streams."""
+        with self.stats.time("tokenize"):
+            return encode() if size <= INLINE_CHARACTERS else await self.off_loop(encode)
 
     @contextlib.asynccontextmanager
     async def generations(
@@ -306,13 +351,10 @@ class Service:
                 self.stats.observe("first_token", first)
 
 
-def _encode(
-    tokenizer: Tokenizer, texts: list[str], special: bool, most: int, param: str
-) -> list[list[int]]:
+def _refuse_far_longer(tokenizer: Tokenizer, texts: list[str], most: int, param: str) -> None:
     for text in texts:
         if tokenizer.surely_longer(text, most):
             raise too_long(most, f"{len(text)} characters, which are more tokens than that", param)
-    return tokenizer.encode(texts, special)
 
 
 def _draining() -> ApiError:

@@ -5,6 +5,7 @@ few fields that matter are read, checked and given transformers' defaults by the
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from engine.config import EMBEDDED_MODEL
 from engine.errors import CheckpointError, ConfigError, shown
+from engine.folders import settle_hub_cache
 
 EMBEDDED_PATH = Path(__file__).resolve().parent.parent / "deploy" / "demo_model"
 MOST_JSON_BYTES = 1 << 26  # of a file
@@ -114,21 +116,27 @@ def resolve(model: str, revision: str | None = None, load_format: str = "auto") 
 
     A hub id is fetched into (or, with HF_HUB_OFFLINE or no network, taken from) the hub cache;
     safetensors are preferred to ``pytorch_model*.bin``, and "dummy" fetches no weights. Raises
-    CheckpointError if there is neither a folder nor such a repository.
+    CheckpointError if there is neither a folder nor such a repository, or this user may not read
+    the folder.
     """
     if model == EMBEDDED_MODEL:
         return EMBEDDED_PATH
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{model} is a file; give the folder that holds config.json")
+    folder = Path(os.path.expanduser(model))
+    try:
+        if folder.is_dir():
+            os.listdir(folder)
+            return folder
+        if folder.exists():
+            raise CheckpointError(f"{model} is a file; give the folder that holds config.json")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {model}: {error.strerror}") from error
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise CheckpointError(f"no folder {model}, and it is not a hub id (name or owner/name)")
     return _fetch(model, revision, load_format)
 
 
 def _fetch(model: str, revision: str | None, load_format: str) -> Path:
+    settle_hub_cache()
     from huggingface_hub import snapshot_download  # slow to import, and only needed here
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from engine.addresses import address_family
 from engine.errors import EngineError
 from workers.channel import RingReceiver, RingSender, rings_work
 from workers.kernels import has_triton
@@ -51,7 +52,7 @@ def open_store(host: str, port: int) -> Any:
     """
     try:
         # Bound here, lest the store fall back to another address.
-        listener = socket.create_server((host, port), backlog=128)
+        listener = socket.create_server((host, port), family=address_family(host), backlog=128)
     except OSError as error:
         raise EngineError(
             f"rendezvous_port={port}: cannot listen at {host}: {error.strerror}"

@@ -59,8 +59,6 @@ PROMPT_ELEMENTS = 2**23  # of logits whose log-probabilities are computed at a t
 CPU_ELEMENTS = 3 * 2**18  # of logits that a CPU draws from at a time, to stay in its caches
 
 Array = NDArray[Any]
-
-
 T = TypeVar("T")
 
 
@@ -215,8 +213,8 @@ class Sampler:
             finite &= ~unusable
         tokens = tokens * finite
         if keep:
-            place = on_device(slots, x.device).long(), on_device(positions, x.device).long()
-            table.tokens[place] = tokens.int()
+            at_slots, at_positions = rows or self._upload(slots, positions)
+            table.tokens[at_slots.long(), at_positions.long()] = tokens.int()
         return Sampled(tokens.int(), ~finite, self._logprobs(logits, tokens, slots))
 
     def _by_kernels(self, kernels: "SamplingKernels", logits: Tensor, slots: Ints, positions: Ints,
@@ -224,13 +222,13 @@ class Sampler:
         table = self.table
         assert table.records is not None
         table.records.flush()
-        if rows is None:
-            both = on_device(np.stack((slots, positions)).astype(np.int32), table.device)
-            rows = both[0], both[1]
-        if logits.stride(1) != 1:
-            logits = logits.contiguous()
+        logits, rows = _readable(logits), rows or self._upload(slots, positions)
         tokens, failed = kernels.sample(logits, *rows, self._needs(slots, positions), keep)
         return Sampled(tokens, failed, self._logprobs(logits, tokens, slots))
+
+    def _upload(self, slots: Ints, positions: Ints) -> tuple[Tensor, Tensor]:
+        both = on_device(np.stack((slots, positions)).astype(np.int32), self.table.device)
+        return both[0], both[1]
 
     def _needs(self, slots: Ints, positions: Ints) -> "Needs":
         from workers.kernels.gpu import sampling
@@ -268,7 +266,10 @@ class Sampler:
         """``prompt_logprobs`` on the device, without waiting: some rows at a time, counted from 0
         in each piece, so that what is needed on the way stays small."""
         k = self.table.vocab_size if k < 0 else k
-        step = max(1, PROMPT_ELEMENTS // self.table.vocab_size)
+        elements = PROMPT_ELEMENTS
+        if self._kernels is not None and k <= self._kernels.most_top:
+            elements *= 16  # for the kernels' scratch is a sixteenth of the logits
+        step = max(1, elements // self.table.vocab_size)
         for at in range(0, len(targets), step):
             some = targets[at : at + step]
             rows = np.arange(len(some), dtype=np.int32)
@@ -299,6 +300,7 @@ class Sampler:
         if kernels is None:
             some = logits if len(rows) == len(logits) else logits.index_select(0, at)
             return _logprobs_of(some.contiguous(), tokens, k)
+        logits, tokens = _readable(logits), tokens.int()
         if k <= kernels.most_top:
             return kernels.logprobs(logits, at, tokens, k)[:3]
         *chosen, lse = kernels.logprobs(logits, at, tokens, 0)
@@ -402,6 +404,14 @@ class Sampler:
             start = _mix64(self.table.seed[slots] + np.uint64(GOLDEN))
             keys = _mix64(start + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN))
         return on_device(keys.view(np.int64), device)[:, None]
+
+
+def _readable(logits: Tensor) -> Tensor:
+    """``logits`` as the kernels take them, which are then compiled in one way only: each row's
+    tokens next to each other, the first of all at a multiple of 16 bytes."""
+    if logits.stride(1) == 1 and logits.data_ptr() % 16 == 0:
+        return logits
+    return logits.clone(memory_format=torch.contiguous_format)
 
 
 def _num_classes(vocab: int) -> int:

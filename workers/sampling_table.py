@@ -68,7 +68,7 @@ class Ragged:
             self._data = grown
         self._data[slot] = self.pad
         part = self._data[slot][tuple(map(slice, values.shape))]
-        part.copy_(torch.from_numpy(values))
+        part.copy_(on_device(values, part.device), non_blocking=True)
 
     def clear(self, slot: int) -> None:
         """Forgets the slot's array; the last one to go takes the memory along."""

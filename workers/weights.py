@@ -144,6 +144,10 @@ class _Pickled:
 
 @contextmanager
 def _open(file: Path) -> Iterator[_Source]:
+    try:
+        file.open("rb").close()
+    except OSError as error:  # what follows would call it damaged
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     if file.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 

@@ -137,7 +137,8 @@ def test_an_empty_list_of_tokens(llm, prompt):
     "prompt",
     [5.0, None, True, b"text", [1.0], [1, "a"], [True], ["a", ["b"]], {"text": "a"}, {},
      {"prompt": 5}, {"prompt": [1]}, {"prompt_token_ids": "a"}, {"prompt_token_ids": [1.5]},
-     {"prompt_token_ids": b"a"}, {"prompt": "w1", "prompt_token_ids": [1]}, {1: 2}],
+     {"prompt_token_ids": b"a"}, {"prompt": "w1", "prompt_token_ids": [1]}, {1: 2},
+     {"prompt": "w1", "multi_modal_data": {"image": 1}}, {"multi_modal_data": None}],
     ids=repr,
 )  # fmt: skip
 def test_prompts_of_a_wrong_type(llm, prompt):
@@ -197,14 +198,32 @@ def test_wrong_priorities(llm, checkpoint, tokenizer):
     with pytest.raises(RequestError, match="priority needs scheduling_policy='priority'"):
         llm.generate("w3", GREEDY, priority=[1], use_tqdm=False)
     other = start_llm(checkpoint("llama"), tokenizer, scheduling_policy="priority")
-    for wrong in ([1], 5, [1, 2, 3]):
-        with pytest.raises(RequestError, match="priority must be a list of 2, one for each prompt"):
+    for wrong in ([1], "abc", 1.5, [1, 2, 3]):
+        with pytest.raises(RequestError, match="priority must be an integer or a list of 2, one"):
             other.generate(["w3", "w4"], GREEDY, priority=wrong, use_tqdm=False)
     for wrong in ("a", 1.5, None, True):
         with pytest.raises(RequestError, match="prompt 1: priority must be an integer, got"):
             other.generate(["w3", "w4"], GREEDY, priority=[1, wrong], use_tqdm=False)
+    for wrong in (5, [0, 5]):
+        with pytest.raises(RequestError, match="priority needs scheduling_policy='priority'"):
+            llm.generate(["w3", "w4"], GREEDY, priority=wrong, use_tqdm=False)
     assert_idle(other)
     assert answers(other) == answers(llm)
+
+
+def test_arguments_of_vllms_that_ask_for_something(llm):
+    for name, value in (
+        ("lora_request", object()),
+        ("lora_request", [None, object()]),
+        ("tokenization_kwargs", {"truncation": True}),
+        ("prompt_token_ids", [[3]]),
+    ):
+        with pytest.raises(RequestError, match=f"^{name} is not supported: "):
+            llm.generate("w3", GREEDY, **{name: value})
+    with pytest.raises(RequestError, match="^lora_request is not supported: there are no LoRA"):
+        llm.chat([{"role": "user", "content": "w3"}], GREEDY, lora_request=object())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'samplng_params'"):
+        llm.generate("w3", samplng_params=GREEDY)
 
 
 # ---- options ----

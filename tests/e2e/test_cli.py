@@ -16,6 +16,7 @@ from engine.config import declared_options
 from manta import SamplingParams, __version__
 from tests.support.tiny_llm import start_llm
 from tests.support.tiny_tokenizer import save_tokenizer
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}w9"
@@ -49,7 +50,7 @@ def run_alone(*argv, **env):
     """The command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "deploy.cli", *argv],
-        cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
 
@@ -75,6 +76,20 @@ def test_generate_prints_each_completion(folder, llm, capsys):
         [*sampling, *SMALL, folder, "w3 w4", "w5"],
         [folder, *sampling, "w3 w4", *SMALL, "w5"],
         [folder, *sampling, *SMALL, "--", "w3 w4", "w5"],
+        ["--model", folder, *sampling, *SMALL, "w3 w4", "w5"],
+        [
+            folder,
+            *sampling,
+            *SMALL,
+            "w3 w4",
+            "w5",
+            "--disable-log-stats",
+            "--trust_remote_code",
+            "--quantization",
+            "None",
+            "-tp",
+            "1",
+        ],
     ):
         assert run("generate", *argv) == 0
         out, err = capsys.readouterr()
@@ -177,6 +192,7 @@ def test_help_lists_every_option_by_its_name(command, capsys):
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     flags = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", out))
+    assert "Of vLLM's other options" in " ".join(out.split())
     for _, f in declared_options():
         if f.name == "model":
             assert "MODEL" in out
@@ -209,8 +225,11 @@ def test_help_and_version(capsys):
         (["bench"], "the following arguments are required: WHAT"),
         (["generate", "--max-model-lem", "5", "M", "w3"],
          "unknown option --max-model-lem; did you mean --max-model-len?"),
-        (["generate", "--max_model_len=5", "M", "w3"],
-         "unknown option --max_model_len; did you mean --max-model-len?"),
+        (["generate", "--max_model_lem=5", "M", "w3"],
+         "unknown option --max-model-lem; did you mean --max-model-len?"),
+        (["generate", "--max_model_len=0", "M", "w3"], "max_model_len must be an integer of at"),
+        (["generate", "--enable-lora", "M", "w3"], "enable_lora=True is not supported: there are"),
+        (["bench", "throughput", "M", "--model", "N"], "give the model once: it is "),
         (["generate", "--max-model", "5", "M", "w3"], "unknown option --max-model"),
         (["bench", "throughput", "--xyzzy"], "unknown option --xyzzy"),
         (["bench", "throughput", "M", "N"], "unexpected argument 'N'"),
@@ -221,8 +240,8 @@ def test_help_and_version(capsys):
          "block_size must be an integer of at least 1 or None, got 0"),
         (["generate", "--dtype", "int8", "M", "w3"], "dtype must be one of auto, bfloat16"),
         (["generate", "--swap-space", "nan", "M", "w3"], "swap_space must be a number of at"),
-        (["generate", "--max-num-batched-tokens", "5", "M", "w3"],
-         "max_num_batched_tokens (5) must be at least max_num_seqs (256)"),
+        (["generate", "--max-num-batched-tokens", "5", "--max-num-seqs", "6", "M", "w3"],
+         "max_num_batched_tokens (5) must be at least max_num_seqs (6)"),
         (["generate", "--tensor-parallel-size", "3", "M", "w3"],
          "tensor_parallel_size=3 does not divide the number of attention heads (4); allowed: 1, 2"),
         (["generate", "--pipeline-parallel-size", "4", "M", "w3"],

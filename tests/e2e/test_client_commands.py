@@ -22,6 +22,7 @@ from deploy.bench_serve import arrivals
 from deploy.cli import main
 from deploy.ports import free_ports
 from tests.support.served import ROOT, Served, serve
+from tests.support.waiting import PATIENCE
 
 QUESTION = "What is the capital of France?"
 
@@ -204,7 +205,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_not_the_program(server: Served
     terminal.wait_for("(0 messages)")
     terminal.wait_for("> ")
     terminal.write("\x04")
-    assert terminal.process.wait(20) == 0
+    assert terminal.process.wait(PATIENCE) == 0
 
 
 def half_a_server(answer: bytes) -> str:

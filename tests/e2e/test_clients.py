@@ -19,6 +19,7 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
 
 from tests.support.served import Served, serve
+from tests.support.waiting import PATIENCE
 
 KEY = "sesame"
 MODEL = "manta-demo"
@@ -167,7 +168,7 @@ def node(*argv: str) -> dict[str, object]:
     assert shutil.which("node"), "Node.js is needed: apt-get install nodejs npm"
     assert (NODE / "node_modules/openai").is_dir(), "run: npm ci --prefix tests/node"
     done = subprocess.run(
-        ["node", str(NODE / "client.mjs"), *argv], capture_output=True, text=True, timeout=120
+        ["node", str(NODE / "client.mjs"), *argv], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, object] = json.loads(done.stdout)
@@ -242,7 +243,7 @@ def curl(server: Served, path: str, *options: str, key: str | None = KEY) -> tup
     auth = [] if key is None else ["-H", f"Authorization: Bearer {key}"]
     done = subprocess.run(
         ["curl", "-sS", "-w", "\n%{http_code}", *auth, *options, server.url + path],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=PATIENCE, check=True,
     )  # fmt: skip
     body, _, status = done.stdout.rpartition("\n")
     return int(status), body

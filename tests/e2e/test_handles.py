@@ -20,7 +20,7 @@ from engine.config import EMBEDDED_MODEL
 from manta import ConfigError, EngineError, RequestError, SamplingParams
 from router.app import build_app
 from router.config import RouterConfig
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 OPTIONS = {
     "num_gpu_blocks_override": 200,
@@ -240,7 +240,7 @@ def test_many_drivers_and_one_that_is_killed(engine):
     seconds = until(lambda: value(engine, "num_requests_running") < 3)
     print(f"freed {seconds * 1e3:.0f} ms after its driver was killed")
     for other in others[1:]:
-        assert other.communicate(timeout=60)[0] == "length\n"
+        assert other.communicate(timeout=PATIENCE)[0] == "length\n"
     others[0].communicate()
     assert idle(engine)
 
@@ -259,7 +259,7 @@ def test_an_engine_that_is_killed_is_named_in_every_driver(engine):
     until(lambda: value(engine, "num_requests_running") == 2)
     os.kill(engine_pid(), signal.SIGKILL)
     for other in others:
-        out, _ = other.communicate(timeout=30)
+        out, _ = other.communicate(timeout=PATIENCE)
         assert "is gone: its connection broke" in out
     with pytest.raises(EngineError, match="is gone"):
         engine.generate("Hello", GREEDY)

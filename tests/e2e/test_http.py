@@ -13,11 +13,10 @@ from cluster.client import EngineLoad
 from cluster.loop import LocalClient
 from engine.config import EMBEDDED_MODEL
 from tests.support.server import ENGINE_OPTIONS, Server, serving
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 FRANCE = "The capital of France is"
 CHAT = "/v1/chat/completions"
-PATIENCE = 10.0  # seconds for the scheduler to come to a state
 ROUTER: dict[str, Any] = {"max_body_bytes": 20_000, "trust_request_chat_template": True}
 
 
@@ -51,6 +50,29 @@ def test_small_routes(http: httpx.Client, server: Server) -> None:
     docs = http.get("/docs")
     assert docs.status_code == 200 and "/openapi.json" in docs.text
     assert http.get("/openapi.json").json()["paths"].keys() >= {"/v1/models", CHAT}
+
+
+def test_head_is_get_without_the_body(http: httpx.Client) -> None:
+    for path in ("/health", "/v1/models", "/v1/models/manta-demo", "/metrics", "/openapi.json"):
+        head, get = http.head(path), http.get(path)
+        assert head.status_code == get.status_code == 200 and head.content == b"", path
+        assert head.headers.get("content-type") == get.headers.get("content-type"), path
+    assert http.head("/health").headers["content-length"] == "0"
+    assert http.head(CHAT).status_code == 405 and http.head("/none").status_code == 404
+
+
+def test_a_client_that_goes_in_its_body_leaves_no_traceback(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = server.service.stats.metrics()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with (
+        caplog.at_level("INFO", "manta"),
+        socket.create_connection(("127.0.0.1", server.port)) as connection,
+    ):
+        connection.sendall(head.encode() + b'Content-Length: 100\r\n\r\n{"messages": [')
+    until(lambda: server.service.stats.metrics() != before, PATIENCE)
+    assert not caplog.records
 
 
 def test_tokenize_and_back(http: httpx.Client, server: Server) -> None:
@@ -260,7 +282,7 @@ def test_an_engine_that_dies_in_a_stream(server: Server) -> None:
         for path in ("/health", "/v1/models"):
             assert http.get("/health").status_code == 503, path
         response = http.post("/v1/completions", json={"prompt": FRANCE})
-        assert response.status_code == 503 and response.headers["retry-after"] == "1"
+        assert response.status_code == 503 and response.headers["retry-after"] == "5"
         error_of(response)
         until(lambda: server.service.stats.in_flight == 0)
 
@@ -292,7 +314,7 @@ def test_starting(server: Server) -> None:
                 http.get("/health"),
                 http.get("/v1/models"),
             ):
-                assert response.status_code == 503 and response.headers["retry-after"] == "1"
+                assert response.status_code == 503 and response.headers["retry-after"] == "5"
                 assert error_of(response)["code"] == "starting"
     finally:
         server.engines.extend(engines)

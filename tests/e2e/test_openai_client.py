@@ -396,9 +396,9 @@ def test_chat_errors(client: openai.OpenAI) -> None:
     assert "needs logprobs" in refused(openai.BadRequestError, top_logprobs=2)
     template = {"chat_template": "{{ messages[0].content }}"}
     assert "takes no templates" in refused(openai.BadRequestError, extra_body=template)
-    variables = {"chat_template_kwargs": {"enable_thinking": True}}
-    assert "takes no 'enable_thinking'" in refused(
-        openai.UnprocessableEntityError, extra_body=variables
+    documents = {"documents": [{"title": "a", "text": "b"}]}
+    assert "documents: the chat template takes none" in refused(
+        openai.UnprocessableEntityError, extra_body=documents
     )
     long = [{"role": "user", "content": "word " * 3000}]
     assert "maximum context length" in refused(openai.BadRequestError, messages=long)

@@ -18,10 +18,9 @@ from deploy.http_stream import HttpClient
 from deploy.load import Outcome, Shot, fire
 from deploy.ports import free_ports
 from tests.support.served import Served, serve
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 MODEL = "manta-demo"
-PATIENCE = 30.0  # seconds for what was counted to be scraped
 # Few blocks and a short queue: requests are preempted, and refused.
 OPTIONS = [
     "--num-gpu-blocks-override", "48", "--max-num-seqs", "12", "--max-queued-requests", "24",
@@ -111,7 +110,7 @@ def prometheus(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield Prometheus(port)
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE)
 
 
 def load(server: Served) -> list[Outcome]:

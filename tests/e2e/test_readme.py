@@ -11,6 +11,7 @@ import pytest
 
 from deploy.cli import main
 from tests.support.served import ROOT, Served, serve
+from tests.support.waiting import PATIENCE
 from workers.checkpoint import EMBEDDED_PATH
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,7 +97,7 @@ def test_a_split_model(text: str) -> None:
 
 def run(command: list[str], typed: str = "") -> str:
     done = subprocess.run(
-        command, cwd=ROOT, input=typed, capture_output=True, text=True, timeout=120
+        command, cwd=ROOT, input=typed, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

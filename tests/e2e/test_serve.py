@@ -18,7 +18,8 @@ import pytest
 from ray._common.utils import reset_ray_address
 
 from deploy.ports import free_ports
-from tests.support.waiting import until
+from tests.support.served import certificate, gone, left_of
+from tests.support.waiting import PATIENCE, until
 
 PORT = 8123
 URL = f"http://127.0.0.1:{PORT}"
@@ -39,7 +40,7 @@ def start_server(*options, log):
     )
 
 
-def wait_ready(process, log, url=URL, timeout=120, path="/health", **client):
+def wait_ready(process, log, url=URL, timeout=PATIENCE, path="/health", **client):
     deadline = time.monotonic() + timeout
     while True:
         assert process.poll() is None, Path(log.name).read_text()
@@ -48,28 +49,6 @@ def wait_ready(process, log, url=URL, timeout=120, path="/health", **client):
                 return
         assert time.monotonic() < deadline, Path(log.name).read_text()
         time.sleep(0.01)
-
-
-def left_of(session):
-    """Processes of a session, and of those that its members started, by their environment."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):
-            environment = Path(f"/proc/{entry}/environ").read_bytes()
-            if f"MANTA_TEST={session}\0".encode() in environment:
-                words = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if words:  # no zombie
-                    found.append(f"{entry} {words[:100]}")
-    return found
-
-
-def gone(session, timeout=30.0):
-    deadline = time.monotonic() + timeout
-    while left := left_of(session):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +64,7 @@ def server(tmp_path_factory):
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait(60)
+            process.wait(PATIENCE)
 
 
 def body(**fields):
@@ -94,7 +73,7 @@ def body(**fields):
 
 def metric(name, labels=""):
     """The sum of a metric's series whose labels match."""
-    text = httpx.get(f"{URL}/metrics", timeout=10).text
+    text = httpx.get(f"{URL}/metrics", timeout=PATIENCE).text
     lines = re.findall(rf"^manta:{name}(?:{{([^}}]*)}})? (\S+)$", text, re.M)
     assert lines, f"no {name} in {text[:2000]}"
     return sum(float(value) for found, value in lines if labels in found)
@@ -126,7 +105,7 @@ class Reading:
                 "POST",
                 f"{self._url}/v1/completions",
                 json=self._fields,
-                timeout=60,
+                timeout=PATIENCE,
                 **self._client,
             ) as r:
                 assert r.status_code == 200, r.read()
@@ -147,11 +126,31 @@ def test_it_answers_through_haproxy(server):
     response = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=8))
     answer = response.json()
     assert answer["usage"]["completion_tokens"] == 8
-    assert response.headers.get_list("x-request-id") == [answer["id"]]
+    (request_id,) = response.headers.get_list("x-request-id")  # Serve's own, as none was sent
+    assert answer["id"] == f"cmpl-{request_id}"
+    response = httpx.post(
+        f"{URL}/v1/completions", json=body(max_tokens=1), headers={"X-Request-Id": "trace-7"}
+    )
+    assert response.headers.get_list("x-request-id") == ["trace-7"]
+    assert response.json()["id"] == "cmpl-trace-7"
     reading = Reading(max_tokens=8)
     reading.thread.join()
     assert reading.done and reading.text == answer["choices"][0]["text"]
     assert httpx.get(f"{URL}/v1/models").json()["data"][0]["id"] == "manta-demo"
+
+
+def test_a_client_of_http_1_0_gets_no_chunks(server):
+    data = json.dumps(body(max_tokens=8, stream=True)).encode()
+    head = (
+        "POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", PORT), timeout=60) as connection:
+        connection.sendall(head.encode() + data)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, events = answer.partition(b"\r\n\r\n")
+    assert b" 200 OK" in head and b"chunked" not in head.lower()
+    assert events.startswith(b"data: {") and events.endswith(b"data: [DONE]\n\n")
 
 
 def send(receive_buffer=None, **fields):
@@ -204,7 +203,7 @@ def test_an_engine_that_is_killed_is_named_and_replaced(server):
     until(lambda: metric("num_requests_running") == 3)
     os.kill(engine_pid(session), signal.SIGKILL)
     for reading in readings:
-        reading.thread.join(60)
+        reading.thread.join(PATIENCE)
         assert "is gone" in str(reading.error), reading.error
     assert httpx.get(f"{URL}/health").status_code == 503
     wait_ready(process, log)
@@ -217,9 +216,9 @@ def test_an_engine_that_hangs_is_not_healthy_is_named_and_replaced(server):
     until(lambda: metric("num_requests_running") == 1)
     stopped = engine_pid(session)
     os.kill(stopped, signal.SIGSTOP)
-    reading.thread.join(30)
+    reading.thread.join(PATIENCE)
     assert "hangs: its process has said nothing" in str(reading.error), reading.error
-    until(lambda: httpx.get(f"{URL}/health").status_code == 503, 5)  # of either ingress replica
+    until(lambda: httpx.get(f"{URL}/health").status_code == 503)  # of either ingress replica
     wait_ready(process, log)
     assert httpx.post(f"{URL}/v1/completions", json=body(max_tokens=4)).status_code == 200
     with contextlib.suppress(ProcessLookupError):  # Serve's shutdown would wait for it
@@ -243,13 +242,13 @@ def test_a_signal_drains_and_nothing_is_left(server):
     until(lambda: metric("num_requests_running") == 4)
     process.terminate()
     refused = None
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while refused is None or refused.status_code == 200:
         assert time.monotonic() < deadline
         refused = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=1))
     assert refused.status_code == 503 and refused.headers["retry-after"]
     for reading in readings:
-        reading.thread.join(60)
+        reading.thread.join(PATIENCE)
         assert reading.done, reading.error
     time.sleep(1.0)
     assert process.poll() is None  # one client has not read its answer yet
@@ -257,15 +256,8 @@ def test_a_signal_drains_and_nothing_is_left(server):
         answer = b"".join(iter(lambda: slow.recv(1 << 16), b""))
     choices = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]
     assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [1000] * 8
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     gone(session)
-
-
-def certificate(folder):
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    subprocess.run([*command, *names, *files], check=True, capture_output=True)
 
 
 def test_https_a_key_and_a_config_file_and_a_second_signal_that_ends_it_at_once(tmp_path):
@@ -297,7 +289,7 @@ def test_https_a_key_and_a_config_file_and_a_second_signal_that_ends_it_at_once(
         assert process.poll() is None
         process.terminate()
         start = time.monotonic()
-        assert process.wait(10) == 128 + signal.SIGTERM
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
         print(f"ended {time.monotonic() - start:.2f} s after the second signal")
         gone(session)
         reading.thread.join()
@@ -326,11 +318,11 @@ def cluster(log, **variables):
     )  # fmt: skip
     try:
         dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
-        wait_ready(process, log, dashboard, 60, "/api/version")
+        wait_ready(process, log, dashboard, path="/api/version")
         yield process, ports
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(PATIENCE)
         reset_ray_address()  # it leaves it behind: programs would look for this Ray for minutes
 
 
@@ -339,7 +331,8 @@ def one_answer():
     response = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=3))
     assert response.status_code == 200, response.text
     assert response.json()["usage"]["completion_tokens"] == 3
-    assert response.headers.get_list("x-request-id") == [response.json()["id"]]
+    (request_id,) = response.headers.get_list("x-request-id")
+    assert response.json()["id"] == f"cmpl-{request_id}"
 
 
 def test_it_joins_a_cluster_and_leaves_it_as_it_was(tmp_path, monkeypatch):
@@ -353,9 +346,9 @@ def test_it_joins_a_cluster_and_leaves_it_as_it_was(tmp_path, monkeypatch):
             one_answer()
         finally:
             process.terminate()
-        assert process.wait(60) == 0, Path(log.name).read_text()
+        assert process.wait(PATIENCE) == 0, Path(log.name).read_text()
         ours = re.compile(r"ray::(Serve|Proxy|HAProxy)|haproxy|deploy\.cli")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while left := [found for found in left_of(session) if ours.search(found)]:
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
@@ -378,6 +371,7 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
         RAY_SERVE_ENABLE_HA_PROXY="1",
         RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
         RAY_SERVE_HAPROXY_BINARY_PATH=str(programs / "manta-haproxy"),
+        RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH="deploy.haproxy_guard.install",
     )
     assert all(name in printed.stdout for name in variables)
     with (tmp_path / "log").open("w") as log, cluster(log, **variables) as (process, ports):
@@ -394,7 +388,7 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
             r"ray_manta_generation_tokens_total{.*} 3\.0",
             r"ray_manta_router_stage_seconds_count{.*stage=\"tokenize\".*} 1\.0",
         ):
-            until(lambda line=line: re.search(line, httpx.get(agent).text), 60)
+            until(lambda line=line: re.search(line, httpx.get(agent).text))
     gone(session)
 
 

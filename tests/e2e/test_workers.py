@@ -24,6 +24,7 @@ from manta import LLM, SamplingParams
 from tests.support.faults import BASE, leftovers, strike, worker_pids
 from tests.support.pool import Pool
 from tests.support.tiny_tokenizer import save_tokenizer
+from tests.support.waiting import PATIENCE
 from workers.checkpoint import load_config, load_generation_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
@@ -114,7 +115,7 @@ def test_the_workers_end_before_ray_does_at_the_end_of_a_program(
         env=os.environ | {"RAY_ADDRESS": cluster.address},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stdout) == (0, "{'REMOVED'}\n"), done.stderr
     assert "failed" not in done.stderr and "Traceback" not in done.stderr

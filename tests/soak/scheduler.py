@@ -4,8 +4,8 @@
 
 Each run draws its own sizes: blocks, slots, pipeline stages, policy and preemption mode. Requests
 come in bursts, of mixed lengths, some with a common beginning, with n from 1 to 4, priorities,
-clients, deadlines, and cancellation at any moment. Checked of every request: it ends with exactly its
-tokens, or, cancelled, with the first of them; that no row read a wrong or stale block (the
+clients, deadlines, and cancellation at any moment. Checked of every request: it ends with exactly
+its tokens, or, cancelled, with the first of them; that no row read a wrong or stale block (the
 executor looks at every one); that both pools are empty at the end; and that nothing starved.
 """
 
@@ -41,6 +41,7 @@ class Tally:
     finished: int = 0
     cancelled: int = 0
     expired: int = 0
+    failed: int = 0
     steps: int = 0
     tokens: int = 0  # that somebody got
     planned_tokens: int = 0
@@ -72,12 +73,19 @@ class _Open:
     last: list[int] = field(default_factory=list)  # the step of the last one
     unfinished: int = 0
     cancelled: bool = False
+    failed: bool = False
 
 
 class Load:
-    """One run of ``num_requests`` on an engine with sizes drawn from ``seed``."""
+    """One run of ``num_requests`` on an engine with sizes drawn from ``seed``.
 
-    def __init__(self, seed: int, num_requests: int) -> None:
+    spoilt: the share of steps whose keys and values are not finite. Requests that had to do with
+    one end with an error, and nothing of it stays in the prefix cache. (Then none is cancelled:
+    of what a cancelled one has computed nobody hears.)
+    """
+
+    def __init__(self, seed: int, num_requests: int, spoilt: float = 0.0) -> None:
+        self.spoilt = spoilt
         self.draw = draw = random.Random(seed)
         self.left = num_requests
         self.tally = Tally()
@@ -115,6 +123,9 @@ class Load:
 
     def watch(self, plan: StepPlan) -> Any:
         """The executor's ``run``; first come is first served."""
+        if self.spoilt:
+            executor: Any = self.engine.executor
+            executor.spoil = self.draw.random() < self.spoilt
         if self.policy == "fcfs":
             for admit in plan.admits:
                 if len(admit.tokens) == admit.prompt_len:
@@ -158,7 +169,9 @@ class Load:
                 ),
                 priority=draw.randint(-3, 3) if self.policy == "priority" else 0,
                 client=draw.choice("abbcccc") if self.policy == "fair" else "",
-                timeout=draw.choice([0.0, 0.05, 1.0]) if draw.random() < 0.03 else None,
+                timeout=draw.choice([0.0, 0.05, 1.0])
+                if draw.random() < 0.03 and not self.spoilt
+                else None,
             )
             chain = 0
             for token in prompt:
@@ -172,7 +185,7 @@ class Load:
             self.left -= 1
 
     def cancel(self) -> None:
-        if self.open and self.draw.random() < 0.03:
+        if self.open and self.draw.random() < 0.03 and not self.spoilt:
             request_id = self.draw.choice(list(self.open))
             self.engine.abort(request_id)
             self.tally.cancelled += 1
@@ -191,12 +204,16 @@ class Load:
             if delta.stop_reason == "timeout":
                 assert under_way.request.timeout is not None
                 under_way.cancelled = True
+            elif self.spoilt and delta.finish_reason == "error":
+                under_way.failed = True
             else:
                 assert delta.finish_reason == "length"
                 assert under_way.counts[i] == sampling.max_tokens
             if not under_way.unfinished:
                 del self.open[delta.request_id]
-                if under_way.cancelled:
+                if under_way.failed:
+                    self.tally.failed += 1
+                elif under_way.cancelled:
                     self.tally.expired += 1
                 else:
                     self.tally.finished += 1
@@ -227,7 +244,10 @@ class Load:
         assert not scheduler.has_work and not scheduler.running
         assert scheduler.num_waiting == scheduler.waiting_tokens == 0
         assert len(scheduler._free_slots) == self.config.scheduler.max_num_seqs
-        assert tally.finished + tally.cancelled + tally.expired == tally.requests
+        assert tally.finished + tally.cancelled + tally.expired + tally.failed == tally.requests
+        executor: Any = engine.executor
+        for pool, spoilt in ((kv.device, executor.spoilt), (kv.cpu, executor.spoilt_cpu)):
+            assert not spoilt[list(pool._cached.values())].any(), "cached, but not finite"
         assert tally.longest_wait < LONGEST_WAIT and tally.longest_gap < LONGEST_WAIT, "one starved"
         if self.mode == "recompute":
             assert stats.preemptions_swap == 0

@@ -1,21 +1,22 @@
 """``manta serve`` in a process of its own, as users run it."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
 from deploy.ports import free_ports
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 120
 
 
 class Served:
@@ -29,10 +30,10 @@ class Served:
 
     def wait_until_ready(self) -> None:
         """Until /health says so; fails with the log if the server ends instead."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while self.process.poll() is None and time.monotonic() < deadline:
             try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                if httpx.get(f"{self.url}/health", timeout=60).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
@@ -43,14 +44,24 @@ class Served:
         """SIGTERM, as an operator would; its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(90)
+        return self.process.wait(PATIENCE)
 
 
 @contextmanager
-def serve(*options: str, model: str = "manta-demo", **env: str) -> Iterator[Served]:
-    """``manta serve MODEL`` with options, ready to answer; stopped at the end, with status 0."""
+def serve(
+    *options: str,
+    model: str = "manta-demo",
+    before: Sequence[str] = (),
+    status: int = 0,
+    **env: str,
+) -> Iterator[Served]:
+    """``manta serve MODEL`` with options, ready to answer; stopped at the end, with ``status``.
+
+    before: words that come before the command.
+    """
     (port,) = free_ports(1)
-    command = [sys.executable, "-m", "deploy.cli", "serve", model, "--port", str(port), *options]
+    command = [*before, sys.executable, "-m", "deploy.cli", "serve", model, *options]
+    command += ["--port", str(port)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         with log.open("wb") as out:
@@ -62,5 +73,36 @@ def serve(*options: str, model: str = "manta-demo", **env: str) -> Iterator[Serv
             served.wait_until_ready()
             yield served
         finally:
-            status = served.stop()
-        assert status == 0, log.read_text()[-5000:]
+            ended = served.stop()
+        assert ended == status, log.read_text()[-5000:]
+
+
+def certificate(folder: Path) -> None:
+    """Make ``key.pem`` and ``cert.pem``, for localhost."""
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    subprocess.run([*command, *names, *files], check=True, capture_output=True)
+
+
+def left_of(session: str) -> list[str]:
+    """Processes of a session, and of those that its members started, by their environment."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{entry}/environ").read_bytes()
+            if f"MANTA_TEST={session}\0".encode() in environment:
+                words = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if words:  # no zombie
+                    found.append(f"{entry} {words[:100]}")
+    return found
+
+
+def gone(session: str) -> None:
+    """Wait until nothing of a session is left."""
+    deadline = time.monotonic() + PATIENCE
+    while left := left_of(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)

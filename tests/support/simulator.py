@@ -90,6 +90,9 @@ class SimulatedExecutor:
         self.known = np.zeros(num_slots, np.int32)  # tokens that may be fed; 0 is a free slot
         self.seeds = np.zeros(num_slots, np.uint64)
         self.admissions = np.zeros(num_slots, np.int32)  # of each slot so far
+        self.spoil = False  # whether what rows write now is not finite
+        self.spoilt = np.zeros((num_device_blocks, block_size), np.bool_)  # cells that are not
+        self.spoilt_cpu = np.zeros((num_cpu_blocks, block_size), np.bool_)
         self.steps = 0
 
     def load(self) -> ModelFacts:
@@ -113,14 +116,13 @@ class SimulatedExecutor:
         assert self.known[slots].all(), "a cell for a slot that nobody has"
         self.tables[slots, index] = block
         self._copy(plan)
-        slots, tokens = self._rows(plan)
+        slots, tokens, failed = self._rows(plan)
         late = None
         if self.pipelined:
             late = self.admissions[slots].copy(), slots, tokens
         else:
             self.learn(slots, tokens)
         copied = CopyTimes(len(plan.copies.out), 1e-5, len(plan.copies.in_), 1e-5)
-        failed = np.zeros(len(tokens), np.bool_)
         return _Done(self, StepResult(plan.step, slots, tokens, failed, {}, {}, 1e-3, copied), late)
 
     def check(self) -> None:
@@ -152,11 +154,13 @@ class SimulatedExecutor:
         out, in_ = plan.copies.out, plan.copies.in_
         for pairs in (out, in_):  # as copies that run side by side need
             assert len(np.unique(pairs[:, 1])) == len(pairs), "two copies to one block"
-        self.cpu[out[:, 1]] = self.device[out[:, 0]]
-        self.device[in_[:, 1]] = self.cpu[in_[:, 0]]
+        for device, cpu in ((self.device, self.cpu), (self.spoilt, self.spoilt_cpu)):
+            cpu[out[:, 1]] = device[out[:, 0]]
+            device[in_[:, 1]] = cpu[in_[:, 0]]
 
-    def _rows(self, plan: StepPlan) -> tuple[Ints, Ints]:
-        """Write and check every row; the slots that wanted a token, and the tokens."""
+    def _rows(self, plan: StepPlan) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+        """Write and check every row; the slots that wanted a token, the tokens, and which rows read
+        a cell that is not finite, so that their tokens mean nothing."""
         slots, starts, counts, size = plan.slots, plan.starts, plan.counts, self.block_size
         contexts = starts + counts
         assert len(np.unique(slots)) == len(slots), "a slot has two rows"
@@ -169,10 +173,14 @@ class SimulatedExecutor:
         self.device[blocks, positions % size] = self.chains[slots[row], positions]
         used = -(-int(contexts.max()) // size)
         tables = self.tables[slots, :used]
+        context = np.arange(used * size) < contexts[:, None]
+        self.spoilt[blocks, positions % size] = self.spoil
+        spoilt = (self.spoilt[tables].reshape(len(slots), -1) & context).any(1)
+        self.spoilt[blocks, positions % size] |= spoilt[row]
         held = self.device[tables].reshape(len(slots), -1)
         expected = self.chains[slots, : held.shape[1]]
         held = held[:, : expected.shape[1]]
-        wrong = (held != expected) & (np.arange(expected.shape[1]) < contexts[:, None])
+        wrong = (held != expected) & context[:, : expected.shape[1]]
         if wrong.any():
             bad = int(np.flatnonzero(wrong.any(1))[0])
             raise AssertionError(f"slot {slots[bad]}: a wrong or stale block")
@@ -180,4 +188,4 @@ class SimulatedExecutor:
         assert (contexts[wants] == self.known[slots[wants]]).all()
         last = self.chains[slots[wants], contexts[wants] - 1] ^ self.seeds[slots[wants]]
         picked = ((last * np.uint64(_PICK)) >> np.uint64(33)) % np.uint64(VOCAB)
-        return slots[wants], ints(picked)
+        return slots[wants], ints(picked), spoilt[wants]

@@ -35,19 +35,27 @@ class Launch:
 
     @property
     def variant(self) -> str:
-        """What it is compiled as: the kernel, its constants and its pointers' types."""
-        return f"{self.kernel.__name__} {self._constants} {list(self._signature.values())}"
+        """What it is compiled as: the kernel, its constants, its pointers' types and alignment."""
+        types = list(self._signature.values())
+        odd = [name for name in self._aligned if self.arguments[name].data_ptr() % 16]
+        return f"{self.kernel.__name__} {self._constants} {types} {odd}"
 
     def compile(self, arch: int) -> Any:
         """The kernel for the compute capability ``arch``: 90 is 9.0."""
-        aligned = {
-            (param.num,): [["tt.divisibility", 16]]
+        number = {param.name: param.num for param in self.kernel.params}
+        aligned = {(number[name],): [["tt.divisibility", 16]] for name in self._aligned}
+        source = ASTSource(self.kernel, self._signature, self._constants, aligned)
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
+
+    @property
+    def _aligned(self) -> list[str]:
+        """The pointers that kernels are compiled for by whether 16 divides them."""
+        return [
+            param.name
             for param in self.kernel.params
             if isinstance(self.arguments[param.name], torch.Tensor)
             and not param.do_not_specialize_on_alignment
-        }
-        source = ASTSource(self.kernel, self._signature, self._constants, aligned)
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
+        ]
 
     @property
     def _constants(self) -> dict[str, Any]:

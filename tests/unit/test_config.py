@@ -6,10 +6,15 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from deploy.settings import Settings
 from engine.config import EMBEDDED_MODEL, EngineConfig, allowed, declared_options, option_type
 from engine.errors import ConfigError, MantaError
+from engine.vllm_options import ALIASES, FOREIGN, SHORT
+from router.config import RouterConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = [f for _, f in declared_options()]
@@ -17,8 +22,10 @@ BY_NAME = {f.name: f for f in OPTIONS}
 # The name and the default of each option that users of vLLM know, where manta means the same.
 VLLM = {
     "model", "tokenizer", "revision", "dtype", "load_format", "max_model_len", "chat_template",
+    "chat_template_content_format",
     "max_logprobs", "generation_config", "seed", "block_size", "gpu_memory_utilization",
     "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "enable_prefix_caching",
+    "max_cudagraph_capture_size",
     "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "scheduling_policy",
     "enforce_eager", "tensor_parallel_size", "pipeline_parallel_size", "use_tqdm_on_load",
     "pipeline_partition", "distributed_executor_backend", "worker_cpus", "worker_gpus",
@@ -27,15 +34,15 @@ VLLM = {
 
 
 def wrong_values(f):
-    kind, optional = option_type(f)
+    kind, _ = option_type(f)
     meta = f.metadata
     values = {
         bool: [0, 1, "true", 0.5, []],
-        int: [1.0, True, "1", math.nan, [1]],
+        int: [1.5, True, "1", math.nan, math.inf, [1]],
         float: [True, "0.5", math.nan, math.inf, -math.inf, 1j],
         str: [1, True, b"auto", ["auto"]],
     }[kind]
-    if not optional:
+    if f.name == "model":
         values.append(None)
     if meta["choices"]:
         values += ["", "Auto", "nonsense"]
@@ -109,16 +116,15 @@ def test_every_option_is_honoured():
                 for node in ast.walk(tree)
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
             }
-    never_needed = {"enforce_eager"}  # its help says that nothing is captured or compiled
-    assert BY_NAME.keys() - read == never_needed
+    assert BY_NAME.keys() <= read
 
 
 def test_names_are_known_and_unique():
     assert len(BY_NAME) == len(OPTIONS)
     assert BY_NAME.keys() >= VLLM
     assert BY_NAME.keys() - VLLM == {  # vLLM has none such, or under another meaning
-        "device", "attention_backend", "preemption_mode", "max_queued_requests",
-        "max_queued_tokens", "prefault_kv_cache", "schedule_log",
+        "device", "attention_backend", "batch_invariance", "preemption_mode", "max_queued_requests",
+        "max_queued_tokens", "prefault_kv_cache", "sanitize_control_tokens", "schedule_log",
     }  # fmt: skip
 
 
@@ -150,7 +156,6 @@ def test_an_unknown_option_like_no_other_gets_no_suggestion():
             {"max_num_batched_tokens": 8, "max_num_seqs": 9},
             r"max_num_batched_tokens \(8\) must be at least max_num_seqs \(9\)",
         ),
-        ({"max_num_batched_tokens": 255}, r"\(255\) must be at least max_num_seqs \(256\)"),
         (
             {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 1},
             "gpu_memory_utilization or kv_cache_memory_bytes, not both",
@@ -175,6 +180,80 @@ def test_an_integer_is_a_number_and_a_path_is_a_string():
     )
     assert config.cache.swap_space == 1.0 and isinstance(config.cache.swap_space, float)
     assert config.model.model == "a/b" and config.model.chat_template == "c.jinja"
+
+
+@pytest.mark.parametrize(
+    "given, seqs, budget",
+    [
+        ({}, 256, 2048),
+        ({"max_num_batched_tokens": 128}, 128, 128),
+        ({"max_num_batched_tokens": 4096}, 256, 4096),
+        ({"max_num_seqs": 4000}, 4000, 4000),
+        ({"max_num_seqs": 4}, 4, 2048),
+        ({"max_num_seqs": 4, "max_num_batched_tokens": 4}, 4, 4),
+        ({"enable_chunked_prefill": False, "max_model_len": 5000}, 256, 5000),
+        ({"enable_chunked_prefill": False, "max_model_len": 500}, 256, 2048),
+        ({"max_model_len": 5000}, 256, 2048),
+    ],
+)
+def test_a_default_is_fitted_to_what_is_given(given, seqs, budget):
+    scheduler = EngineConfig.from_options(**given).scheduler
+    assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (seqs, budget)
+
+
+def test_numbers_that_are_whole_are_whole_and_a_type_has_a_name():
+    config = EngineConfig.from_options(
+        max_num_seqs=8.0, block_size=np.int64(16), swap_space=np.float32(0.5), dtype=torch.bfloat16
+    )
+    assert config == EngineConfig.from_options(
+        max_num_seqs=8, block_size=16, swap_space=0.5, dtype="bfloat16"
+    )
+    assert type(config.cache.block_size) is int and type(config.cache.swap_space) is float
+
+
+def test_auto_is_the_models_length_or_what_fits():
+    for value in ("auto", -1, None):
+        assert EngineConfig.from_options(max_model_len=value) == EngineConfig()
+    for value in (0, -2, "Auto", -1.0, False):
+        with pytest.raises(ConfigError, match="max_model_len must be an integer of at least 1"):
+            EngineConfig.from_options(max_model_len=value)
+
+
+def test_none_is_the_default():
+    assert EngineConfig.from_options(**dict.fromkeys(BY_NAME.keys() - {"model"})) == EngineConfig()
+
+
+# ---- vLLM's options ----
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_options_of_vllms_may_ask_for_nothing_and_no_more(name):
+    foreign = FOREIGN[name]
+    for value in (None, "", {}, [], *(v for v in foreign.neutral if v is not ...)):
+        assert EngineConfig.from_options(**{name: value}) == EngineConfig(), value
+    if ... in foreign.neutral or (foreign.flag and len(foreign.neutral) == 2):
+        return
+    with pytest.raises(ConfigError) as error:
+        EngineConfig.from_options(**{name: "something"})
+    assert str(error.value) == f"{name}='something' is not supported: {foreign.instead}"
+
+
+def test_the_table_of_vllms_options_is_of_options_that_are_not_mantas():
+    own = BY_NAME.keys() | {f.name for f in dataclasses.fields(RouterConfig)}
+    assert not own & (FOREIGN.keys() | ALIASES.keys())
+    assert set(ALIASES.values()) | SHORT.keys() <= own | FOREIGN.keys()
+    assert all(len(foreign.instead) > 20 for foreign in FOREIGN.values())
+
+
+def test_other_names_of_vllms():
+    config = EngineConfig.from_options(kv_offloading_size=2)
+    assert config.cache.swap_space == 2.0
+    with pytest.raises(ConfigError, match="swap_space and swap_space are one|kv_offloading_size"):
+        EngineConfig.from_options(swap_space=1, kv_offloading_size=2)
+    with pytest.raises(ConfigError, match="data_parallel_size=2 is not supported: .*num_replicas"):
+        EngineConfig.from_options(data_parallel_size=2)  # one engine is one replica
+    settings = Settings.from_options({"model": "m", "data_parallel_size": 2, "root_path": None})
+    assert settings.router.num_replicas == 2 and settings.options["num_replicas"] == 2
 
 
 def test_errors_are_value_errors_and_mantas():

@@ -196,7 +196,7 @@ def test_build_appears_whole_and_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     folder = tmp_path / "new" / "cache"
     built: list[str] = []
     workers = [
-        threading.Thread(target=lambda: built.append(build.build(folder).read_text()))
+        threading.Thread(target=lambda: built.append(build.build([folder]).read_text()))
         for _ in range(3)
     ]
     for worker in workers:
@@ -205,17 +205,30 @@ def test_build_appears_whole_and_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
         worker.join()
     assert built == ["whole"] * 3
     calls = (tmp_path / "calls").read_text()
-    assert build.build(folder).read_text() == "whole"
+    assert build.build([folder]).read_text() == "whole"
     assert (tmp_path / "calls").read_text() == calls  # not compiled again
     assert [p.suffix for p in folder.iterdir()] == [".so"]  # nothing is left behind
-    assert build.build(folder, "-march=other") != build.build(folder)
+    assert build.build([folder], "-march=other") != build.build([folder])
+
+
+def test_a_folder_that_cannot_be_written_to_is_looked_at_and_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = OUTPUT + 'printf whole > "$2"'
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, script)))
+    (tmp_path / "file").touch()
+    built = build.build([tmp_path / "file" / "cache", tmp_path / "other"])
+    assert built.parent == tmp_path / "other"
+    assert build.build([tmp_path / "none", tmp_path / "other"]) == built
+    with pytest.raises(OSError):
+        build.build([tmp_path / "file" / "cache"])
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = fake_compiler(tmp_path, OUTPUT + 'printf half > "$2"; echo broken >&2; exit 1')
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(subprocess.CalledProcessError):
-        build.build(tmp_path / "cache")
+        build.build([tmp_path / "cache"])
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -271,7 +284,7 @@ def generic(tmp_path_factory: pytest.TempPathFactory) -> build.Library:
     """Built in a fresh folder, for the plainest processor: the code paths without intrinsics."""
     folder = tmp_path_factory.mktemp("fresh") / "kernels"
     arm = platform.machine() in ("aarch64", "arm64")
-    return build.Library(build.build(folder, "-mcpu=generic" if arm else "-march=x86-64"))
+    return build.Library(build.build([folder], "-mcpu=generic" if arm else "-march=x86-64"))
 
 
 @EACH_DTYPE

@@ -233,6 +233,8 @@ def test_refusals_name_the_reason_and_leave_the_engine_alive():
         add("x", [1], replace(GREEDY, logprobs=21))
     with pytest.raises(RequestError, match=f"stop_token_ids has token id {VOCAB}"):
         add("x", [1], replace(GREEDY, stop_token_ids=[VOCAB]))
+    with pytest.raises(RequestError, match="min_tokens .1. puts off every token of allowed_token"):
+        add("x", [1], replace(GREEDY, allowed_token_ids=[5], stop_token_ids=[5], min_tokens=1))
     outputs = {}
     add("a", [1] * 20)
     with pytest.raises(RequestError, match="'a' is running already"):
@@ -294,6 +296,49 @@ def test_evicted_prefixes_come_back_from_cpu_blocks():
     stats = engine.scheduler.kv.stats
     assert stats.demoted_blocks > 0 and stats.promoted_blocks >= 3 * 9
     assert stats.prefix_hits >= 4 * 36
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("steps_ahead, pipelined", AHEAD)
+def test_what_a_failed_request_computed_is_not_shared(steps_ahead, pipelined):
+    engine = make_engine(steps_ahead=steps_ahead, pipelined=pipelined, max_num_batched_tokens=16)
+    prompt = random_prompt(random.Random(0), 41)
+    sampling = SamplingParams(max_tokens=8, seed=0, n=2)
+    request = Request(request_id="failed", prompt_token_ids=prompt, sampling=sampling)
+    engine.executor.spoil = True
+    engine.add(request)
+    assert {reason for _, reason in drain(engine).values()} == {"error"}
+    if steps_ahead == 3:  # the result is on its way, but nobody waits for it
+        engine.add(replace(request, request_id="cancelled"))
+        engine.step()
+        engine.abort("cancelled")
+        drain(engine)
+    engine.executor.spoil = False
+    metrics = engine.add(replace(request, request_id="next"))
+    outputs = drain(engine)
+    assert outputs["next", 0] == (foretell(prompt, 0, 8), "length")
+    assert metrics.num_cached_tokens == 0
+    assert_empty(engine)
+
+
+def test_what_a_failed_request_had_from_cpu_blocks_is_not_shared():
+    rng = random.Random(1)
+    engine = make_engine(num_blocks=16, num_cpu_blocks=64, max_num_batched_tokens=64)
+    prompts = [random_prompt(rng, 40) for _ in range(4)]
+    for number, prompt in enumerate(prompts):
+        engine.add(Request(request_id=str(number), prompt_token_ids=prompt, sampling=GREEDY))
+        drain(engine)
+    kv = engine.scheduler.kv
+    assert kv.stats.demoted_blocks > 0
+    request = Request(request_id="failed", prompt_token_ids=prompts[0], sampling=GREEDY)
+    engine.executor.spoil = True
+    metrics = engine.add(request)
+    assert drain(engine)["failed", 0] == ([], "error")
+    assert metrics.num_cached_tokens > 0 and kv.stats.promoted_blocks > 0
+    engine.executor.spoil = False
+    metrics = engine.add(replace(request, request_id="next"))
+    assert drain(engine)["next", 0][0] == foretell(prompts[0], 0, 8)
+    assert metrics.num_cached_tokens == 0
     assert_empty(engine)
 
 

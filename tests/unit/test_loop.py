@@ -7,6 +7,7 @@ import time
 import pytest
 
 from cluster.loop import LocalClient
+from cluster.messages import Drain, EndRequests
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from tests.support.gated import INFO, make_loop
 from tests.support.simulator import VOCAB, foretell
@@ -64,6 +65,29 @@ def test_many_streams_get_their_own_tokens_under_pressure():
 
     loop, _ = run(scenario, num_blocks=32)
     assert loop.engine.scheduler.stats.preemptions_swap > 0
+
+
+def test_requests_are_ended_with_an_error_and_the_engine_goes_on():
+    """What a shutdown does to those that are not done in time."""
+
+    async def scenario(client, loop, executor):
+        other = LocalClient(loop, INFO)
+        streams = [await c.submit(request(f"r{i}", max_tokens=100, seed=i))
+                   for i, c in enumerate((client, other, other))]  # fmt: skip
+        await anext(streams[0])
+        loop.post(lambda: loop.take(client, Drain()))
+        loop.post(lambda: loop.take(client, EndRequests("it is over")))
+        for stream in streams:
+            with pytest.raises(EngineError, match="it is over"):
+                await tokens_of(stream)
+        await until(lambda: not loop.engine.has_work)
+        assert_free(loop)
+        assert loop.alive and loop.wait_idle(1)
+        late = LocalClient(loop, INFO)
+        with pytest.raises(EngineError, match="the engine is draining"):
+            await late.submit(request("late"))
+
+    run(scenario)
 
 
 def test_an_admission_error_comes_to_its_submitter_only():

@@ -22,6 +22,12 @@ def test_random_load(seed):
     assert tally.requests == 300 and tally.finished > 100
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_random_load_with_results_that_are_not_finite(seed):
+    tally = Load(2000 + 5 * seed, 300, spoilt=0.01).run()
+    assert tally.requests == 300 and tally.finished > 100 and tally.failed > 10
+
+
 def add(engine, request_id, prompt, max_tokens, **options):
     n = options.pop("n", 1)
     sampling = SamplingParams(max_tokens=max_tokens, seed=0, n=n)

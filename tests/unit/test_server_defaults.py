@@ -8,7 +8,9 @@ def test_a_cpu_takes_smaller_steps() -> None:
         ({}, 0, CPU_STEP_TOKENS),
         ({"max_num_seqs": 900}, 0, 900),
         ({"device": "cpu"}, 4, CPU_STEP_TOKENS),
-        ({}, 4, 2048),
+        ({}, 4, 8192),
+        ({"max_num_seqs": 9000}, 4, 9000),
+        ({"max_num_batched_tokens": 700}, 4, 700),
         ({"max_num_batched_tokens": 700}, 0, 700),
         ({"enable_chunked_prefill": False}, 0, 2048),
     ):

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,13 +11,14 @@ from cluster.streams import Stream, StreamTable
 from engine.chat import load_template
 from engine.config import EMBEDDED_MODEL
 from engine.engine import Delta
+from engine.errors import EngineError
 from engine.output import RequestText
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from router.balance import Balancer
 from router.config import RouterConfig
-from router.errors import ApiError
+from router.errors import ApiError, api_error
 from router.generation import Generation, Prompt
 from router.service import Service
 from tests.support.gated import INFO, make_loop
@@ -130,6 +132,48 @@ def test_an_engine_that_hangs_does_not_keep_what_another_can_take(monkeypatch):
         assert executor.steps < 3 * GREEDY.max_tokens  # nothing of theirs was computed
 
     run(scenario, {"engine_id": "hung"}, {"engine_id": "well"})
+
+
+def test_retry_after_is_what_is_left_until_an_engine_is_replaced(monkeypatch):
+    """OpenAI's clients ask twice more, after so many seconds."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("router.service.time.monotonic", lambda: clock.now)
+
+    async def scenario(engine, *_):
+        service = Service(RouterConfig(), engines := [engine])
+        await service.model()
+        assert service.retry_after() == 1  # that it refused, or another failed, will pass
+        engines.clear()
+        assert service.retry_after() == 8
+        clock.now += 6.5
+        assert service.retry_after() == 2
+        clock.now += 100
+        assert service.retry_after() == 1
+        engines.append(engine)
+        assert await service.reachable()
+        engines.clear()
+        assert service.retry_after() == 8
+        assert Service(RouterConfig(), []).retry_after() == 5
+
+    run(scenario, {"start_seconds": 3.0})
+
+
+def test_a_large_model_is_asked_for_as_late_as_clients_heed(monkeypatch):
+    async def scenario(engine, *_):
+        service = Service(RouterConfig(), engines := [engine])
+        await service.model()
+        engines.clear()
+        assert service.retry_after() == 60
+
+    run(scenario, {"start_seconds": 600.0})
+
+
+def test_clients_are_not_told_where_an_engine_is():
+    trace = "worker 1 (stage 0, tensor rank 1, pid 77 on 10.0.0.3) failed:\nTraceback"
+    for cause in (trace, "worker 1 (stage 0, tensor rank 1, pid 77 on fd00::3) failed:"):
+        answer = api_error(EngineError(cause))
+        assert answer.info.message == "worker 1 (stage 0, tensor rank 1) failed"
+        assert answer.status == 503 and answer.headers == {"retry-after": "1"}
 
 
 def test_tokens_behind_a_stop_string_make_no_further_piece():

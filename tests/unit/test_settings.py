@@ -14,6 +14,7 @@ from deploy.haproxy import adapt
 from deploy.serve_config import serve_config
 from deploy.settings import Settings, read_config
 from engine.errors import ConfigError
+from router.config import RouterConfig
 
 
 def test_options_find_their_place():
@@ -62,7 +63,7 @@ backend app
 
 def test_haproxy_is_given_the_certificate_and_a_better_answer():
     plain = adapt(HAPROXY, Path("/f"))
-    assert "status 503 hdr Retry-After 1" in plain and "404" not in plain
+    assert "status 503 hdr Retry-After 5" in plain and "404" not in plain
     assert "    bind 127.0.0.1:8000\n" in plain and "server a 127.0.0.1:30000" in plain
     tls = adapt(HAPROXY, Path("/f"), "/k.pem")
     assert "    bind 127.0.0.1:8000 ssl crt /k.pem alpn h2,http/1.1\n" in tls
@@ -93,6 +94,40 @@ def test_only_haproxy_itself_counts_the_connections_of_a_client():
     settings = Settings.from_options({"max_connections_per_client": 9})
     with pytest.raises(ConfigError, match="MANTA_CLIENT_CONNECTIONS"):
         serve_config(settings)
+
+
+def test_haproxy_listens_where_the_server_was_told_to():
+    """Serve makes * of both, and has its own statistics listen everywhere."""
+    own = "frontend prometheus\n    bind :9101\n"
+    config = own + HAPROXY.replace("127.0.0.1:8000", "*:8000") + "listen stats\n  bind *:8404\n"
+    assert "    bind [::]:8000 v4v6 ssl crt /k" in adapt(config, Path("/f"), "/k", "::")
+    for host in ("0.0.0.0", None):
+        everywhere = adapt(config, Path("/f"), None, host)
+        assert "    bind *:8000\n" in everywhere
+        assert "    bind :9101\n" in everywhere and "  bind *:8404\n" in everywhere
+    for host in ("127.0.0.1", "::1"):
+        alone = adapt(config.replace("*:8000", f"{host}:8000"), Path("/f"), None, host)
+        for where in (f"    bind {host}:9101", f"    bind {host}:8000", f"  bind {host}:8404"):
+            assert f"{where}\n" in alone
+    behind = adapt(config.replace("*:8000", "127.0.0.1:8000"), Path("/f"), None, "0.0.0.0")
+    for where in ("    bind 127.0.0.1:9101", "    bind *:8000", "  bind 127.0.0.1:8404"):
+        assert f"{where}\n" in behind
+
+
+def test_keys_come_from_a_file_too(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("one\n\n  two \n")
+    config = RouterConfig.from_options(api_key=("zero",), api_key_file=str(file))
+    assert config.keys() == ("zero", "one", "two")
+    options = {"model": "m", "api_key_file": str(file)}
+    printed = serve_config(Settings.from_options(options))
+    assert "two" not in printed and f"api_key_file: {file}" in printed
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="api_key_file: .*keys has no key"):
+        config.keys()
+    file.unlink()
+    with pytest.raises(ConfigError, match="api_key_file: cannot read .*keys: No such file"):
+        config.keys()
 
 
 def test_haproxy_itself_is_the_operators_or_the_wheels(tmp_path, monkeypatch):

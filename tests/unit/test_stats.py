@@ -63,6 +63,9 @@ def test_counters_add_up_under_pressure():
     assert value(metrics, "admission_rejections", "PromptTooLong") == 1
     started = {request_id for request_id, _ in firsts}
     assert value(metrics, "prompt_tokens") == sum(len(prompts[i]) for i in started)
+    stats = engine.scheduler.stats
+    computed = metrics["iteration_tokens_total"].samples[0].value
+    assert computed == stats.planned_tokens + len(firsts)
     assert total(metrics, "time_to_first_token_seconds") == len(firsts)
     assert total(metrics, "inter_token_latency_seconds") == tokens - len(firsts)
     assert total(metrics, "e2e_request_latency_seconds") == 30
@@ -78,6 +81,20 @@ def test_counters_add_up_under_pressure():
     assert value(metrics, "cpu_kv_blocks_used") == 0
 
 
+def test_tokens_of_steps_are_all_that_requests_took():
+    """The last token of an output, which nothing is computed of, too."""
+    engine = make_engine(num_blocks=64)
+    for i, (length, most) in enumerate(((40, 1), (3, 9), (17, 30))):
+        prompt = list(range(i, i + length))
+        sampling = SamplingParams(max_tokens=most, seed=i)
+        engine.add(Request(request_id=str(i), prompt_token_ids=prompt, sampling=sampling))
+    while engine.has_work:
+        engine.step()
+    metrics = by_name(engine)
+    assert metrics["iteration_tokens_total"].samples[0].value == 40 + 1 + 3 + 9 + 17 + 30
+    assert value(metrics, "prompt_tokens") + value(metrics, "generation_tokens") == 100
+
+
 def test_gauges_say_what_is_now():
     engine = make_engine(num_blocks=64, max_num_seqs=2)
     for i in range(3):
@@ -91,6 +108,16 @@ def test_gauges_say_what_is_now():
     assert value(metrics, "num_requests_running") == 2
     assert value(metrics, "num_requests_waiting") == 1
     assert value(metrics, "kv_blocks_used") == engine.scheduler.kv.device.num_held > 0
+
+
+def test_how_the_cache_was_set_up():
+    metric = by_name(make_engine(num_blocks=40, block_size=8, max_model_len=128))
+    facts = dict(zip(
+        metric["cache_config_info"].labels, metric["cache_config_info"].samples[0].labels,
+        strict=True,
+    ))  # fmt: skip
+    assert facts["num_gpu_blocks"] == "40" and facts["block_size"] == "8"
+    assert facts["kv_cache_size_tokens"] == "320" and facts["kv_cache_max_concurrency"] == "2.5"
 
 
 def test_a_client_cannot_make_labels_without_end():

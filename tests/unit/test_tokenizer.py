@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertGenerationTokenizer, PreTrainedToken
 from engine.config import EMBEDDED_MODEL
 from engine.errors import CheckpointError, RequestError
 from engine.tokenizer import Tokenizer
-from engine.tokenizer_files import _read_plain
+from engine.tokenizer_files import _read_plain, load_transformers
 from tests.support.tiny_tokenizer import save_tokenizer
 from tests.unit import text_checkpoints as checkpoints
 from workers.checkpoint import resolve
@@ -348,3 +348,15 @@ def test_what_has_surely_more_tokens(tmp_path: Path) -> None:
     words = Tokenizer.load(save_tokenizer(tmp_path, 10))
     assert not words.surely_longer("y" * 10_000, 5)  # one unknown word, one token
     assert words.surely_longer("w1 " * 10_000, 5)
+
+
+def test_a_tokenizer_that_is_code_is_refused_with_what_is_so(tmp_path: Path) -> None:
+    """Not with transformers' advice to set an option that would trust it."""
+    config = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    for load in (Tokenizer.load, lambda path: load_transformers(path, None)):
+        with pytest.raises(
+            CheckpointError, match=r"code of the checkpoint's own \(auto_map\), and"
+        ):
+            load(tmp_path)

@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
+from tests.support.users import unprivileged
 from workers.attention import choose_backend
 from workers.checkpoint import (
     Config,
@@ -299,6 +302,43 @@ def test_truncated_files_are_named(layout: str, keep: int, copy: Callable[[str],
         fill(path)
 
 
+_READ = """
+import sys
+from pathlib import Path
+from engine.errors import CheckpointError
+from workers.checkpoint import load_config, resolve
+from workers.weights import _open, find_files
+for folder in sys.argv[1:]:
+    try:
+        load_config(resolve(folder))
+        with _open(find_files(Path(folder))[0]):
+            print("open")
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_what_may_not_be_read_is_not_called_damaged(
+    copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole = copy("llama")
+    names = ("model.safetensors", "pytorch_model.bin", "config.json", "")
+    folders = [Path(shutil.copytree(whole, tmp_path / f"copy{i}")) for i in range(len(names))]
+    as_pickle(folders[1])
+    for folder, name in zip(folders, names, strict=True):
+        (folder / name).chmod(0)
+    run = subprocess.run(
+        [*unprivileged(), sys.executable, "-c", _READ, str(whole), *map(str, folders)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    opened, *errors = run.stdout.splitlines()
+    assert opened == "open"
+    for folder, name, error in zip(folders, names, errors, strict=True):
+        assert error.startswith(f"cannot read {folder / name}") and "Permission denied" in error
+
+
 class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("code in a checkpoint was run",)
@@ -392,6 +432,11 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rms_norm_eps": -1}, "rms_norm_eps=-1: must be a positive number"),
     ("llama", {"layer_types": ["sliding_attention"] * 3}, "layer_types=.*all be full_attention"),
     ("llama", {"architectures": ["MixtralForCausalLM"]}, "none is supported; known: LlamaFor"),
+    (
+        "llama",
+        {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "own.M"}},
+        r"runs no code of checkpoints \(auto_map\)",
+    ),
     ("llama", {"architectures": ["MistralForCausalLM"]}, "model_type='llama': must be 'mistral'"),
     ("llama", {"architectures": None, "model_type": "gpt2"}, "model_type='gpt2': is not supported"),
     ("mistral", {"attention_bias": True}, "attention_bias=True: is not supported"),

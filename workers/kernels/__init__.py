@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.folders import cache_folder
 from workers.kernels import plain
-from workers.kernels.build import cache_dir, library
+from workers.kernels.build import library
 from workers.kernels.memory import result_tensor
 
 __all__ = [
@@ -46,8 +47,8 @@ def has_triton(device: torch.device) -> bool:
         or torch.cuda.get_device_capability(device) < (8, 0)
     ):
         return False
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
     try:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder("kernels") / "triton"))
         from workers.kernels.gpu import rows
 
         zeros = torch.zeros(1, 1, dtype=torch.int32, device=device)

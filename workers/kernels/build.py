@@ -9,10 +9,13 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from engine.folders import cache_folders
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ def library() -> Library | None:
     """The kernels of this machine, compiled at the first call ever (seconds); None if they cannot
     be built, which is logged once with what to install."""
     try:
-        return Library(build(cache_dir()))
+        return Library(build(cache_folders("kernels")))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         logger.warning(
@@ -85,42 +88,45 @@ def library() -> Library | None:
         return None
 
 
-def cache_dir() -> Path:
-    """Where compiled kernels are kept, under the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "manta" / "kernels"
-
-
-def build(folder: Path, target: str = NATIVE) -> Path:
-    """The shared object for ``target`` (a -march or -mcpu flag), from ``folder`` or compiled now.
+def build(folders: Iterable[Path], target: str = NATIVE) -> Path:
+    """The shared object for ``target`` (a -march or -mcpu flag), from the first of ``folders`` that
+    has it, or else compiled now and kept in the first that can be written to.
 
     Its name is a hash of all that it depends on; it appears there at once and whole, so that
-    processes may build at the same time. Raises OSError (no compiler) or CalledProcessError.
+    processes may build at the same time. Raises OSError (no compiler, or no such folder) or
+    CalledProcessError.
     """
     compiler = _compiler()
     version = _run(compiler, "--version")
     sources = [file.read_text() for file in (SOURCE, *HEADERS)]
     key = "\0".join([*sources, version, *FLAGS, target, _cpu()])
-    path = folder / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
-    if path.exists():
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=folder))
-    except OSError:  # a home that cannot be written to: build for this process only
-        work = Path(tempfile.mkdtemp(prefix="manta-kernels-"))
-        path = work / "kept" / path.name
-        path.parent.mkdir()
+    name = f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    folders = list(folders)
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    work = _work_folder(folders)
     try:
         start = time.perf_counter()
         output = work / "cpu.so"
         _run(compiler, *FLAGS, target, str(SOURCE), "-o", str(output))
-        os.replace(output, path)
+        path = output.replace(work.parent / name)
         logger.info("compiled the CPU kernels in %.1f s: %s", time.perf_counter() - start, path)
     finally:
-        if path.parent == folder:
-            shutil.rmtree(work)
+        shutil.rmtree(work)
     return path
+
+
+def _work_folder(folders: list[Path]) -> Path:
+    """A new folder inside the first of these that can be written to."""
+    cause: OSError = FileNotFoundError("no folder to keep them in")
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(dir=folder))
+        except OSError as error:
+            cause = error
+    raise cause
 
 
 def _compiler() -> str:

@@ -43,15 +43,17 @@ def find_network(config: Config) -> Network:
     if not isinstance(model_type, str | None):
         raise config.error("model_type", "must be a string")
     by_type = {kind: network for kind, network in ARCHITECTURES.values()}
+    code = "; manta runs no code of checkpoints (auto_map)" if "auto_map" in config else ""
     if "architectures" not in config:
         if model_type not in by_type:
-            raise config.error("model_type", f"is not supported; known: {', '.join(by_type)}")
+            raise config.error("model_type", f"is not supported; known: {', '.join(by_type)}{code}")
         return by_type[model_type]
     names = config.get("architectures")
     names = names if isinstance(names, list) else []
     known = [name for name in names if isinstance(name, str) and name in ARCHITECTURES]
     if not known:
-        raise config.error("architectures", f"none is supported; known: {', '.join(ARCHITECTURES)}")
+        known_names = ", ".join(ARCHITECTURES)
+        raise config.error("architectures", f"none is supported; known: {known_names}{code}")
     kind, network = ARCHITECTURES[known[0]]
     if model_type != kind:
         raise config.error("model_type", f"must be {kind!r} for {known[0]}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from workers.kernels.gpu.chain import chained, let_next_start, wait_for_previous
 from workers.kernels.gpu.elementwise import gated
 
-MOST_ROWS = 64
+MOST_ROWS = 32
 BLOCK_N = 64  # outputs of a program
 STAGES = 6
 PREFETCHED = 32 << 10  # bytes of a program's weight that are on their way before its turn
@@ -25,7 +25,7 @@ _LINE = tl.constexpr(64)  # elements of 16 bits in a line of the cache
 def _product(
     x, x_stride, w, bias, y, rows, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    WEIGHT_FIRST: tl.constexpr, AHEAD: tl.constexpr, CHAINED: tl.constexpr,
+    AHEAD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """BN outputs of all rows each: y [rows, N] = x [rows, K] · w [N, K] transposed, + bias.
 
@@ -50,17 +50,16 @@ def _product(
     wait_for_previous(CHAINED)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     k = tl.arange(0, BK)
-    # The matrix units take 64 rows of the one side: of the weight if there are few of x.
-    acc = tl.zeros([BN, BM] if WEIGHT_FIRST else [BM, BN], tl.float32)
+    acc = tl.zeros([BN, BM], tl.float32)  # the matrix units take 64 rows of the first operand
     for i in range(0, K, BK):
         inside = (i + k < K)[None, :]
         a = tl.load(line + i + k[None, :], mask=there[:, None] & inside, other=0.0)
         b = tl.load(
             x + m[:, None] * x_stride + i + k[None, :], mask=(m < rows)[:, None] & inside, other=0.0
         )
-        acc = tl.dot(a, tl.trans(b), acc) if WEIGHT_FIRST else tl.dot(b, tl.trans(a), acc)
+        acc = tl.dot(a, tl.trans(b), acc)
     dtype = y.dtype.element_ty
-    value = (acc if WEIGHT_FIRST else tl.trans(acc)).to(dtype).to(tl.float32)
+    value = acc.to(dtype).to(tl.float32)
     if BIAS:
         value += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[:, None]
         value = value.to(dtype).to(tl.float32)
@@ -84,16 +83,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool =
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    weight_first = block_m < 64
-    # More programs, where there would be too few to keep a large GPU reading.
-    block_n = 32 if not weight_first and outputs <= 80 * BLOCK_N and not gated else BLOCK_N
-    per_program = block_n // 2 if gated else block_n
-    ahead = min(PREFETCHED // (block_n * 128), inputs // 64)
+    block_m = 16 if rows <= 16 else 32
+    per_program = BLOCK_N // 2 if gated else BLOCK_N
+    ahead = min(PREFETCHED // (BLOCK_N * 128), inputs // 64)
     options = chained(x.device)
     _product[(triton.cdiv(outputs, per_program), triton.cdiv(rows, block_m))](
-        x, x.stride(0), weight, bias, y, rows, outputs, inputs, BM=block_m, BN=block_n, BK=128,
-        GATED=gated, BIAS=bias is not None, WEIGHT_FIRST=weight_first,
+        x, x.stride(0), weight, bias, y, rows, outputs, inputs, BM=block_m, BN=BLOCK_N, BK=128,
+        GATED=gated, BIAS=bias is not None,
         AHEAD=1 << (ahead.bit_length() - 1) if ahead and options["CHAINED"] else 0,
         num_warps=4, num_stages=STAGES, **options,
     )  # fmt: skip

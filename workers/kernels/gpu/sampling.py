@@ -68,10 +68,10 @@ class SamplingKernels:
         if needs.edited:
             edited, bad = self._edit(logits, slots, positions, needs.penalties)
         tops = self._floats(n, self.row_blocks) if needs.top_k else self._nothing
-        fixed = {"V": self.vocab_size, "STRIDE": stride, "EDITED": needs.edited}
+        fixed = {"V": self.vocab_size, "STRIDE": stride}
         piece_maxima[pieces, n](
             logits, edited, slots, *rows, best, where, best, tops, PIECE=self.piece, BLOCK=BLOCK,
-            SUMS=False, TOPS=needs.top_k > 0, num_warps=4, **fixed,
+            EDITED=needs.edited, SUMS=False, TOPS=needs.top_k > 0, num_warps=4, **fixed,
         )  # fmt: skip
         ends: dict[str, Any] = {"MAX_LEN": self.tokens.stride(0), "KEEP": keep}
         row_maxima[n,](
@@ -102,9 +102,9 @@ class SamplingKernels:
     def logprobs(
         self, logits: Tensor, rows: Tensor, targets: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ids int32, log-probabilities float32 and ranks int32 [m, 1 + k] of targets [m] (int32 or
-        int64) and of the k likeliest tokens, at most MOST_TOP, under the rows [m] int32 of logits
-        [n, V]; and log(sum(exp)) [m] of these."""
+        """ids int32, log-probabilities float32 and ranks int32 [m, 1 + k] of targets [m] int32 and
+        of the k likeliest tokens, at most MOST_TOP, under the rows [m] int32 of logits [n, V]; and
+        log(sum(exp)) [m] of these."""
         assert k <= MOST_TOP
         m = len(targets)
         best, sums = self._floats(m, self.pieces), self._floats(m, self.pieces)

@@ -1,7 +1,8 @@
 """What the sampling kernels share: reading a slot's record, a row's logits, and noise.
 
 Each program serves one row (or a piece of one), in blocks whose sizes depend on the vocabulary
-alone. So all sums have one order, and a row's bits never depend on its batch.
+alone. So all sums have one order, and a row's bits never depend on its batch. For the same reason
+a kernel with sums is compiled once for all steps: another variant might add in another order.
 """
 
 import triton
@@ -39,7 +40,7 @@ def load_logits(logits, edited, row, changed, ids, inside, STRIDE: tl.constexpr,
     """float32 logits of the tokens ``ids`` where ``inside``, else -inf; NaN becomes +inf.
 
     They are those of ``edited`` [rows, STRIDE] float32 if the row is ``changed`` (1, else 0), else
-    of ``logits`` [rows, STRIDE] of any type. EDITED: whether any row is changed.
+    of ``logits`` [rows, STRIDE] of any type. EDITED: whether any row may be changed.
     """
     row = row.to(tl.int64)
     if EDITED:

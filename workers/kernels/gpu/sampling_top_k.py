@@ -51,8 +51,7 @@ def list_candidates(logits, edited, changed, row, most, tops, k, least, blocks, 
     """
     block = tl.arange(0, WIDTH)
     top = sortable(tl.load(tops + block, mask=block < BLOCKS, other=-INF))
-    low = tl.full((), least, tl.int32)
-    high = tl.where(k > BLOCKS, low, sortable(most))
+    low, high = tl.full((), least, tl.int32), sortable(most)
     while low < high:
         mid = middle(low, high)
         count = tl.sum((top >= mid).to(tl.int32), 0)
@@ -164,7 +163,7 @@ def within_top_p(low, ties, top_p, first, logits, edited, changed, row, most, sc
 def draw_from_top_k(logits, edited, slots, positions, records, top, tops, blocks, listed, sampled,
                     tokens, capacity, MAX_LEN: tl.constexpr, V: tl.constexpr,
                     STRIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-                    ROW_BLOCKS: tl.constexpr, WIDTH: tl.constexpr, EDITED: tl.constexpr,
+                    ROW_BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
                     KEEP: tl.constexpr):  # fmt: skip
     """Grid (n,). Draws a token for each row with a top_k.
 
@@ -175,17 +174,15 @@ def draw_from_top_k(logits, edited, slots, positions, records, top, tops, blocks
     slot, position, most = tl.load(slots + row), tl.load(positions + row), tl.load(top + row)
     k = integer(records, slot, TOP_K)
     if (integer(records, slot, GREEDY) == 0) & (k > 0) & (most < INF):
-        changed = 0
-        if EDITED:
-            changed = is_edited(records, slot, position).to(tl.int32)
+        changed = is_edited(records, slot, position).to(tl.int32)
         found = listed + row.to(tl.int64) * capacity
         num, low = list_candidates(
             logits, edited, changed, row, most, tops + row * ROW_BLOCKS, k, LOWEST + 1,
-            blocks + row * BLOCKS, found, V, STRIDE, BLOCK, BLOCKS, WIDTH, EDITED,
+            blocks + row * BLOCKS, found, V, STRIDE, BLOCK, BLOCKS, WIDTH, True,
         )  # fmt: skip
-        _, first = load_candidates(logits, edited, changed, row, found, 0, num, STRIDE, EDITED)
+        _, first = load_candidates(logits, edited, changed, row, found, 0, num, STRIDE, True)
         low, ties = kth_largest(
-            first, logits, edited, changed, row, most, found, num, k, low, STRIDE, EDITED
+            first, logits, edited, changed, row, most, found, num, k, low, STRIDE, True
         )
         scale = real(records, slot, INVERSE_TEMPERATURE)
         least = real(records, slot, LOG_MIN_P)
@@ -197,14 +194,12 @@ def draw_from_top_k(logits, edited, slots, positions, records, top, tops, blocks
         if top_p < 1:
             low, ties, over, limit = within_top_p(
                 low, ties, top_p, first, logits, edited, changed, row, most, scale, least, found,
-                num, STRIDE, EDITED,
+                num, STRIDE, True,
             )  # fmt: skip
         key = noise_key(records, slot, position)
         best, token, before = tl.full((), -INF, tl.float64), V - 1, 0
         for start in range(0, num, CHUNK):
-            ids, x = load_candidates(
-                logits, edited, changed, row, found, start, num, STRIDE, EDITED
-            )
+            ids, x = load_candidates(logits, edited, changed, row, found, start, num, STRIDE, True)
             value = (x - most) * scale
             tie = (sortable(x) == low).to(tl.int32)
             rank = before + tl.cumsum(tie, 0) - tie
