@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: system system-test demo serve test soak-scheduler soak-serve soak-faults soak-hosts check format clean
+.PHONY: system system-test demo serve test soak-scheduler soak-serve soak-hostile soak-faults soak-hosts check format clean
 
 # What is missing of the system: installed as root, else named.
 system:
@@ -28,6 +28,10 @@ soak-scheduler: .venv/ready
 # Two minutes of 64 streams on a server, with clients that vanish.
 soak-serve: .venv/ready
 	$(BIN)/python -m tests.soak.server
+
+# Two minutes of hostile clients, requests and checkpoints beside 20 streams; on loopback only.
+soak-hostile: .venv/ready
+	$(BIN)/python -m tests.soak.hostile
 
 # Workers killed, stopped and spoilt, 20 times each; half an hour.
 soak-faults: .venv/ready

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import hmac
 import select
 import socket
 import threading
@@ -34,6 +35,7 @@ log = get_logger("executor")
 
 PLAN_RING_BYTES = 4 << 20
 START_TIMEOUT = 180.0  # seconds in which every worker's process must have called
+HELLO_BYTES = 1 << 12  # of a worker's first words: more is a stranger's
 _PATIENCE = 1.0  # seconds that a worker has to end when told to
 _LAST_PATIENCE = 10.0  # and when killed by a signal, sent from its own node
 _PING_TIME = 0.5  # seconds that workers have to answer, before the time of a step is up
@@ -120,7 +122,7 @@ class Workers:
         while len(found) < self.size or not all(worker.complete for worker in found.values()):
             try:
                 channel = SocketChannel(listener.accept()[0])
-                hello = _reports.decode(channel.receive(10.0) or b"").hello
+                hello = _reports.decode(channel.receive(10.0, HELLO_BYTES) or b"").hello
             except TimeoutError:
                 for rank, how in self._launcher.ended().items():
                     raise EngineError(f"{self._name(rank)} failed to start: {how}") from None
@@ -132,7 +134,7 @@ class Workers:
                 continue
             except (ChannelClosed, ValueError):
                 continue  # a stranger
-            if hello is None or hello.token != token:
+            if hello is None or not hmac.compare_digest(hello.token.encode(), token.encode()):
                 channel.close()
             elif hello.rank in found:
                 found[hello.rank].steps = channel

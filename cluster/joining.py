@@ -1,12 +1,14 @@
 """Being part of a Ray cluster. It loads no torch, as drivers and routers have no use for it."""
 
 import atexit
+import contextlib
 import logging
 import os
 import resource
 import secrets
 import shutil
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -19,6 +21,7 @@ from engine.log import get_logger, waiting_for
 log = get_logger("cluster")
 
 ADDRESS = "RAY_ADDRESS"
+LOOPBACK = "127.0.0.1"
 ANSWER_TIMEOUT = 5.0  # seconds in which a cluster's store (the GCS) must answer
 OBJECT_STORE_BYTES = 100 << 20  # nothing of ours passes through Ray's object store
 LEAST_FILES = 1024  # open files that Ray's processes, HAProxy and a model's workers get by with
@@ -118,6 +121,25 @@ def _answers(address: str) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started meanwhile has its ports, and those of its processes, on loopback: no
+    other machine has a part in it. Ray has this setting for systems that ask about open ports."""
+    from ray._private import ray_constants
+
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    given, os.environ[name] = os.environ.get(name), "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if given is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = given
+
+
 class OwnRay:
     """A Ray on this machine that is this process's own, from here to ``stop``.
 
@@ -136,7 +158,7 @@ class OwnRay:
             options["_plasma_directory"] = str(self.folder)
         inner = self.folder / "ray"  # Ray lets everybody into the one that it is given
         try:
-            with waiting_for(log, "Ray to start"):
+            with waiting_for(log, "Ray to start"), _on_loopback():
                 ray.init(
                     address="local",
                     include_dashboard=False,

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from cluster.client import EngineInfo, EngineLoad
@@ -32,7 +32,7 @@ from cluster.messages import (
 )
 from cluster.streams import Stream, StreamTable
 from engine.engine import Delta, Engine
-from engine.errors import EngineError, RequestError
+from engine.errors import EngineError, QueueFull, RequestError
 from engine.log import get_logger
 from engine.outputs import RequestMetrics
 from engine.request import Request
@@ -42,6 +42,11 @@ log = get_logger("engine")
 
 LOAD_EVERY = 0.02  # seconds between two figures of the load, at most, while there is work
 LOAD_AT_LEAST = 0.5  # and at least, always
+# Log-probabilities beyond OpenAI's 20 a position take more memory and time than anything else: so
+# many in a request, and of a client's requests at once, which all fit its connection's buffer.
+FEW_LOGPROBS = 20
+MOST_LOGPROBS = 1 << 20
+MOST_LOGPROBS_AT_ONCE = 1 << 22
 
 
 class Peer(Protocol):
@@ -57,6 +62,7 @@ class _Client:
     peer: Peer
     requests: dict[int, "_Request"] = field(default_factory=dict)
     batch: Batch | None = None  # what the next delivery brings
+    logprobs: int = 0  # that its requests may bring, as ``MOST_LOGPROBS_AT_ONCE`` counts them
 
 
 @dataclass(slots=True)
@@ -66,6 +72,7 @@ class _Request:
     request_id: str
     metrics: RequestMetrics
     unfinished: set[int]
+    logprobs: int
     has_token: bool = False
 
 
@@ -294,6 +301,8 @@ class EngineLoop:
 
     def _submit(self, client: _Client, command: Submit) -> None:
         number, request = command.number, command.request
+        if not request.client:  # a program of its own
+            request = replace(request, client=f"connection {id(client)}")
         batch = self._batch(client)
         try:
             if self.failure is not None:
@@ -302,6 +311,7 @@ class EngineLoop:
                 raise EngineError("the engine is draining: it takes no further requests")
             if number in client.requests:
                 raise RequestError(f"request number {number} is in use")
+            logprobs = self._logprobs_of(client, request)
             metrics = self.engine.add(request)
         except (RequestError, EngineError) as error:
             batch.refused.append(Refused(number, type(error).__name__, str(error)))
@@ -312,11 +322,42 @@ class EngineLoop:
             batch.refused.append(Refused(number, "EngineError", cause))
             return
         record = _Request(
-            client, number, request.request_id, metrics, set(range(request.sampling.n))
+            client, number, request.request_id, metrics, set(range(request.sampling.n)), logprobs
         )
+        client.logprobs += logprobs
         client.requests[number] = self._requests[request.request_id] = record
         self._idle.clear()
         batch.accepted.append(number)
+
+    def _logprobs_of(self, client: _Client, request: Request) -> int:
+        """The log-probabilities that a request may bring, of positions with more than a few.
+
+        Raises RequestError if they are too many, QueueFull if they are for now.
+        """
+        engine, sampling = self.engine, request.sampling
+        length = len(request.prompt_token_ids)
+        room = engine.max_model_len - length
+        positions = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        counts = {}
+        for name, number in (("logprobs", positions), ("prompt_logprobs", length)):
+            each = getattr(sampling, name)
+            if each is not None and not 0 <= each <= FEW_LOGPROBS:
+                each = engine.facts.vocab_size if each == -1 else each
+                counts[name] = sampling.n * max(number, 0) * each
+        total = sum(counts.values())
+        if total > MOST_LOGPROBS:
+            name = max(counts, key=lambda name: counts[name])
+            raise RequestError(
+                f"{name}: with n, max_tokens and the prompt's length this request may bring"
+                f" {total} log-probabilities; with more than {FEW_LOGPROBS} a position at most"
+                f" {MOST_LOGPROBS} are allowed"
+            )
+        if total and client.logprobs + total > MOST_LOGPROBS_AT_ONCE:
+            raise QueueFull(
+                f"{client.logprobs} log-probabilities are on their way already, of at most"
+                f" {MOST_LOGPROBS_AT_ONCE}"
+            )
+        return total
 
     def _end(self, request: _Request) -> None:
         self.engine.abort(request.request_id)
@@ -338,7 +379,8 @@ class EngineLoop:
 
     def _forget(self, request: _Request) -> None:
         self._requests.pop(request.request_id, None)
-        request.client.requests.pop(request.number, None)
+        if request.client.requests.pop(request.number, None) is not None:
+            request.client.logprobs -= request.logprobs
         if not self._requests:
             self._idle.set()
 
@@ -354,6 +396,7 @@ class EngineLoop:
         for client in self._clients.values():
             self._batch(client).failure = cause
             client.requests.clear()
+            client.logprobs = 0
         self._requests.clear()
         self._idle.set()
         if told:

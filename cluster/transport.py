@@ -6,10 +6,14 @@ its way out. A process that dies closes its connections, which the other side se
 that vanishes is noticed by TCP's keep-alive within ``HOST_TIMEOUT`` seconds. While a step keeps the
 loop, the server's thread says each second for how long: an engine hangs when that is too long, and
 a process (stopped, or its host frozen) when it says nothing.
+
+Whoever connects is a stranger until it has shown the key: it may send ``KEY_BYTES``, it has
+``KEY_SECONDS``, and of too many the oldest goes.
 """
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import selectors
 import socket
@@ -39,9 +43,13 @@ HOST_TIMEOUT = 3  # seconds until a host that says nothing is taken for dead
 BEAT = 1.0  # a step that takes longer is told of so often, in seconds
 SILENCE = 10.0  # seconds until a process that says nothing is taken to hang
 MOST_BYTES = 1 << 28  # of one message
+KEY_BYTES = 1 << 10  # of the first message, which is the key
+KEY_SECONDS = 5.0  # until a connection has shown the key
+MOST_STRANGERS = 128  # connections that have not
 MOST_UNREAD = 1 << 26  # bytes that a client may leave unread
 _LENGTH = struct.Struct("<I")
 _READ = selectors.EVENT_READ
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # for another connection
 
 
 def _frame(value: object) -> bytes:
@@ -50,26 +58,37 @@ def _frame(value: object) -> bytes:
 
 
 class _Reader:
-    """Cuts a stream of bytes into messages."""
+    """Cuts a stream of bytes into messages of at most ``most`` bytes.
 
-    def __init__(self) -> None:
-        self._rest = b""
+    What came of an unfinished message is kept in a buffer that grows, so that a message in many
+    pieces costs no more than its bytes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._rest = bytearray()
+        self._needed = _LENGTH.size  # bytes that ``_rest`` must have before there is more to do
 
     def take(self, data: bytes) -> Iterator[memoryview]:
-        """The messages that ``data`` completes. Raises ValueError for a senseless length."""
+        """The messages that ``data`` completes. Raises ValueError for a length over ``most``."""
         if self._rest:
-            data = self._rest + data
+            self._rest += data
+            if len(self._rest) < self._needed:
+                return
+            data = bytes(self._rest)
         view, at = memoryview(data), 0
+        self._needed = _LENGTH.size
         while len(data) - at >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(data, at)
-            if length > MOST_BYTES:
-                raise ValueError(f"a message of {length} bytes")
+            if length > self.most:
+                raise ValueError(f"a message of {length} bytes, of which {self.most} are allowed")
             end = at + _LENGTH.size + length
             if end > len(data):
+                self._needed = end - at
                 break
             yield view[at + _LENGTH.size : end]
             at = end
-        self._rest = data[at:]
+        self._rest = bytearray(view[at:])
 
 
 def _prepare(sock: socket.socket) -> None:
@@ -105,7 +124,11 @@ class Server:
         self._awake, self._waker = socket.socketpair()
         self._awake.setblocking(False)
         self._waker.setblocking(False)
-        self.clients: set[_Connection] = set()  # that have shown the key; for the server's thread
+        # For the server's thread: who has shown the key, and until when the others may.
+        self.clients: set[_Connection] = set()
+        self._strangers: dict[_Connection, float] = {}  # the oldest first
+        self._refused = 0  # strangers let go since the log was told
+        self._full = False  # nobody is let in until there is room
         self._posted: deque[Callable[[], None]] = deque()
         self._stopping = False
         self.selector.register(self._listener, _READ, self._accept)
@@ -129,9 +152,11 @@ class Server:
                 key.data(events)
             if time.monotonic() >= beat:
                 self._beat()
+                self._watch_door()
                 beat = time.monotonic() + BEAT
         for key in list(self.selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
+        self._listener.close()
         self.selector.close()
         self._waker.close()
 
@@ -150,19 +175,51 @@ class Server:
             for connection in self.clients:
                 connection.send(data)
 
-    def _accept(self, events: int) -> None:
-        with contextlib.suppress(OSError):  # it went away again
-            sock, _ = self._listener.accept()
-            _prepare(sock)
-            sock.setblocking(False)
-            connection = _Connection(sock, self, self._loop)
-            self.selector.register(sock, _READ, connection.ready)
+    def _watch_door(self) -> None:
+        """Let strangers go who are late, and others in again if there was no room."""
+        now = time.monotonic()
+        for stranger in [one for one, until in self._strangers.items() if until <= now]:
+            stranger.close()
+        if self._refused:
+            log.warning("%d connections did not show the key, and were let go", self._refused)
+            self._refused = 0
+        if self._full:
+            self._full = False
+            self.selector.register(self._listener, _READ, self._accept)
 
-    def greeting(self, key: memoryview) -> bytes:
-        """What a client is told first. Raises ValueError for a wrong key."""
+    def _accept(self, events: int) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in _NO_ROOM:  # it would be called again at once, and again
+                log.warning("A client cannot connect: %s", error.strerror)
+                self.selector.unregister(self._listener)
+                self._full = True
+            return  # else the client went away again
+        try:
+            _prepare(sock)
+        except OSError:
+            sock.close()
+            return
+        sock.setblocking(False)
+        if len(self._strangers) >= MOST_STRANGERS:
+            next(iter(self._strangers)).close()
+        connection = _Connection(sock, self, self._loop)
+        self._strangers[connection] = time.monotonic() + KEY_SECONDS
+        self.selector.register(sock, _READ, connection.ready)
+
+    def greet(self, connection: "_Connection", key: memoryview) -> bytes:
+        """What a stranger that shows the key is told first. Raises ValueError for a wrong one."""
         if not hmac.compare_digest(key, self._key):
             raise ValueError("its first message is not the key")
+        del self._strangers[connection]
+        self.clients.add(connection)
         return _frame(Hello(self._info, self._loop.load))
+
+    def forget(self, connection: "_Connection") -> None:
+        """A connection has been closed."""
+        self.clients.discard(connection)
+        self._refused += self._strangers.pop(connection, None) is not None
 
     # ---- in the loop's thread ----
 
@@ -186,7 +243,7 @@ class _Connection:
         self._server = server
         self._loop = loop
         self._known = False
-        self._reader = _Reader()
+        self._reader = _Reader(KEY_BYTES)
         self._decoder: wire.Decoder[Command] = wire.Decoder(Command)
         self._writing = threading.Lock()  # guards what follows, and the socket's end
         self._unsent = bytearray()
@@ -197,6 +254,8 @@ class _Connection:
 
     def ready(self, events: int) -> None:
         """The socket can be read or written; in the server's thread."""
+        if self._socket.fileno() < 0:
+            return  # it was closed after the event
         if events & selectors.EVENT_WRITE:
             self._send_rest()
         if not events & _READ:
@@ -210,19 +269,20 @@ class _Connection:
         except BlockingIOError:
             return
         except (msgspec.MsgspecError, ValueError) as error:
-            log.warning("A client sent what cannot be read, and is let go: %s", error)
+            if self._known:
+                log.warning("A client sent what cannot be read, and is let go: %s", error)
         except OSError:
             pass
-        self._close()
+        self.close()
 
     def _take(self, message: memoryview) -> None:
         if self._known:
             command = self._decoder.decode(message)
             self._loop.post(lambda: self._loop.take(self, command))
             return
-        hello = self._server.greeting(message)
+        hello = self._server.greet(self, message)
         self._known = True
-        self._server.clients.add(self)
+        self._reader.most = MOST_BYTES
         self.send(hello)
         self._loop.post(lambda: self._loop.join(self))
 
@@ -271,12 +331,13 @@ class _Connection:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close it, and forget its client; in the server's thread."""
         with self._writing:
             self._open = False
             self._server.selector.unregister(self._socket)
             self._socket.close()
-        self._server.clients.discard(self)
+        self._server.forget(self)
         if self._known:
             self._loop.post(lambda: self._loop.leave(self))
 
@@ -289,7 +350,7 @@ class RemoteClient(asyncio.Protocol):
     def __init__(self, address: str) -> None:
         self._address = address
         self._table = StreamTable(self._send)
-        self._reader = _Reader()
+        self._reader = _Reader(MOST_BYTES)
         self._decoder: wire.Decoder[Message] = wire.Decoder(Message)
         self._transport: asyncio.Transport | None = None
         self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()

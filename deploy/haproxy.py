@@ -3,14 +3,19 @@
 Serve runs this (by ``RAY_SERVE_HAPROXY_BINARY_PATH``, see ``program``) in HAProxy's place:
 
 - HTTPS, which Serve's template does not know (``MANTA_TLS_PEM``: certificate and key);
-- ``::`` is every address, of IPv6 too (``MANTA_HOST``: the host, which Serve makes ``*`` of);
-- its own statistics listen where the server does, not everywhere;
+- ``::`` is every address, of IPv6 too (``MANTA_HOST``: the host, which Serve makes ``*`` of, or
+  which only HAProxy listens on, as Serve itself keeps to loopback);
+- its own statistics listen where Serve does, or where the server does, not everywhere;
 - a request id that is no text, on which Serve would fail, is dropped;
 - while no ingress replica is there, clients get an answer in OpenAI's shape, 503 with Retry-After;
 - an answer has one x-request-id, its own: Serve adds another;
 - nothing is spliced: after a request whose body came in a packet of its own, as httpx sends it,
   HAProxy 2.8 spun on a core to the end of the answer, and did not see its client go;
 - an ingress replica whose host vanished keeps nobody waiting for longer than ``HOST_TIMEOUT``;
+- a connection has seconds to send a request's header and the first of its body, and until then no
+  ingress replica sees it; one address cannot take all connections (``MANTA_CLIENT_CONNECTIONS``);
+- ingress replicas are told a client's address, for fair shares;
+- what is no HTTP, or comes too slowly, is told so in OpenAI's shape;
 - HAProxy ends with the process that started it, and does not keep the port for ever.
 
 It becomes HAProxy in the end, so the process is the one that Serve watches.
@@ -19,8 +24,10 @@ It becomes HAProxy in the end, so the process is the one that Serve watches.
 import contextlib
 import csv
 import ctypes
+import json
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -31,13 +38,42 @@ HOST = "MANTA_HOST"
 NAME = "manta-haproxy"
 RUN_BY_SERVE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HOST_TIMEOUT = 10  # seconds in which an ingress replica's host acknowledges or takes nothing
+HEADER_TIMEOUT = 10  # seconds until a connection has sent a request's header
+BODY_TIMEOUT = 30  # and from then on its body, or the first 15 KB of it
+CLIENT_TIMEOUT = 120  # seconds in which a client sends nothing of a longer body, or takes nothing
+MOST_CONNECTIONS = 1 << 15  # of clients; each takes two files
+OWN_FILES = 64  # that HAProxy opens for itself
+CLIENT_CONNECTIONS = "MANTA_CLIENT_CONNECTIONS"  # most of one address; a quarter by default
 RETRY_AFTER = 5  # seconds in which an ingress replica that ended is replaced
 ADMIN_SOCKET = "admin.sock"  # where HAProxy answers questions
 _PR_SET_PDEATHSIG = 1
-_UNAVAILABLE = (
-    '{"error": {"message": "the server is starting or stopping", "type": "server_error",'
-    ' "param": null, "code": "unavailable"}}'
-)
+
+
+def _error(message: str, kind: str, code: str) -> str:
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
+_UNAVAILABLE = _error("the server is starting or stopping", "server_error", "unavailable")
+# HAProxy's own answers, by the name of their file. Serve makes one page for 502, 503 and 504.
+_PAGES = {
+    "500": (f"503 Service Unavailable\r\nRetry-After: {RETRY_AFTER}", _UNAVAILABLE),
+    "400": (
+        "400 Bad Request\r\nConnection: close",
+        _error(
+            "this is no HTTP request, or its header is larger than 15 KB",
+            "invalid_request_error",
+            "bad_request",
+        ),
+    ),
+    "408": (
+        "408 Request Timeout\r\nConnection: close",
+        _error(
+            f"the header took longer than {HEADER_TIMEOUT} s, or the body {BODY_TIMEOUT} s",
+            "invalid_request_error",
+            "request_timeout",
+        ),
+    ),
+}
 _NO_BACKEND = re.compile(r"(backend default_backend\n)    http-request return .*\n")
 _ONE_ID = (
     "    http-response set-header x-request-id %[res.fhdr(x-request-id,1)]"
@@ -48,9 +84,21 @@ _SPLICE = re.compile(r"    option splice-(request|response)\n")
 # heeded on a server's own line only, not as a default.
 _PROBE = f"    option srvtcpka\n    srvtcpka-idle {HOST_TIMEOUT // 2}s\n"
 _PROBE += f"    srvtcpka-intvl {HOST_TIMEOUT // 2}s\n"
+_TIMES = f"    timeout http-request {HEADER_TIMEOUT}s\n    option http-ignore-probes\n"
+_TIMES += "    option forwardfor\n"
+# A client that begins to fill the table with half of a request finds its own share full. Networks
+# of IPv6 give each host a /64.
+_SHARE = """\
+    stick-table type ipv6 size 64k expire 1m store conn_cur
+    tcp-request connection track-sc0 src,ipmask(32,64)
+    tcp-request connection reject if {{ sc0_conn_cur gt {each} }}
+    http-request wait-for-body time {seconds}s
+"""
+_MAXCONN = re.compile(r"^    maxconn (\d+)\n", re.MULTILINE)
 _DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 _SERVER = re.compile(r"^    server .*", re.MULTILINE)
 _BIND = re.compile(r"(frontend http_frontend\n    bind )(\S+):(\d+)\n")
+_EVERYWHERE = ("*", "[::]")
 _OWN_BIND = re.compile(r"^(frontend prometheus\n    bind |listen stats\n  bind )\*?:", re.MULTILINE)
 _TEXT_ID = (
     "    http-request del-header x-request-id if { req.hdr(x-request-id) -m reg [^\\x20-\\x7e] }\n"
@@ -107,42 +155,73 @@ def requests(folder: Path) -> int:
     return count
 
 
-def adapt(config: str, tls_pem: str | None, host: str | None = None) -> str:
-    """The configuration with manta's changes; ``host`` is what the server was told to listen on.
+def adapt(
+    config: str,
+    folder: Path,
+    tls_pem: str | None = None,
+    host: str | None = None,
+    each: int | None = None,
+    files: int | None = None,
+) -> str:
+    """The configuration with manta's changes. Raises ValueError if it is not as Serve writes it.
 
-    Raises ValueError if it is not as Serve writes it.
+    folder: where the pages of errors are. tls_pem: certificate and key, for HTTPS. host: what the
+    server was told to listen on. each: most connections of one address. files: most that this
+    process may open.
     """
     escaped = _UNAVAILABLE.replace('"', '\\"').replace(" ", "\\ ")
     answer = f"    http-request return status 503 hdr Retry-After {RETRY_AFTER}"
-    answer += " content-type application/json"
-    config, count = _NO_BACKEND.subn(lambda match: f"{match[1]}{answer} string {escaped}\n", config)
-    if count != 1:
-        raise ValueError("the default backend is not where it was")
+    answer += f" content-type application/json string {escaped}\n"
+    pages = "".join(f"    errorfile {name} {folder}/{name}.http\n" for name in ("400", "408"))
+    found = _MAXCONN.search(config)
+    if found is None:
+        raise ValueError("maxconn is not where it was")
+    most = int(found[1])
+    if files is not None:
+        most = max(1, min(most, (files - OWN_FILES) // 2))
+    for pattern, change, what in (
+        (_NO_BACKEND, lambda match: match[1] + answer, "the default backend is"),
+        (_MAXCONN, lambda match: f"    maxconn {most}\n", "maxconn is"),
+        (_DEFAULTS, lambda match: match[0] + _PROBE + _TIMES + pages, "the defaults are"),
+    ):
+        config, count = pattern.subn(change, config)
+        if count != 1:
+            raise ValueError(f"{what} not where it was")
     config = _SPLICE.sub("", config)
-    config, count = _DEFAULTS.subn(lambda match: match[0] + _PROBE, config)
-    if count != 1:
-        raise ValueError("the defaults are not where they were")
     config = _SERVER.sub(lambda match: f"{match[0]} tcp-ut {HOST_TIMEOUT}s", config)
+    share = _SHARE.format(each=each or max(1, most // 4), seconds=BODY_TIMEOUT)
+    return _listen(config, tls_pem, host, f"{share}{_TEXT_ID}{_ONE_ID}")
+
+
+def _listen(config: str, tls_pem: str | None, host: str | None, rules: str) -> str:
+    """The configuration with the frontend's address and its first ``rules``."""
     tls = "" if tls_pem is None else f" ssl crt {tls_pem} alpn h2,http/1.1"
     found = _BIND.search(config)
     if found is None:
         raise ValueError("the frontend is not where it was")
-    address, both = ("[::]", " v4v6") if host == "::" else (found[2], "")
-    bind = f"{found[1]}{address}:{found[3]}{both}{tls}\n{_TEXT_ID}{_ONE_ID}"
+    serves = found[2]
+    address = {"::": "[::]", "0.0.0.0": "*", None: serves}.get(host, host)
+    both = " v4v6" if host == "::" else ""
+    bind = f"{found[1]}{address}:{found[3]}{both}{tls}\n{rules}"
     config = config[: found.start()] + bind + config[found.end() :]
-    if address not in ("*", "[::]"):
-        config = _OWN_BIND.sub(lambda match: f"{match[1]}{address}:", config)
+    own = address if serves in _EVERYWHERE else serves
+    if own not in _EVERYWHERE:
+        config = _OWN_BIND.sub(lambda match: f"{match[1]}{own}:", config)
     return config
 
 
-def _error_page(folder: Path) -> None:
-    """Serve makes one page for HAProxy's own 502, 503 and 504; this one says what to do."""
-    (folder / "500.http").write_text(
-        "HTTP/1.1 503 Service Unavailable\r\n"
-        "Content-Type: application/json\r\n"
-        f"Retry-After: {RETRY_AFTER}\r\n"
-        f"Content-Length: {len(_UNAVAILABLE)}\r\n\r\n{_UNAVAILABLE}"
-    )
+def _write_pages(folder: Path) -> None:
+    for name, (head, body) in _PAGES.items():
+        (folder / f"{name}.http").write_text(
+            f"HTTP/1.1 {head}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}",
+            newline="",
+        )
+
+
+def _most_files() -> int | None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if hard == resource.RLIM_INFINITY else hard
 
 
 def become(binary: str, arguments: list[str]) -> None:
@@ -153,8 +232,11 @@ def become(binary: str, arguments: list[str]) -> None:
         sys.exit(1)
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])
-        path.write_text(adapt(path.read_text(), os.environ.get(TLS_PEM), os.environ.get(HOST)))
-        _error_page(path.parent)
+        pem, host = os.environ.get(TLS_PEM), os.environ.get(HOST)
+        each = int(os.environ.get(CLIENT_CONNECTIONS, 0)) or None
+        config = adapt(path.read_text(), path.parent, pem, host, each, _most_files())
+        path.write_text(config)
+        _write_pages(path.parent)
     os.execv(binary, [binary, *arguments])
 
 

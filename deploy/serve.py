@@ -6,6 +6,7 @@ runs the same application.
 
 import asyncio
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray import serve
 
 from cluster.engine_actor import EngineHost, needed
 from cluster.engines import Engines
+from cluster.joining import LOOPBACK, own_host
 from cluster.peers import Peers
 from cluster.ray_metrics import RayMetrics
 from deploy.settings import Settings, with_server_defaults
@@ -30,6 +32,19 @@ HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 10.0
 STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a replica
 
 
+def _keep_to_loopback() -> None:
+    """Have this replica's own port of Serve listen on loopback if this machine is all there is.
+
+    Serve opens it to every machine, and unpickles whatever anybody sends there.
+    """
+    if own_host() == LOOPBACK:
+        replica: Any = importlib.import_module("ray.serve._private.replica")
+        add_port = replica.add_port_to_grpc_server
+        replica.add_port_to_grpc_server = lambda server, address: add_port(
+            server, address.replace("[::]", LOOPBACK)
+        )
+
+
 @serve.ingress()
 class Router:
     """An ingress replica: validates, tokenizes, picks an engine, makes text, writes the stream."""
@@ -37,6 +52,7 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: RouterConfig, application: str, engine: Any
     ) -> None:
+        _keep_to_loopback()
         self._engines = Engines(application)
         self._peers = Peers(application, self._metrics)
         self._app = build_app(
@@ -69,6 +85,7 @@ class Engine:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, options: Mapping[str, Any], application: str
     ) -> None:
+        _keep_to_loopback()
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         settings = Settings.from_options(with_server_defaults(options, resources.get("GPU", 0)))
         router = settings.router

@@ -12,6 +12,7 @@ ENVIRONMENT = """\
 #   RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1
 #   RAY_SERVE_HAPROXY_BINARY_PATH="$(command -v manta-haproxy)"
 #   RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH=deploy.haproxy_guard.install
+#   RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S=120 RAY_SERVE_HAPROXY_MAXCONN=32768
 """
 
 
@@ -22,6 +23,11 @@ def serve_config(settings: Settings) -> str:
         raise ConfigError(
             "ssl_certfile and ssl_keyfile are for `manta serve`; before an application of"
             " `serve deploy` put a proxy that has the certificate"
+        )
+    if router.max_connections_per_client is not None:
+        raise ConfigError(
+            "max_connections_per_client is for `manta serve`; for `serve deploy` set"
+            " MANTA_CLIENT_CONNECTIONS in the environment of the cluster's nodes"
         )
     args = {
         name: list(value) if isinstance(value, tuple) else value

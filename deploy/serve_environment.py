@@ -17,7 +17,8 @@ def everywhere(router: RouterConfig) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM),
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(LONGEST_STREAM),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(haproxy.CLIENT_TIMEOUT),
+        "RAY_SERVE_HAPROXY_MAXCONN": str(haproxy.MOST_CONNECTIONS),
         # Serve's controller looks around ten times a second: 3 % of a core, for nothing.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
         # Statistics of every event that its processes handle: an eighth of what they take.
@@ -28,6 +29,8 @@ def everywhere(router: RouterConfig) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         haproxy.HOST: router.host,
     }
+    if router.max_connections_per_client is not None:
+        variables[haproxy.CLIENT_CONNECTIONS] = str(router.max_connections_per_client)
     if not os.environ.get(_CALLBACK):  # an operator's own goes before
         variables[_CALLBACK] = "deploy.haproxy_guard.install"
     return variables

@@ -193,6 +193,8 @@ class _Server:
     def _start_serve(self) -> None:
         from ray import serve
 
+        from cluster.joining import LOOPBACK
+
         router = self._settings.router
         there = _serve_port()
         self._own_serve = there is None
@@ -203,7 +205,11 @@ class _Server:
         try:
             with waiting_for(log, "Serve and HAProxy to start"):
                 serve.start(
-                    http_options={"host": router.host, "port": router.port},
+                    # Serve's own processes listen there too; clients only come to HAProxy.
+                    http_options={
+                        "host": router.host if self._ray is None else LOOPBACK,
+                        "port": router.port,
+                    },
                     proxy_location="EveryNode",
                 )
         except Exception as error:  # Serve raises many kinds

@@ -158,8 +158,10 @@ class SchedulerConfig:
     )
     enable_chunked_prefill: bool = option(True, "split long prompts over steps, mixed with decodes")
     scheduling_policy: str = option(
-        "fcfs", "who runs first: by arrival, or by priority (lower first)",
-        choices=("fcfs", "priority"),
+        "fcfs",
+        "who runs first: by arrival; by priority (lower first); or fair: each client in turn, by"
+        " tokens (a client is an API key or, on a server without keys, an address)",
+        choices=("fcfs", "priority", "fair"),
     )  # fmt: skip
     preemption_mode: str = option(
         "auto",

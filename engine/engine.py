@@ -26,6 +26,7 @@ from engine.stats import EngineStats, Metric, SequenceTimes
 from engine.stats_scheduler import cache_metric, scheduler_metrics
 
 _MASK64 = 2**64 - 1
+MOST_BAD_WORD_TOKENS = 1 << 16  # of a request; each word takes as much room as the longest
 
 
 @dataclass(slots=True)
@@ -156,6 +157,7 @@ class Engine:
             count = self.facts.vocab_size if asked == -1 else asked
             if asked is not None and most != -1 and count > most:
                 raise RequestError(f"{name} must be at most max_logprobs ({most}), got {asked}")
+        self._check_bad_words(request)
         self._check_queue(request)
         seed = self._random.getrandbits(64) if sampling.seed is None else sampling.seed
         sequences = [
@@ -169,6 +171,7 @@ class Engine:
                 stop_ids=stop_ids,
                 bad_words=request.bad_words,
                 priority=request.priority,
+                client=request.client,
             )
             for index in range(sampling.n)
         ]
@@ -222,6 +225,15 @@ class Engine:
                 f" for {max_total - 1} tokens; the KV cache holds {room}"
             )
         return max_total
+
+    @staticmethod
+    def _check_bad_words(request: Request) -> None:
+        count, longest = len(request.bad_words), max(map(len, request.bad_words), default=0)
+        if count * longest > MOST_BAD_WORD_TOKENS:
+            raise RequestError(
+                f"bad_words has {count} forms, the longest of {longest} tokens; their product may"
+                f" be at most {MOST_BAD_WORD_TOKENS}"
+            )
 
     def _check_queue(self, request: Request) -> None:
         limits, scheduler = self.config.scheduler, self.scheduler

@@ -12,6 +12,17 @@ What a user did wrong is also a ``ValueError``. An error inside one running requ
 is not raised: the request ends with ``finish_reason="error"`` and the engine goes on.
 """
 
+import reprlib
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 100
+_short.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: its ``repr``, but short and not deep, whatever its size."""
+    return _short.repr(value)
+
 
 class MantaError(Exception):
     """Base of every error that manta raises on purpose."""

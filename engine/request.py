@@ -12,6 +12,7 @@ class Request:
 
     bad_words: the token id sequences of ``sampling.bad_words``, which the tokenizer made.
     priority: lower runs first, under the policy of that name.
+    client: who asks, for the policy ``fair``.
     timeout: seconds from its arrival after which it is aborted; None is never.
     """
 
@@ -20,4 +21,5 @@ class Request:
     sampling: SamplingParams
     bad_words: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
+    client: str = ""
     timeout: float | None = None

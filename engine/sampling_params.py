@@ -239,6 +239,10 @@ class SamplingParams:
                 raise RequestError(
                     f"{name} has token id {wrong[0]}; the vocabulary ends at {vocab_size - 1}"
                 )
+            if len(ids) > vocab_size:
+                raise RequestError(
+                    f"{name} has {len(ids)} token ids; the vocabulary has {vocab_size}"
+                )
 
 
 _INTEGERS = (  # name, least, whether it may be None

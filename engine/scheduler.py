@@ -25,6 +25,7 @@ from engine.kv import KVBlocks, Prefix
 from engine.plan import Admit, StepPlan, StepResult, TokenLogprobs, ints
 from engine.preempt import Costs
 from engine.sequence import FinishReason, Sequence, State
+from engine.shares import FairShares
 from engine.stats import MOST_PRIORITIES
 
 AGEING_SECONDS = 30.0  # waiting this long counts as much as one step of priority
@@ -108,6 +109,7 @@ class Scheduler:
         self.num_waiting = 0
         self.waiting_tokens = 0  # tokens that the waiting sequences have still to compute
         self._arrivals = itertools.count()
+        self._shares = FairShares() if config.scheduling_policy == "fair" else None
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._released: list[int] = []  # slots; free at once, as a plan releases before it admits
         self._in_flight: deque[_Draft] = deque()
@@ -135,6 +137,8 @@ class Scheduler:
         if self.config.scheduling_policy == "priority":
             # Ageing as a constant: waiting longer and having arrived earlier are the same.
             seq.order = seq.priority + time.monotonic() / AGEING_SECONDS
+        elif self._shares is not None:
+            seq.order = self._shares.arrive(seq.client, seq.max_total)
         else:
             seq.order = float(arrival)
         self._enqueue(seq)
@@ -292,6 +296,8 @@ class Scheduler:
             if seq.num_preemptions == 0:
                 seq.cached_tokens = seq.computed
                 seq.scheduled_time = time.monotonic()
+            if self._shares is not None:
+                self._shares.serve(seq.order)
             self.stats.recomputed_tokens += max(0, seq.lost_tokens - seq.computed)
             seq.lost_tokens = 0
         draft.admits.append(seq.admit())
@@ -369,6 +375,8 @@ class Scheduler:
             self._leave(seq)
         else:
             self._dequeue(seq)
+        if self._shares is not None:
+            self._shares.give_back(seq.client, seq.max_total - len(seq.tokens))
         self.kv.release(seq)
         seq.state = State.FINISHED
         seq.finish_reason = reason

@@ -38,7 +38,7 @@ class Sequence:
 
     __slots__ = (
         "request_id", "index", "tokens", "prompt_len", "max_total", "sampling", "seed", "stop_ids",
-        "bad_words", "order", "priority", "state", "finish_reason", "stop_reason", "slot",
+        "bad_words", "order", "priority", "client", "state", "finish_reason", "stop_reason", "slot",
         "computed", "pending", "blocks", "swapped", "published", "planned_in", "cached_tokens",
         "scheduled_time", "lost_tokens", "num_preemptions", "_hashes",
     )  # fmt: skip
@@ -55,6 +55,7 @@ class Sequence:
         stop_ids: tuple[int, ...] = (),
         bad_words: tuple[tuple[int, ...], ...] = (),
         priority: int = 0,
+        client: str = "",
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -66,6 +67,7 @@ class Sequence:
         self.stop_ids = stop_ids
         self.bad_words = bad_words
         self.priority = priority
+        self.client = client
         self.order: float = 0.0  # the scheduler's queue key
         self.state = State.WAITING
         self.finish_reason: FinishReason | None = None

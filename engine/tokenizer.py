@@ -1,15 +1,18 @@
 """A checkpoint's tokenizer: text to token ids and back, chats to prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 from engine import chat, control_tokens
 from engine.config import ChatOptions
-from engine.errors import CheckpointError, RequestError
+from engine.errors import CheckpointError, RequestError, shown
 from engine.templates import literal_text
-from engine.tokenizer_files import Resolved, reason, resolve
+from engine.tokenizer_files import Resolved, panicked, reason, resolve
 
+LIKELY_CHARACTERS = 16  # of a token at most, in nearly every text
+_AT_ONCE = 1 << 18  # characters
 _AS_TRANSFORMERS = ChatOptions()
 
 
@@ -28,7 +31,10 @@ class Tokenizer:
 
     special_tokens: "bos_token" and so on, to the token. chat_templates: by name ("default").
     vocab_size: one more than the largest token id. chat_options: how chats become prompts.
+    renderer: what runs the templates.
     """
+
+    renderer: Callable[..., str] = staticmethod(chat.render)
 
     def __init__(self, resolved: Resolved, chat_options: ChatOptions = _AS_TRANSFORMERS) -> None:
         self.chat_options = chat_options
@@ -59,7 +65,9 @@ class Tokenizer:
         """
         try:
             return cls(resolve(path_or_id, revision), chat_options)
-        except Exception as error:  # tokenizers raises plain Exception, transformers anything
+        except BaseException as error:  # tokenizers raises plain Exception, transformers anything
+            if not isinstance(error, Exception) and not panicked(error):
+                raise
             message = f"cannot load a tokenizer from {str(path_or_id)!r}: {reason(error)}"
             raise CheckpointError(message) from error
 
@@ -76,13 +84,43 @@ class Tokenizer:
         texts = [text] if isinstance(text, str) else text
         for one in texts:
             if not isinstance(one, str):
-                raise RequestError(f"a prompt must be a string or token ids, got {one!r}")
+                raise RequestError(f"a prompt must be a string or token ids, got {shown(one)}")
             try:
                 one.encode()
             except UnicodeEncodeError as error:
                 raise RequestError(f"a prompt must be valid Unicode: {error}") from None
-        ids = self.backend.encode(texts, add_special_tokens)
+        ids: list[list[int]] = []
+        begun = size = 0
+        for number, one in enumerate(texts):  # a few at a time: it takes 400 bytes a character
+            size += len(one)
+            if size >= _AT_ONCE or number == len(texts) - 1:
+                ids += self._encode(texts[begun : number + 1], add_special_tokens)
+                begun, size = number + 1, 0
         return ids[0] if isinstance(text, str) else ids
+
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        try:
+            return self.backend.encode(texts, add_special_tokens)
+        except BaseException as error:
+            if not panicked(error):
+                raise
+            raise RequestError(f"prompt: the tokenizer gives up on this text: {error}") from None
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The characters of the longest token as the vocabulary writes it."""
+        return max((len(self.id_to_piece(i) or "") for i in range(self.vocab_size)), default=1)
+
+    def surely_longer(self, text: str, most: int) -> bool:
+        """Whether a text has more than ``most`` tokens, as far as can be said at a cost that
+        ``most`` bounds and not the text: it has too many characters, or already its beginning has
+        twice as many tokens."""
+        # Without bytes for what the vocabulary lacks one token may stand for any length of text.
+        spelt = self.backend.byte_decoder is not None
+        if spelt and len(text) > most * self.longest_token:
+            return True
+        head = most * LIKELY_CHARACTERS
+        return len(text) > head and len(self.encode(text[:head], False)) > 2 * most
 
     def decode(
         self,
@@ -177,7 +215,7 @@ class Tokenizer:
             messages, tools, template_kwargs = (
                 control_tokens.marked(value, names) for value in (messages, tools, template_kwargs)
             )
-        return chat.render(
+        return self.renderer(
             template,
             messages,
             add_generation_prompt=add_generation_prompt,

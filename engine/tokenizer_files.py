@@ -46,6 +46,12 @@ _DECIDING_PACKAGES = (
 )  # fmt: skip
 
 
+def panicked(error: BaseException) -> bool:
+    """Whether ``tokenizers`` gave up in the middle, as it does where a regular expression takes
+    too long; it raises what is no Exception then."""
+    return type(error).__name__ == "PanicException"
+
+
 class Backend(Protocol):
     """What this module needs of a tokenizer; ``tokenizers.Tokenizer`` has nearly all of it."""
 
@@ -253,7 +259,7 @@ def load_transformers(
     return loaded
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Why a tokenizer cannot be loaded. transformers asks for its own option to trust code."""
     text = str(error)
     if "trust_remote_code" in text:

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
+from cluster.loop import FEW_LOGPROBS
+from engine.engine import Delta
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.sampling_params import SamplingParams
 from router.errors import ApiError
@@ -54,6 +56,10 @@ class Answer(ABC):
         self._told: dict[int, int] = {}  # tokens of each choice that the stream has told of
         # Whether a chunk of text alone will not do.
         self._detailed = sampling.logprobs is not None or self.return_ids or self._usage_always
+        # Whether what a step brings takes so long that it is made in a thread.
+        self._heavy = sampling.prompt_logprobs is not None or not (
+            sampling.logprobs is None or 0 <= sampling.logprobs <= FEW_LOGPROBS
+        )
 
     # ---- the shapes ----
 
@@ -76,8 +82,17 @@ class Answer(ABC):
     async def complete(self, generations: list[Generation]) -> bytes:
         """The body of the whole answer, when it is there."""
         async for generation, deltas in merged(generations):
-            generation.take(deltas)
-        return self.whole(generations)
+            await self._take(generation, deltas)
+        if self.sampling.logprobs is None and self.sampling.prompt_logprobs is None:
+            return self.whole(generations)
+        return await self.service.off_loop(self.whole, generations)
+
+    async def _take(self, generation: Generation, deltas: list[Delta]) -> list[Piece]:
+        if not self._heavy:
+            return generation.take(deltas)
+        taken = await self.service.off_loop(generation.read, deltas)
+        generation.settle(taken)
+        return taken.pieces
 
     # ---- streams ----
 
@@ -88,10 +103,12 @@ class Answer(ABC):
         spent = 0.0
         async for generation, deltas in merged(generations):
             started = time.perf_counter()
-            data = b""
-            for piece in generation.take(deltas):
-                data += self._chunk(generation, piece)
-                unfinished -= piece.output.finish_reason is not None
+            pieces = await self._take(generation, deltas)
+            if self._heavy:
+                data = await self.service.off_loop(self._chunks, generation, pieces)
+            else:
+                data = self._chunks(generation, pieces)
+            unfinished -= sum(piece.output.finish_reason is not None for piece in pieces)
             if not unfinished:
                 data += self._end(generations) + DONE
             spent += time.perf_counter() - started
@@ -114,6 +131,9 @@ class Answer(ABC):
         )
         tail = b'],"usage":null}\n\n' if self._usage else b"]}\n\n"
         return b"data: " + head[:-1] + b',"choices":[', tail
+
+    def _chunks(self, generation: Generation, pieces: list[Piece]) -> bytes:
+        return b"".join(self._chunk(generation, piece) for piece in pieces)
 
     def _chunk(self, generation: Generation, piece: Piece) -> bytes:
         output = piece.output

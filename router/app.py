@@ -1,29 +1,31 @@
 """The HTTP application: routes, what guards them, and their description."""
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from cluster.client import EngineClient
 from engine.errors import MantaError
+from engine.tokenizer import Tokenizer
 from router import responses
+from router.bodies import receive_body
 from router.chat import answer_chat, render
 from router.completions import answer_completion
 from router.config import RouterConfig
-from router.errors import ApiError, api_error, client_closed, unavailable, wrong
+from router.errors import ApiError, api_error, unavailable, wrong
 from router.fields import read
 from router.guard import Head, KeyGuard, OldHttp, RequestId, RootPath, Unforeseen, given_id
 from router.metrics import CONTENT_TYPE, PREFIXES
 from router.openapi import describe
 from router.replies import Reply
 from router.schema import (
+    MOST_DETOKENIZED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -34,6 +36,7 @@ from router.service import Look, Others, Service, engines_by_id
 from router.stats import AnswerCounter
 
 T = TypeVar("T")
+MOST_TOKENIZED = 1 << 17  # tokens that /tokenize counts, or as many as the model's length
 
 
 def build_app(
@@ -147,34 +150,35 @@ class _Routes:
         """The tokens of a prompt, or of a chat as its template renders it."""
         body = await self._body(request, TokenizeRequest)
         model = await self._service.model(body.model)
+        most = max(model.info.max_model_len, MOST_TOKENIZED)
         if (body.prompt is None) == (body.messages is None):
             raise wrong("give prompt or messages, one of the two", "prompt")
         if body.prompt is not None:
             special = body.add_special_tokens is not False
-            (ids,) = await self._service.encode(model, [body.prompt], special)
+            (ids,) = await self._service.encode(model, [body.prompt], special, most, "prompt")
         else:
-            ids = (await render(self._service, model, body)).ids
-        pieces = model.tokenizer.id_to_piece
-        return _json(
-            responses.Tokens(
-                count=len(ids),
-                max_model_len=model.info.max_model_len,
-                tokens=ids,
-                token_strs=[pieces(i) or "" for i in ids] if body.return_token_strs else None,
-            )
+            ids = (await render(self._service, model, body, most)).ids
+        answer = responses.Tokens(
+            count=len(ids), max_model_len=model.info.max_model_len, tokens=ids, token_strs=None
         )
+        if body.return_token_strs:
+            answer.token_strs = await self._service.off_loop(_pieces, model.tokenizer, ids)
+        return _json(answer)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
         body = await self._body(request, DetokenizeRequest)
         model = await self._service.model(body.model)
-        for token_id in body.tokens:
-            if token_id >= model.info.vocab_size:
-                raise wrong(
-                    f"tokens has {token_id}; the vocabulary ends at {model.info.vocab_size - 1}",
-                    "tokens",
-                )
-        return _json(responses.Detokenized(model.tokenizer.decode(body.tokens)))
+        tokens, most = body.tokens, max(model.info.max_model_len, MOST_DETOKENIZED)
+        if len(tokens) > most:
+            raise wrong(f"tokens: a list may have at most {most}, got {len(tokens)}", "tokens")
+        if (highest := max(tokens, default=0)) >= model.info.vocab_size:
+            raise wrong(
+                f"tokens has {highest}; the vocabulary ends at {model.info.vocab_size - 1}",
+                "tokens",
+            )
+        text = await self._service.off_loop(model.tokenizer.decode, tokens)
+        return _json(responses.Detokenized(text))
 
     async def health(self) -> Response:
         """200 while an engine answers and makes progress, 503 otherwise."""
@@ -218,29 +222,19 @@ class _Routes:
         return Response(await self._service.scrape(names), media_type=CONTENT_TYPE)
 
     async def _body(self, request: Request, kind: type[T]) -> T:
-        """The request's body, checked. Raises ApiError 413, 415 or 400."""
-        most = self._service.config.max_body_bytes
+        """The request's body, checked. Raises ApiError, or RequestError for a wrong value."""
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json" and not media.endswith("+json"):
             raise ApiError(415, f"the content type must be application/json, got {media[:100]!r}")
-        length = request.headers.get("content-length", "")
-        data = bytearray()
-        if not (length.isdigit() and int(length) > most):
-            async for chunk in _chunks(request):
-                data += chunk
-                if len(data) > most:
-                    break
-            else:
-                started = time.perf_counter()
-                body = read(bytes(data), kind, self._service.config.allow_unknown_fields)
-                self._service.stats.observe("validate", time.perf_counter() - started)
-                return body
-        raise ApiError(
-            413,
-            f"the body is larger than {most} bytes (--max-body-bytes)",
-            code="request_too_large",
-            headers={"connection": "close"},
-        )
+        body = await receive_body(request, self._service)
+        started = time.perf_counter()
+        value = read(body, kind, self._service.config.allow_unknown_fields)
+        self._service.stats.observe("validate", time.perf_counter() - started)
+        return value
+
+
+def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.id_to_piece(i) or "" for i in ids]
 
 
 def _take_id(request: Request, body: Sampling) -> bool:
@@ -250,15 +244,6 @@ def _take_id(request: Request, body: Sampling) -> bool:
         return True
     body.request_id = given
     return False
-
-
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    """The body as it comes. Raises ApiError 499, which nobody reads, if the client goes."""
-    try:
-        async for chunk in request.stream():
-            yield chunk
-    except ClientDisconnect:
-        raise client_closed() from None
 
 
 def _json(value: Any) -> Response:

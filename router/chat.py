@@ -1,7 +1,5 @@
 """POST /v1/chat/completions, and the way from messages to a prompt."""
 
-import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 from msgspec import UNSET
@@ -23,7 +21,7 @@ from router.responses import (
     ChatMessage,
 )
 from router.schema import ChatRequest, TokenizeRequest
-from router.service import INLINE_CHARACTERS, ServedModel, Service
+from router.service import ServedModel, Service
 
 
 async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
@@ -36,7 +34,7 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
     if body.top_logprobs and not body.logprobs:
         raise wrong("top_logprobs needs logprobs to be true", "top_logprobs")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    prompt = await render(service, model, body)
+    prompt = await render(service, model, body, model.info.max_model_len)
     room = room_for_output(model.info, len(prompt.ids), asked, "messages")
     if asked is None:
         recommended = model.info.recommended_max_tokens
@@ -52,9 +50,9 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
 
 
 async def render(
-    service: Service, model: ServedModel, body: ChatRequest | TokenizeRequest
+    service: Service, model: ServedModel, body: ChatRequest | TokenizeRequest, most: int
 ) -> Prompt:
-    """The prompt that the chat template makes of the messages.
+    """The prompt that the chat template makes of the messages; see ``Service.encode`` for ``most``.
 
     Raises RequestError for wrong messages, ApiError 422 for what the template refuses.
     """
@@ -67,33 +65,24 @@ async def render(
         variables["documents"] = body.documents
 
     def rendered() -> str:
-        with service.stats.time("template"):
-            return model.tokenizer.render_chat(
-                messages,
-                template,
-                add_generation_prompt=not goes_on if generation is None else generation,
-                continue_final_message=goes_on,
-                **variables,
-            )
+        return model.tokenizer.render_chat(
+            messages,
+            template,
+            add_generation_prompt=not goes_on if generation is None else generation,
+            continue_final_message=goes_on,
+            **variables,
+        )
 
-    size = sum(map(_length, messages))
     try:
-        text = rendered() if size <= INLINE_CHARACTERS else await asyncio.to_thread(rendered)
+        text = await service.rendered(rendered)
     except RequestError as error:
         if "chat template" in str(error):  # nothing is wrong with them but for this model
             param = field_of(str(error)) or "messages"
             raise ApiError(422, str(error), param=param, code="unprocessable") from None
         raise
-    text, ids = await service.encode_chat(model, text, bool(body.add_special_tokens))
+    special = bool(body.add_special_tokens)
+    text, ids = await service.encode_chat(model, text, special, most)
     return Prompt(ids, text)
-
-
-def _length(message: Mapping[str, Any]) -> int:
-    """Characters of a message's content, which nobody has checked yet."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _template(service: Service, model: ServedModel, asked: str | None) -> str | None:

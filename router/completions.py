@@ -66,11 +66,14 @@ async def _prompts(service: Service, model: ServedModel, body: CompletionRequest
         raise wrong("prompt must be a string, token ids, or a list of one of these", "prompt")
     if kind is list:
         for one in given:
+            length = len(one)  # type: ignore[arg-type]
+            room_for_output(model.info, length, body.max_tokens, "prompt")
             if any(type(i) is not int for i in one):  # type: ignore[union-attr]
                 raise wrong("prompt must be a list of token ids, or a list of such", "prompt")
         return [Prompt(ids) for ids in given]  # type: ignore[arg-type]
     texts: list[str] = given  # type: ignore[assignment]
-    encoded = await service.encode(model, texts, body.add_special_tokens is not False)
+    special = body.add_special_tokens is not False
+    encoded = await service.encode(model, texts, special, model.info.max_model_len, "prompt")
     return [Prompt(ids, text) for text, ids in zip(texts, encoded, strict=True)]
 
 

@@ -41,6 +41,13 @@ class RouterConfig:
         "let requests bring chat templates of their own; a template can keep a processor busy",
     )
     max_body_bytes: int = option(16 << 20, "refuse larger request bodies", least=1)
+    max_connections_per_client: int | None = option(
+        None,
+        "most connections from one address, or one /64 of IPv6; a quarter of all by default, of"
+        " which there are 32768, or half of the files that HAProxy may open; give more where a"
+        " proxy stands before this, as all its clients have its address",
+        least=1,
+    )
     request_timeout: float | None = option(
         None, "seconds after which a request is ended, with what it has", least=0.001
     )

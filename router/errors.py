@@ -13,6 +13,7 @@ log = get_logger("router")
 
 _FIELDS = frozenset(CompletionRequest.__struct_fields__ + ChatRequest.__struct_fields__)
 
+MOST_CHARACTERS = 2000  # of a message: what was sent may be in it, whatever its size
 # Where a worker is: for the log, and for programs of the cluster, but for no client.
 _PLACE = re.compile(r", pid \d+ on [^\s)]+")
 
@@ -45,6 +46,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        if len(message) > MOST_CHARACTERS:
+            message = message[:MOST_CHARACTERS] + "..."
         super().__init__(message)
         self.status = status
         self.info = ErrorInfo(message=message, type=type, param=param, code=code)
@@ -62,6 +65,19 @@ class ApiError(Exception):
 def wrong(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that cannot be served as it is: 400."""
     return ApiError(400, message, param=param, code=code)
+
+
+def too_long(most: int, has: str, param: str) -> ApiError:
+    """A prompt does not fit ``most`` tokens: 400. It ``has`` so many, and what else is asked for.
+
+    LangChain looks for the code in the text.
+    """
+    return wrong(
+        f"This model's maximum context length is {most} tokens. However, the {param} has {has}."
+        f" Please reduce the length of the {param} or of the output (context_length_exceeded).",
+        param,
+        "context_length_exceeded",
+    )
 
 
 def unavailable(message: str, code: str) -> ApiError:
@@ -102,6 +118,8 @@ def _answer(error: BaseException) -> ApiError:
     if isinstance(error, EngineError):
         cause = _PLACE.sub("", str(error).partition("\n")[0])
         return unavailable(cause.removesuffix(":"), "engine_unavailable")
+    if isinstance(error, RecursionError):
+        return wrong("the request has values that are nested too deeply")
     log.error("a request failed unexpectedly", exc_info=error)
     return ApiError(500, "the server failed on this request", type="server_error")
 

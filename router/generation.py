@@ -28,6 +28,14 @@ class Piece:
     text: str
 
 
+@dataclass(slots=True)
+class Taken:
+    """What ``Generation.read`` made, and the completions whose text reached a stop string."""
+
+    pieces: list[Piece]
+    stopped: list[int]
+
+
 class Generation:
     """One prompt on its way: its stream of tokens and the text that they make.
 
@@ -45,8 +53,14 @@ class Generation:
 
     def take(self, deltas: list[Delta]) -> list[Piece]:
         """Take in what is ready: one piece for each completion that it belongs to."""
-        self._ticket.started()
+        taken = self.read(deltas)
+        self.settle(taken)
+        return taken.pieces
+
+    def read(self, deltas: list[Delta]) -> Taken:
+        """The first half of ``take``, which only makes text; any thread may run it."""
         pieces: dict[int, Piece] = {}
+        stopped: list[int] = []
         for delta in deltas:
             output = self.output.outputs[delta.index]
             if output.finish_reason is not None:
@@ -54,13 +68,19 @@ class Generation:
             piece = pieces.get(delta.index)
             if piece is None:
                 pieces[delta.index] = piece = Piece(output, len(output.token_ids), "")
-            text, stopped = self._text.take(delta)
+            text, stop = self._text.take(delta)
             piece.text += text
-            if stopped is not None:
-                self.stream.stop_at_text(delta.index)
+            if stop is not None:
+                stopped.append(delta.index)
+        return Taken(list(pieces.values()), stopped)
+
+    def settle(self, taken: Taken) -> None:
+        """The second half, in the event loop: the engine hears of stop strings."""
+        self._ticket.started()
+        for index in taken.stopped:
+            self.stream.stop_at_text(index)
         if all(output.finish_reason is not None for output in self.output.outputs):
             self._ticket.ended()  # though the client may be slow to read
-        return list(pieces.values())
 
     def end(self) -> None:
         """Leave nothing of it behind in the engine."""

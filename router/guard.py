@@ -169,5 +169,17 @@ class KeyGuard:
         return None
 
 
+def client_of(scope: Scope, by_key: bool) -> str:
+    """Who a request is from: the digest of its API key, or the address that HAProxy saw."""
+    name = b"authorization" if by_key else b"x-forwarded-for"
+    given = [value for header, value in scope["headers"] if header == name]
+    if by_key:
+        return _digest(given[0].partition(b" ")[2].strip()).hex() if given else ""
+    if given:  # HAProxy's own comes last, whatever the client has sent
+        return str(given[-1].rpartition(b",")[2].strip(), "latin-1")[:64]
+    peer = scope.get("client")
+    return peer[0] if peer else ""
+
+
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()

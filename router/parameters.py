@@ -4,7 +4,7 @@ from typing import Any
 
 from cluster.client import EngineInfo
 from engine.sampling_params import SamplingParams
-from router.errors import wrong
+from router.errors import too_long, wrong
 from router.schema import Sampling
 
 
@@ -57,11 +57,5 @@ def room_for_output(info: EngineInfo, length: int, asked: int | None, param: str
     most = info.max_model_len
     if length >= most or (asked is not None and length + asked > most):
         wanted = f" and {asked} of output were asked for" if asked is not None else ""
-        raise wrong(
-            f"This model's maximum context length is {most} tokens. However, the {param} has"
-            f" {length} tokens{wanted}. Please reduce the length of the {param} or of the output"
-            " (context_length_exceeded).",  # LangChain looks for the code in the text
-            param,
-            "context_length_exceeded",
-        )
+        raise too_long(most, f"{length} tokens{wanted}", param)
     return most - length

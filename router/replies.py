@@ -7,6 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from router.answers import DONE, Answer
 from router.errors import api_error, client_closed
+from router.guard import client_of
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -56,7 +57,12 @@ class Reply(Response):
         started = False
         try:
             async with answer.service.generations(
-                answer.model, answer.prompts, answer.sampling, answer.priority, answer.streaming
+                answer.model,
+                answer.prompts,
+                answer.sampling,
+                answer.priority,
+                answer.streaming,
+                client_of(scope, by_key=bool(answer.service.config.api_key)),
             ) as generations:
                 if answer.streaming:
                     own = [(name.encode(), value.encode()) for name, value in self._id.items()]

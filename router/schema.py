@@ -10,6 +10,7 @@ from msgspec import Meta
 
 MOST_CHOICES = 128
 MOST_PROMPTS = 2048
+MOST_DETOKENIZED = 1 << 16
 _INT32 = 2**31 - 1
 
 Count = Annotated[int, Meta(ge=0, le=_INT32)]
@@ -18,10 +19,12 @@ TokenId = Annotated[int, Meta(ge=0, le=_INT32)]
 Logprobs = Annotated[int, Meta(ge=-1, le=_INT32)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Text = Annotated[str, Meta(min_length=1)]
+Stop = Annotated[str, Meta(min_length=1, max_length=4096)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
 # How a chat becomes a prompt, for chats and for /tokenize.
-Messages = Annotated[list[dict[str, Any]], Meta(min_length=1)]
+Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=1 << 16)]
 AddGenerationPrompt = Annotated[
     bool | None, Meta(description="begin the assistant's answer; not continue_final_message")
 ]
@@ -81,7 +84,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[
-        dict[str, float] | None,
+        Annotated[dict[str, float], Meta(max_length=1 << 14)] | None,
         Meta(description="token ids to what is added to their logits, at most 100 either way"),
     ] = None
     seed: Annotated[
@@ -89,15 +92,17 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Meta(description="makes the answer a function of the request alone"),
     ] = None
     stop: Annotated[
-        Text | Annotated[list[Text], Meta(max_length=128)] | None,
+        Stop | Annotated[list[Stop], Meta(max_length=128)] | None,
         Meta(description="strings that end the output"),
     ] = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=4096)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
-    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
-    bad_words: list[Text] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=1 << 18)] | None = (
+        None
+    )
+    bad_words: Annotated[list[BadWord], Meta(max_length=1024)] | None = None
     skip_special_tokens: Annotated[bool | None, Meta(description="true by default")] = None
     spaces_between_special_tokens: Annotated[bool | None, Meta(description="true by default")] = (
         None
@@ -209,5 +214,8 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: Annotated[
+        list[TokenId],
+        Meta(description=f"at most {MOST_DETOKENIZED}, or as many as the model's length"),
+    ]
     model: str | None = None

@@ -15,9 +15,10 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TypeVar
+from functools import cached_property, partial
+from typing import ParamSpec, TypeVar
 
 from cluster.client import EngineClient, EngineInfo, RequestStream
 from cluster.streams import settled
@@ -30,13 +31,14 @@ from engine.stats import Metric
 from engine.tokenizer import Tokenizer
 from router.balance import Balancer, Ticket
 from router.config import RouterConfig
-from router.errors import ApiError, unavailable
+from router.errors import ApiError, too_long, unavailable
 from router.generation import Generation, Prompt
 from router.metrics import scrape
+from router.rendering import Renderer
 from router.stats import RouterStats
 
-T = TypeVar("T")
 INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the event loop
+HEAVY_THREADS = 2  # for what takes milliseconds; no more of it at once, for memory's sake
 # Seconds beside its own start until an engine that died has a successor: Serve notices, and starts
 # a process.
 REPLACING = 5.0
@@ -44,6 +46,8 @@ MOST_RETRY_AFTER = 60  # OpenAI's clients heed no more
 ADMISSION_PATIENCE = 5.0  # seconds for an engine to queue a request, if another might
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
 # Gives the metrics of other ingress processes by their ids.
 Others = Callable[[], Awaitable[Mapping[str, list[Metric]]]]
 # Brings the live set of engines up to date.
@@ -91,9 +95,13 @@ class Service:
         self._look = look
         self.stats = RouterStats()
         self.draining = False
+        self.body_bytes = 0  # of request bodies that are not complete
         self.balancer = Balancer()
         self._model: ServedModel | None = None
         self._loading = asyncio.Lock()
+        self._heavy = ThreadPoolExecutor(HEAVY_THREADS, "manta-heavy")
+        self._renderer = Renderer()
+        self._rendering = ThreadPoolExecutor(1, "manta-rendering")
         self._missing_since: float | None = None  # when it was first seen that none is there
 
     # ---- the engines ----
@@ -165,9 +173,12 @@ class Service:
         facts = (info.model, info.revision, info.max_model_len, info.vocab_size, info.block_size)
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
         template = info.chat_template
+        tokenizer = Tokenizer.load(info.tokenizer, info.revision, info.chat_options)
+        tokenizer.renderer = self._renderer.render
+        self._renderer.start()
         return ServedModel(
             info,
-            Tokenizer.load(info.tokenizer, info.revision, info.chat_options),
+            tokenizer,
             None if template is None else load_template(template),
             names,
             f"fp_{digest}",
@@ -181,26 +192,67 @@ class Service:
         if self.draining:
             raise _draining()
 
+    async def check_drain(self) -> None:
+        """Raises ApiError 503 if no engine will admit a request that is yet to be complete."""
+        self.check_admission()
+        engines = await self.reachable()
+        if engines and all(engine.load.draining for engine in engines):
+            raise _draining()
+
+    async def off_loop(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what takes more than some milliseconds in a thread, as other requests wait for the
+        event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._heavy, partial(call, *args, **kwargs))
+
+    async def rendered(self, render: Callable[[], str]) -> str:
+        """What ``render`` makes with a chat template, which the event loop does not wait for."""
+        with self.stats.time("template"):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._rendering, render)
+
     async def encode(
-        self, model: ServedModel, texts: list[str], add_special_tokens: bool
+        self, model: ServedModel, texts: list[str], special: bool, most: int, param: str
     ) -> list[list[int]]:
-        """The token ids of texts."""
-        return await self._tokenized(
-            sum(map(len, texts)), lambda: model.tokenizer.encode(texts, add_special_tokens)
-        )
+        """The token ids of texts.
+
+        special: add special tokens. most: tokens that each may have; more of them may come back,
+        but what has far more is refused by its size: ApiError context_length_exceeded, which
+        blames ``param``.
+        """
+        tokenizer = model.tokenizer
+
+        def encode() -> list[list[int]]:
+            _refuse_far_longer(tokenizer, texts, most, param)
+            return tokenizer.encode(texts, special)
+
+        return await self._tokenized(sum(map(len, texts)), encode)
 
     async def encode_chat(
-        self, model: ServedModel, text: str, add_special_tokens: bool
+        self, model: ServedModel, text: str, special: bool, most: int
     ) -> tuple[str, list[int]]:
-        """A rendered chat, as it is shown and as token ids."""
-        return await self._tokenized(
-            len(text), lambda: model.tokenizer.encode_chat(text, add_special_tokens)
-        )
+        """A rendered chat, as it is shown and as token ids; see ``encode``."""
+        tokenizer = model.tokenizer
+
+        def encode() -> tuple[str, list[int]]:
+            _refuse_far_longer(tokenizer, [text], most, "messages")
+            return tokenizer.encode_chat(text, special)
+
+        return await self._tokenized(len(text), encode)
+
+    async def bad_words(
+        self, model: ServedModel, sampling: SamplingParams
+    ) -> tuple[tuple[int, ...], ...]:
+        """The token sequences of ``sampling.bad_words``."""
+        words, tokenizer = sampling.bad_words or (), model.tokenizer
+        if sum(map(len, words)) <= INLINE_CHARACTERS:
+            return tuple(map(tuple, tokenizer.bad_words_ids(words)))
+        return tuple(map(tuple, await self.off_loop(tokenizer.bad_words_ids, words)))
 
     async def _tokenized(self, size: int, encode: Callable[[], T]) -> T:
         """What ``encode`` gives; long texts do not hold up the other requests' streams."""
         with self.stats.time("tokenize"):
-            return encode() if size <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
+            return encode() if size <= INLINE_CHARACTERS else await self.off_loop(encode)
 
     @contextlib.asynccontextmanager
     async def generations(
@@ -210,12 +262,13 @@ class Service:
         sampling: SamplingParams,
         priority: int,
         streaming: bool,
+        client: str = "",
     ) -> AsyncIterator[list[Generation]]:
-        """The prompts' generations, all queued; none outlives the block.
+        """The prompts' generations, all queued; none outlives the block. ``client`` asks for them.
 
         Raises RequestError (QueueFull, PromptTooLong) and EngineError.
         """
-        bad_words = tuple(map(tuple, model.tokenizer.bad_words_ids(sampling.bad_words)))
+        bad_words = await self.bad_words(model, sampling)
         started: list[Generation] = []
 
         async def start(number: int, prompt: Prompt) -> None:
@@ -225,6 +278,7 @@ class Service:
                 sampling=sampling,
                 bad_words=bad_words,
                 priority=priority,
+                client=client,
                 timeout=self.config.request_timeout,
             )
             ticket, stream = await self._submit(model, request)
@@ -295,6 +349,12 @@ class Service:
                 self.stats.observe("queue", queued)
             if (first := metrics.time_to_first_token) is not None:
                 self.stats.observe("first_token", first)
+
+
+def _refuse_far_longer(tokenizer: Tokenizer, texts: list[str], most: int, param: str) -> None:
+    for text in texts:
+        if tokenizer.surely_longer(text, most):
+            raise too_long(most, f"{len(text)} characters, which are more tokens than that", param)
 
 
 def _draining() -> ApiError:

@@ -251,12 +251,16 @@ class SocketChannel:
         except OSError as error:
             raise ChannelClosed(str(error)) from error
 
-    def receive(self, timeout: float | None = None) -> bytearray | None:
+    def receive(self, timeout: float | None = None, most: int | None = None) -> bytearray | None:
+        """The next message; a longer one than ``most`` bytes is as good as a closed channel."""
         deadline = None if timeout is None else time.monotonic() + timeout
         buffer = self._buffer
         while True:
             if len(buffer) >= _LENGTH.size:
-                end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
+                length = _LENGTH.unpack_from(buffer)[0]
+                if most is not None and length > most:
+                    raise ChannelClosed(f"a message of {length} bytes, {most} are allowed")
+                end = _LENGTH.size + length
                 if len(buffer) >= end:
                     data = buffer[_LENGTH.size : end]
                     del buffer[:end]

@@ -14,10 +14,14 @@ from typing import Any
 import torch
 
 from engine.config import EMBEDDED_MODEL
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, shown
 from engine.folders import settle_hub_cache
 
 EMBEDDED_PATH = Path(__file__).resolve().parent.parent / "deploy" / "demo_model"
+MOST_JSON_BYTES = 1 << 26  # of a file
+MOST_INTEGER = 1 << 24  # of sizes and lengths: beyond what any model has
+MOST_LAYERS = 4096
+NUMBERS = (1e-30, 1e12)  # what numbers of a config may be
 TEXT_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 DTYPES = {
     "float32": torch.float32,
@@ -65,29 +69,33 @@ class Config:
 
     def error(self, key: str, message: str) -> CheckpointError:
         """The error for field ``key``, naming the file and the value that it has."""
-        return CheckpointError(f"{self.source}: {key}={self.values.get(key)!r}: {message}")
+        return CheckpointError(f"{self.source}: {key}={shown(self.values.get(key))}: {message}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The raw value, ``default`` where it is missing or null."""
         value = self.values.get(key)
         return default if value is None else value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer."""
+    def integer(self, key: str, default: int | None = None, most: int = MOST_INTEGER) -> int:
+        """A positive integer of at most ``most``."""
         value = self.get(key, default)
+        allowed = f"must be a positive integer of at most {most}"
         if value is None:
-            raise self.error(key, "is missing; must be a positive integer")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(key, "must be a positive integer")
+            raise self.error(key, f"is missing; {allowed}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.error(key, allowed)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number."""
+        """A positive number, within ``NUMBERS``."""
         value = self.get(key, default)
+        least, most = NUMBERS
+        allowed = f"must be a positive number, from {least:g} to {most:g}"
         if value is None:
-            raise self.error(key, "is missing; must be a positive number")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise self.error(key, "must be a positive number")
+            raise self.error(key, f"is missing; {allowed}")
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if not real or not least <= value <= most:
+            raise self.error(key, allowed)
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -159,8 +167,11 @@ def _fetch(model: str, revision: str | None, load_format: str) -> Path:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from ``file``. Raises CheckpointError if it cannot be read or is none."""
     try:
+        size = file.stat().st_size
+        if size > MOST_JSON_BYTES:
+            raise ValueError(f"it has {size} bytes, and {MOST_JSON_BYTES} are allowed")
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} must hold a JSON object")
@@ -185,8 +196,10 @@ def load_generation_config(path: Path, config: Config) -> GenerationConfig:
 
     eos = token("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise CheckpointError(f"{path}: eos_token_id={eos!r} must be an integer or a list of them")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i < 1 << 31 for i in ids):
+        raise CheckpointError(
+            f"{path}: eos_token_id={shown(eos)} must be an integer or a list of them, below 2^31"
+        )
     return GenerationConfig(
         eos_token_ids=tuple(dict.fromkeys(ids)),
         bos_token_id=token("bos_token_id"),

@@ -56,6 +56,11 @@ class Parameter:
     def full(self) -> bool:
         return self._target is None
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what is to be filled; 0 once it is."""
+        return 0 if self._target is None else self._target.nbytes
+
     def fill(self, part: Tensor) -> None:
         """Copy ``part``, converted to the target's type and device, and let the target go."""
         if self._target is None:

@@ -121,7 +121,7 @@ def test_large_bodies(http: httpx.Client, server: Server) -> None:
         "/v1/completions", content=pieces(), headers={"content-type": "application/json"}
     )
     assert response.status_code == 413
-    almost = {"prompt": "x", "stop": ["y" * 19_000]}
+    almost = {"prompt": "x", "user": "y" * 19_000}
     assert http.post("/v1/completions", json=almost).status_code == 200
 
 

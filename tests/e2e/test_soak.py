@@ -1,7 +1,9 @@
-"""A short soak: many streams, clients that vanish. ``make soak-serve`` is the long one."""
+"""Short soaks: many streams and clients that vanish, or hostile ones. The long ones are ``make
+soak-serve`` and ``make soak-hostile``."""
 
 import asyncio
 
+from tests.soak import hostile
 from tests.soak.server import OPTIONS, Footprint, growth, leftovers, soak, wrong_answers
 from tests.support.served import serve
 
@@ -19,3 +21,13 @@ def test_nothing_leaks_and_every_answer_is_right() -> None:
         for name, then, now in growth(found, before, what):
             assert now - then <= most, (what, name, then, now)
     assert not wrong_answers(found)
+
+
+def test_hostile_clients_change_nothing_for_the_others() -> None:
+    with serve(*hostile.OPTIONS) as served:
+        found, hostility = asyncio.run(hostile.both(served, 10, 20, 100))
+    assert len(found.answers) > 20
+    assert not hostile.problems(found, hostility)
+    assert not wrong_answers(found)
+    kinds = {kind for kind, _ in hostility.outcomes}
+    assert len(kinds) > 15, kinds

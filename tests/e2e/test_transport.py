@@ -1,13 +1,16 @@
 """Engines and clients in processes of their own, joined by the transport."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -230,6 +233,70 @@ def test_strangers_do_no_harm():
             await RemoteClient.connect(engine.address)
 
     asyncio.run(nobody())
+
+
+def test_a_stranger_has_a_kilobyte_and_seconds_and_keeps_nobody_out():
+    with EngineProcess(key_seconds=1.0) as engine:
+        host, port, _ = engine.address.split()
+
+        def stranger():
+            return socket.create_connection((host, int(port)))
+
+        async def main():
+            for size in (1025, 1 << 28):  # announced; a key of a kilobyte would be waited for
+                with stranger() as one:
+                    one.sendall(struct.pack("<I", size) + b"x" * 100)
+                    assert await asyncio.to_thread(one.recv, 100) == b""
+            silent = [stranger() for _ in range(3 * transport.MOST_STRANGERS)]
+            for one in silent[::2]:
+                one.sendall(b"\x06\0\0\0sec")  # a key that never comes to its end
+            client = await RemoteClient.connect(engine.address)
+            tokens, _ = await tokens_of(await client.submit(request("r", max_tokens=100)))
+            assert len(tokens) == 100
+            for one in silent:
+                with contextlib.suppress(ConnectionResetError):
+                    assert await asyncio.to_thread(one.recv, 100) == b""
+                one.close()
+            assert client.healthy
+            await client.close()
+
+        asyncio.run(main())
+
+
+def test_where_there_is_no_room_for_connections_the_server_waits_and_lets_in_again():
+    with EngineProcess(key_seconds=1.0, most_files=64) as engine:
+        host, port, _ = engine.address.split()
+
+        def cpu_seconds():
+            fields = Path(f"/proc/{engine.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+        many = [socket.create_connection((host, int(port))) for _ in range(100)]
+        before = cpu_seconds()
+        for one in many:
+            with contextlib.suppress(ConnectionResetError):
+                assert one.recv(100) == b""
+            one.close()
+        assert cpu_seconds() - before < 0.5  # two or three seconds on the clock
+
+        async def main():
+            client = await RemoteClient.connect(engine.address)
+            tokens, _ = await tokens_of(await client.submit(request("r", max_tokens=10)))
+            assert len(tokens) == 10
+            await client.close()
+
+        asyncio.run(main())
+
+
+def test_a_message_in_many_pieces_costs_no_more_than_its_bytes():
+    """Joined piece by piece it would be copied a hundred thousand times: 400 GB."""
+    reader = transport._Reader(transport.MOST_BYTES)
+    body, rest = random.Random(0).randbytes(8 << 20), b"\x02\0\0\0ab\x01\0\0\0c\x03\0"
+    data = struct.pack("<I", len(body)) + body + rest
+    pieces = [data[i : i + 64] for i in range(0, len(data), 64)]
+    found = [bytes(message) for piece in pieces for message in reader.take(piece)]
+    assert found == [body, b"ab", b"c"]
+    assert [bytes(message) for message in reader.take(b"\0\0xyz")] == [b"xyz"]
 
 
 def test_a_client_that_reads_nothing_holds_nobody_up_and_is_let_go():

@@ -4,8 +4,8 @@
 
 Each run draws its own sizes: blocks, slots, pipeline stages, policy and preemption mode. Requests
 come in bursts, of mixed lengths, some with a common beginning, with n from 1 to 4, priorities,
-deadlines, and cancellation at any moment. Checked of every request: it ends with exactly its
-tokens, or, cancelled, with the first of them; that no row read a wrong or stale block (the
+clients, deadlines, and cancellation at any moment. Checked of every request: it ends with exactly
+its tokens, or, cancelled, with the first of them; that no row read a wrong or stale block (the
 executor looks at every one); that both pools are empty at the end; and that nothing starved.
 """
 
@@ -25,7 +25,7 @@ from engine.sampling_params import SamplingParams
 from tests.support.simulator import VOCAB, SimulatedExecutor, extend, next_token
 
 MODES = ["auto", "swap", "recompute"]
-POLICIES = ["fcfs", "priority"]
+POLICIES = ["fcfs", "priority", "fair"]
 AGEING_SECONDS = 0.02  # a run takes seconds, not hours: priorities age accordingly
 OUTSTANDING = 250  # requests that are in the engine at most
 # Steps. All that may be ahead of a request: OUTSTANDING times 1.4 completions of 60 tokens, of
@@ -168,6 +168,7 @@ class Load:
                     n=draw.choice([1] * 8 + [2, 4]),
                 ),
                 priority=draw.randint(-3, 3) if self.policy == "priority" else 0,
+                client=draw.choice("abbcccc") if self.policy == "fair" else "",
                 timeout=draw.choice([0.0, 0.05, 1.0])
                 if draw.random() < 0.03 and not self.spoilt
                 else None,

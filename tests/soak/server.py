@@ -128,7 +128,9 @@ def token_ids(events: list[bytes], body: bytes) -> tuple[int, ...]:
     return tuple(ids)
 
 
-async def soak(served: Served, seconds: float, streams: int, seed: int = 0) -> Soak:
+async def soak(
+    served: Served, seconds: float, streams: int, seed: int = 0, vanishing: float = VANISHING
+) -> Soak:
     """Load a server, and look at it afterwards, when it is idle again."""
     found, client, draw = Soak(), HttpClient(served.url), random.Random(seed)
     pool = variants()
@@ -156,7 +158,7 @@ async def soak(served: Served, seconds: float, streams: int, seed: int = 0) -> S
     async def one_client() -> None:
         while time.monotonic() < end:
             # Most of the vanishing go early; some late, when their answer has begun.
-            patience = draw.expovariate(1 / 0.5) if draw.random() < VANISHING else None
+            patience = draw.expovariate(1 / 0.5) if draw.random() < vanishing else None
             await ask(draw.choice(pool), draw.random() < 0.7, patience)
 
     async def watch() -> None:

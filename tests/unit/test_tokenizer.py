@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, BertGenerationTokenizer
+import tokenizers
+from tokenizers import models, pre_tokenizers
+from transformers import AutoTokenizer, BertGenerationTokenizer, PreTrainedTokenizerFast
 
+from engine.config import EMBEDDED_MODEL
 from engine.errors import CheckpointError, RequestError
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import _read_plain, load_transformers
+from tests.support.tiny_tokenizer import save_tokenizer
 from tests.unit import text_checkpoints as checkpoints
+from workers.checkpoint import resolve
 
 TEXTS = [
     *checkpoints.TEXTS,
@@ -319,6 +324,30 @@ def test_hub_id_passes_the_revision(monkeypatch: pytest.MonkeyPatch) -> None:
         ("some/model", {"trust_remote_code": False, "revision": "v1"}),
         ("some/model", {"trust_remote_code": False}),
     ]
+
+
+def test_a_regular_expression_that_gives_up_is_an_error(tmp_path: Path) -> None:
+    """The library panics, which is no Exception."""
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(a+)+b"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    with pytest.raises(RequestError, match="prompt: the tokenizer gives up on this text: "):
+        tokenizer.encode(["ab", "a" * 40])
+    assert tokenizer.encode("ab") == [0, 1]
+
+
+def test_what_has_surely_more_tokens(tmp_path: Path) -> None:
+    demo = Tokenizer.load(resolve(EMBEDDED_MODEL))
+    assert demo.longest_token == max(len(demo.id_to_piece(i) or "") for i in range(4096))
+    for text in ("hello " * 100, "x" * 100, " " * 1000, "", "manta"):
+        count = len(demo.encode(text, add_special_tokens=False))
+        assert not demo.surely_longer(text, count) and not demo.surely_longer(text, count + 1)
+    assert demo.surely_longer("x" * 1000, 50)  # by its beginning
+    assert demo.surely_longer(" " * 10_000, 50)  # by its characters
+    words = Tokenizer.load(save_tokenizer(tmp_path, 10))
+    assert not words.surely_longer("y" * 10_000, 5)  # one unknown word, one token
+    assert words.surely_longer("w1 " * 10_000, 5)
 
 
 def test_a_tokenizer_that_is_code_is_refused_with_what_is_so(tmp_path: Path) -> None:

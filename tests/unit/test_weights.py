@@ -446,6 +446,28 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"layer_types": ["full_attention"] * 2}, "layer_types=.*must hold 3 times"),
     ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "needs use_sliding_window"),
     ("opt", {"activation_function": "silu"}, "activation_function='silu': .*allowed: relu, gelu"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: .* at most 4096"),
+    ("opt", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: .* at most 4096"),
+    ("llama", {"vocab_size": 10**30}, "vocab_size=10+: .* at most 16777216"),
+    ("llama", {"max_position_embeddings": 10**9}, "max_position_embeddings=10+: .* at most"),
+    ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps=inf: must be a positive number"),
+    ("llama", {"rope_theta": 1e308}, "rope_theta=1e\\+308: must be a positive number"),
+    ("llama", {"model_type": ["llama"] * 10**6}, "model_type=.*must be a string"),
+    ("llama", {"architectures": [["LlamaForCausalLM"]]}, "architectures=.*none is supported"),
+    ("qwen2", {"layer_types": [["full_attention"]] * 3}, "layer_types=.*must hold 3 times"),
+    ("qwen2", {"max_window_layers": "2"}, "max_window_layers='2': must be an integer"),
+    *(
+        ("llama", {"rope_scaling": {"rope_type": kind, **fields}}, message)
+        for kind, fields, message in (
+            ("yarn", {"factor": 1e308}, "factor=1e\\+308: must be a positive number"),
+            ("yarn", {"factor": 1e11}, "factor=10+.0: must leave at most 16777216 positions"),
+            ("linear", {"factor": 1e11}, "factor=10+.0: must leave at most 16777216 positions"),
+            ("yarn", {"factor": 2, "mscale": "1", "mscale_all_dim": 1}, "mscale='1': must be"),
+            ("yarn", {"factor": 2, "beta_fast": 1e-320}, "beta_fast=.*: must be a positive"),
+            ("yarn", {"factor": 2, "rope_theta": 1}, "rope_theta=1: yarn needs one over 1"),
+            ("llama3", {"factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}, "must be over"),
+        )
+    ),
     ("opt", {"num_attention_heads": 5}, "num_attention_heads=5: must divide hidden_size"),
 ]
 
@@ -491,7 +513,7 @@ def test_windows_follow_max_window_layers(name: str, copy: Callable[[str], Path]
 def test_config_json_must_be_there_and_an_object(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no config.json"):
         load_config(tmp_path)
-    for text in ("[]", "{", "\xff"):
+    for text in ("[]", "{", "\xff", '{"a":' * 100_000 + "1" + "}" * 100_000):
         (tmp_path / "config.json").write_text(text, encoding="latin-1")
         with pytest.raises(CheckpointError, match="config.json"):
             load_config(tmp_path)
@@ -576,3 +598,16 @@ def test_generation_config(tmp_path: Path) -> None:
     file.write_text(json.dumps({"eos_token_id": ["</s>"]}))
     with pytest.raises(CheckpointError, match="eos_token_id=.*must be an integer or a list"):
         load_generation_config(tmp_path, config)
+    file.write_text(json.dumps({"eos_token_id": 10**30}))
+    with pytest.raises(CheckpointError, match="eos_token_id=.*below 2"):
+        load_generation_config(tmp_path, config)
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_built(
+    copy: Callable[[str], Path],
+) -> None:
+    path = copy("llama")
+    sizes = {"hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_attention_heads": 1 << 10}
+    configure(path, **sizes, num_key_value_heads=1 << 10, head_dim=None)
+    with pytest.raises(CheckpointError, match="config.json: .* takes .* GiB on each rank; there"):
+        build(path)

@@ -4,13 +4,13 @@ The formulas are those of transformers' ``modeling_rope_utils`` and are tested e
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from workers.checkpoint import Config
+from workers.checkpoint import MOST_INTEGER, Config
 from workers.parallel import Place
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -87,22 +87,33 @@ def read_rope(config: Config, head_dim: int, max_position: int) -> Rope:
     original = (config if outer else rope).integer("original_max_position_embeddings", max_position)
     if kind == "default":
         return Rope(head_dim, theta, max_position)
+    found = _scaled(rope, kind, Rope(head_dim, theta, max_position, kind, original=original))
+    if found.longest > MOST_INTEGER:
+        raise rope.error("factor", f"must leave at most {MOST_INTEGER} positions")
+    return found
+
+
+def _scaled(rope: Config, kind: str, plain: Rope) -> Rope:
+    """``plain`` with the scaling that the object describes."""
+    max_position, original = plain.max_position, plain.original
     if kind == "yarn" and "factor" not in rope:
         factor = max_position / original
     else:
         factor = rope.number("factor")
+    if kind == "dynamic" and plain.head_dim <= 2:
+        raise rope.error("rope_type", "dynamic needs a head size over 2")
     if kind in ("linear", "dynamic"):
-        return Rope(head_dim, theta, max_position, kind, factor)
+        return replace(plain, factor=factor, original=0)
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        return Rope(head_dim, theta, max_position, kind, factor, original, low, high)
-    return Rope(
-        head_dim,
-        theta,
-        max_position,
-        kind,
-        factor,
-        original,
+        if not low < high:
+            raise rope.error("high_freq_factor", f"must be over low_freq_factor ({low:g})")
+        return replace(plain, factor=factor, low_freq_factor=low, high_freq_factor=high)
+    if not plain.theta > 1:
+        raise rope.error("rope_theta", "yarn needs one over 1")
+    return replace(
+        plain,
+        factor=factor,
         attention_factor=_yarn_attention_factor(rope, factor),
         beta_fast=rope.number("beta_fast", 32.0),
         beta_slow=rope.number("beta_slow", 1.0),
@@ -121,7 +132,9 @@ def _yarn_attention_factor(rope: Config, factor: float) -> float:
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    top, bottom = rope.get("mscale"), rope.get("mscale_all_dim")
+    top, bottom = (
+        rope.number(name) if rope.get(name) else None for name in ("mscale", "mscale_all_dim")
+    )
     return float(mscale(top) / mscale(bottom)) if top and bottom else mscale(1.0)
 
 

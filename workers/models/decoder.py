@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workers.attention.base import AttentionBackend
 from workers.batch import Batch
-from workers.checkpoint import Config
+from workers.checkpoint import MOST_LAYERS, Config
 from workers.layers.attention import Attention, Heads
 from workers.layers.embedding import OutputLayer, VocabEmbedding
 from workers.layers.mlp import GatedMLP
@@ -101,7 +101,7 @@ def read_traits(config: Config) -> DecoderTraits:
     return DecoderTraits(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=config.integer("num_hidden_layers"),
+        num_layers=config.integer("num_hidden_layers", most=MOST_LAYERS),
         heads=heads,
         max_position=rope.longest,
         tied=config.boolean("tie_word_embeddings", False),
@@ -117,7 +117,7 @@ def read_traits(config: Config) -> DecoderTraits:
 
 
 def _windows(family: str, config: Config) -> tuple[int | None, ...]:
-    layers = config.integer("num_hidden_layers")
+    layers = config.integer("num_hidden_layers", most=MOST_LAYERS)
     window = config.integer("sliding_window") if "sliding_window" in config else None
     if family in ("qwen2", "qwen3") and not config.boolean("use_sliding_window", False):
         window = None
@@ -125,9 +125,15 @@ def _windows(family: str, config: Config) -> tuple[int | None, ...]:
         kinds = [WINDOW if window else FULL] * layers
     else:
         first = config.values.get("max_window_layers", layers)
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise config.error("max_window_layers", "must be an integer")
         kinds = [WINDOW if window and i >= first else FULL for i in range(layers)]
     given = config.get("layer_types", kinds)
-    if not isinstance(given, list) or len(given) != layers or not set(given) <= {WINDOW, FULL}:
+    if (
+        not isinstance(given, list)
+        or len(given) != layers
+        or any(kind not in (WINDOW, FULL) for kind in given)
+    ):
         raise config.error("layer_types", f"must hold {layers} times {FULL} or {WINDOW}")
     if family in ("qwen2", "qwen3"):
         if WINDOW in given and window is None:

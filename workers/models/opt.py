@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workers.attention.base import AttentionBackend
 from workers.batch import Batch
-from workers.checkpoint import Config
+from workers.checkpoint import MOST_LAYERS, Config
 from workers.layers.attention import Attention, Heads
 from workers.layers.embedding import OutputLayer, PositionEmbedding, VocabEmbedding
 from workers.layers.linear import Activation, ReplicatedLinear
@@ -69,7 +69,7 @@ def read_traits(config: Config) -> OPTTraits:
     return OPTTraits(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=config.integer("num_hidden_layers"),
+        num_layers=config.integer("num_hidden_layers", most=MOST_LAYERS),
         heads=Heads(count, count, hidden // count),
         max_position=config.integer("max_position_embeddings"),
         tied=config.boolean("tie_word_embeddings", True),

@@ -1,11 +1,15 @@
 """Which class serves which architecture."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from engine.errors import CheckpointError
 from workers.attention.base import AttentionBackend
 from workers.checkpoint import Config
+from workers.host_memory import host_memory
 from workers.models import decoder, opt
 from workers.models.base import Model, Traits
 from workers.parallel import Place, Stage
@@ -36,6 +40,8 @@ def find_network(config: Config) -> Network:
     Raises CheckpointError, with the known names, for any other.
     """
     model_type = config.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise config.error("model_type", "must be a string")
     by_type = {kind: network for kind, network in ARCHITECTURES.values()}
     code = "; manta runs no code of checkpoints (auto_map)" if "auto_map" in config else ""
     if "architectures" not in config:
@@ -43,7 +49,8 @@ def find_network(config: Config) -> Network:
             raise config.error("model_type", f"is not supported; known: {', '.join(by_type)}{code}")
         return by_type[model_type]
     names = config.get("architectures")
-    known = [name for name in names if name in ARCHITECTURES] if isinstance(names, list) else []
+    names = names if isinstance(names, list) else []
+    known = [name for name in names if isinstance(name, str) and name in ARCHITECTURES]
     if not known:
         known_names = ", ".join(ARCHITECTURES)
         raise config.error("architectures", f"none is supported; known: {known_names}{code}")
@@ -66,7 +73,25 @@ def build_model(
 
     ``backend`` serves ``attention_shape(traits, place, block_size)``; ``max_length`` is the
     longest sequence in tokens. Raises CheckpointError for what the config has and the model lacks,
-    ConfigError where the group does not divide the model.
+    for more parameters than there is memory, ConfigError where the group does not divide the model.
     """
     network = find_network(config)
-    return network.model(network.read_traits(config), place, stage, backend, max_length)
+    traits = network.read_traits(config)
+    if place.device.type != "meta":
+        meta = replace(place, device=torch.device("meta"))
+        _check_room(config, network.model(traits, meta, stage, backend, 1), place.device)
+    return network.model(traits, place, stage, backend, max_length)
+
+
+def _check_room(config: Config, model: Model, device: torch.device) -> None:
+    """Raise CheckpointError if a rank's parameters are more than all the memory that there is."""
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        _, there = host_memory()
+    if needed > there:
+        raise CheckpointError(
+            f"{config.source}: a model of these sizes takes {needed / 2**30:,.1f} GiB on each rank;"
+            f" there are {there / 2**30:,.1f} GiB of memory in all"
+        )
