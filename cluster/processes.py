@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+_KILLED = 2.0  # seconds in which the system must have ended what was killed
+
 
 class Process(NamedTuple):
     """A process; ``started`` (clock ticks since the boot) tells it from a later one of its id."""
@@ -54,6 +56,9 @@ def end(processes: Iterable[Process], patience: float = 0.0) -> None:
     for process in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + _KILLED
+    while any(process.lives for process in left) and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def _stat(pid: int) -> list[str] | None:

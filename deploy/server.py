@@ -32,6 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LOOK_EVERY = 0.25  # seconds between two looks at Ray's processes
 GCS_PATIENCE = 30.0  # seconds that what runs has at most once Ray has failed: it ends after 60
 LAST_WORDS = 5.0  # seconds in which clients take what a request that was ended says
+FLUSH = 0.5  # and those of an HAProxy that was replaced, which does not say whether they have
 CONTROLLER_TIMEOUT = 30.0  # seconds in which Serve must have ended
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -148,10 +149,10 @@ class _Server:
                 self._ray.stop(keep_logs)
                 if keep_logs:
                     log.info("The logs of Ray stay in %s until the next start", self._ray.folder)
-            elif self._files is not None and not keep_logs:
-                self._files.remove()
             if self._address is None:
                 end(descendants([os.getpid()]))  # what Ray had begun to start
+                if self._files is not None and not keep_logs:
+                    self._files.remove()  # with what those wrote in the end
             else:
                 import ray
 
@@ -272,11 +273,12 @@ class _Server:
 
         Whatever still runs at the deadline is ended with an error that its client gets to see.
         """
-        await _drain_engines(engines, deadline, look=ray_lives)
-        if await self._answers_taken(deadline):
+        idle = await _drain_engines(engines, deadline, look=ray_lives)
+        if idle and await self._answers_taken(deadline):
             return
         log.warning("Requests are still in flight; they end now")
         engines.end_requests("the server was shut down before the request had finished")
+        await asyncio.sleep(FLUSH)
         await self._answers_taken(time.monotonic() + LAST_WORDS)
 
     async def _answers_taken(self, deadline: float) -> bool:
@@ -325,8 +327,8 @@ class _Server:
         os._exit(status)
 
 
-async def _drain_engines(engines: "Engines", deadline: float, look: bool) -> None:
-    """Have engines admit nothing any longer; returns when all have nothing left to do, or at the
+async def _drain_engines(engines: "Engines", deadline: float, look: bool) -> bool:
+    """Have engines admit nothing any longer; whether all have nothing left to do before the
     deadline. ``look``: whether those that come meanwhile can be found."""
 
     def at_work() -> bool:
@@ -345,7 +347,8 @@ async def _drain_engines(engines: "Engines", deadline: float, look: bool) -> Non
                 looking = looking or asyncio.create_task(engines.look())
                 await asyncio.wait((looking,), timeout=0.02)
             else:
-                return
+                return True
+        return False
     finally:
         if looking is not None:
             looking.cancel()

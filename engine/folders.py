@@ -116,7 +116,9 @@ class RunFolder:
 
     def remove(self) -> None:
         """Remove it with all that it holds."""
-        _remove(self.path)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self.path != self._folder:
+            self.path.unlink(missing_ok=True)
         self.leave()
 
     def leave(self) -> None:

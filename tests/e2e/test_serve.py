@@ -25,7 +25,7 @@ PORT = 8123
 URL = f"http://127.0.0.1:{PORT}"
 OPTIONS = [
     "--num-ingress-replicas", "2",
-    "--host", "127.0.0.1", "--port", str(PORT), "--shutdown-timeout", "60", "--max-num-seqs", "4",
+    "--host", "127.0.0.1", "--port", str(PORT), "--shutdown-timeout", "300", "--max-num-seqs", "4",
     "--num-gpu-blocks-override", "140", "--swap-space", "0.2", "--preemption-mode", "swap",
     "--max-model-len", "2048",
 ]  # fmt: skip

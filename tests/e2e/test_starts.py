@@ -110,10 +110,15 @@ class Request:
         return self.lines
 
 
+def processes_of(session: str, words: str) -> list[int]:
+    """The ids of the processes of a session whose command has these words."""
+    return [int(entry.split()[0]) for entry in left_of(session) if words in entry]
+
+
 def process_of(session: str, words: str) -> int:
-    """The id of the one process of a session whose command has these words."""
-    (found,) = [entry for entry in left_of(session) if words in entry]
-    return int(found.split()[0])
+    """That of the only one."""
+    (found,) = processes_of(session, words)
+    return found
 
 
 def healthy(server: Served) -> bool:
@@ -196,9 +201,9 @@ def test_haproxy_that_is_killed_comes_back_and_follows_what_changes(server: Serv
         until(lambda: healthy(server))
         assert process_of(session, "haproxy -db") != killed
     # An ingress replica that is replaced has another port, of which the new one must hear.
-    os.kill(process_of(session, "ServeReplica:manta:Router"), signal.SIGKILL)
-    until(lambda: not healthy(server))
-    until(lambda: healthy(server))
+    router = "ServeReplica:manta:Router"
+    os.kill(killed := process_of(session, router), signal.SIGKILL)
+    until(lambda: healthy(server) and {*processes_of(session, router)} - {killed})
 
 
 def test_what_a_shutdown_cuts_off_ends_with_an_error(server: Served, temporary: Path) -> None:
