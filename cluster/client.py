@@ -41,6 +41,7 @@ class EngineInfo:
     recommended_max_tokens: int | None = None
     step_timeout: float = 60.0
     chat_options: ChatOptions = ChatOptions()
+    batch_invariant: bool = True  # a row's bits do not depend on the others of its batch
     start_seconds: float = 0.0  # from the start of its process's work until it served
 
 

@@ -160,6 +160,7 @@ def _start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineI
         recommended_max_tokens=defaults.max_tokens if says_length else None,
         step_timeout=config.parallel.step_timeout,
         chat_options=options.chat,
+        batch_invariant=engine.facts.batch_invariant,
     )
     return engine, info
 

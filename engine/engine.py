@@ -23,7 +23,7 @@ from engine.request import Request
 from engine.scheduler import Progress, Scheduler
 from engine.sequence import FinishReason, Sequence
 from engine.stats import EngineStats, Metric, SequenceTimes
-from engine.stats_scheduler import cache_metric, scheduler_metrics
+from engine.stats_scheduler import cache_metric, invariance_metric, scheduler_metrics
 
 _MASK64 = 2**64 - 1
 MOST_BAD_WORD_TOKENS = 1 << 16  # of a request; each word takes as much room as the longest
@@ -354,6 +354,7 @@ class Engine:
             *self.stats.metrics(),
             *scheduler_metrics(self.scheduler, self.capacity),
             cache_metric(self.config.cache, self.capacity, self.max_model_len),
+            invariance_metric(self.facts.batch_invariant),
         ]
 
     # ---- the prefix cache ----

@@ -82,3 +82,14 @@ def cache_metric(config: CacheConfig, capacity: Capacity, max_model_len: int) ->
     return Metric(
         "cache_config_info", "gauge", "How the KV cache was set up.", tuple(facts), (sample,)
     )
+
+
+def invariance_metric(batch_invariant: bool) -> Metric:
+    """Whether a request's tokens are the same whatever shares its batch."""
+    return Metric(
+        "batch_invariant",
+        "gauge",
+        "1 if a request's tokens do not depend on what shares its batch.",
+        (),
+        (Sample((), int(batch_invariant)),),
+    )

@@ -212,7 +212,8 @@ class _Routes:
 
     async def version(self) -> Response:
         """The server's version."""
-        return _json(responses.Version(self._version))
+        found = [engine.info.batch_invariant for engine in self._service.engines]
+        return _json(responses.Version(self._version, all(found) if found else None))
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus text of every engine and ingress process."""

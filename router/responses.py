@@ -179,9 +179,11 @@ class Detokenized(msgspec.Struct):
 
 
 class Version(msgspec.Struct):
-    """The answer of /version."""
+    """The answer of /version. ``batch_invariant``: whether a request's tokens are the same whatever
+    shares its batch; null while no engine is there."""
 
     version: str
+    batch_invariant: bool | None = None
 
 
 class EngineState(msgspec.Struct, kw_only=True):

@@ -1,6 +1,5 @@
 """Steps of fixed sizes captured as CUDA graphs, so that the host launches one thing for a step."""
 
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,10 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.log import get_logger
 from engine.plan import StepPlan
-
-log = get_logger("graphs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +72,7 @@ class Graphs:
 
     def capture(self, sizes: Iterable[Size], run: Callable[[Size], Callable[[], Tensor]]) -> None:
         """Capture steps: ``run(size)`` prepares one and gives what computes it on the device."""
-        started, pool = time.perf_counter(), None
-        before = torch.cuda.memory_reserved()
+        pool = None
         for size in sizes:
             compute = run(size)
             compute()  # kernels are compiled, libraries loaded
@@ -88,11 +83,13 @@ class Graphs:
                 result = compute()
             pool = pool or graph.pool()
             self._graphs[size] = graph, result
-        log.info(
-            "Captured %d graphs: decodes of %s rows, mixed steps of %s tokens; %.1f s, %.2f GiB",
-            len(self._graphs), _range(self._decode), _range(self._mixed),
-            time.perf_counter() - started, (torch.cuda.memory_reserved() - before) / 2**30,
-        )  # fmt: skip
+
+    def __str__(self) -> str:
+        """For people."""
+        return (
+            f"{len(self._graphs)} graphs, of decodes of {_range(self._decode)} rows and of mixed"
+            f" steps of {_range(self._mixed)} tokens"
+        )
 
     def replay(self, size: Size) -> Tensor:
         """Run the captured step; the result is overwritten by the next one."""

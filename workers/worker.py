@@ -1,6 +1,7 @@
 """One rank: a shard of the model, its tables and its KV blocks. It carries plans out."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,7 +230,16 @@ class Worker:
         seconds_per_token = self._warm_up(blocks.device)
         out, in_ = self.kv.measure()
         if self._graphs is not None:
+            started, before = time.perf_counter(), torch.cuda.memory_reserved()
             self._capture(self._graphs, self._graphs.sizes)
+            log.info(
+                "Captured %s, in %.1f s and %.2f GiB",
+                self._graphs,
+                time.perf_counter() - started,
+                (torch.cuda.memory_reserved() - before) / GIB,
+            )
+        if kernels.has_triton(self.device):
+            log.info("Triton: %s", kernels.compiled())
         if self.config.cache.prefault_kv_cache and self.device.type == "cpu":
             self._prefault = Prefault(self.kv.layers)
         return Capacity(

@@ -41,7 +41,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 def test_small_routes(http: httpx.Client, server: Server) -> None:
     assert http.get("/health").status_code == 200
-    assert http.get("/version").json() == {"version": "test"}
+    assert http.get("/version").json() == {"version": "test", "batch_invariant": True}
     load = http.get("/load").json()
     assert load["server_load"] == 0
     (engine,) = load["engines"]

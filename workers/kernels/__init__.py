@@ -10,6 +10,7 @@ slices of a fused projection need no copy.
 import functools
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def has_triton(device: torch.device) -> bool:
         return False
     try:
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder("kernels") / "triton"))
+        _binaries_before()
         from workers.kernels.gpu import rows
 
         zeros = torch.zeros(1, 1, dtype=torch.int32, device=device)
@@ -61,6 +63,24 @@ def has_triton(device: torch.device) -> bool:
         )
         return False
     return True
+
+
+def compiled() -> str:
+    """For people: how many of Triton's kernels this process, or others at the same time, compiled,
+    and how many were found compiled."""
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    new = len(_binaries(folder)) - _binaries_before()
+    return f"{new} kernels compiled, {_binaries_before()} found in {folder}"
+
+
+@functools.cache
+def _binaries_before() -> int:
+    """Of this process's start."""
+    return len(_binaries(Path(os.environ["TRITON_CACHE_DIR"])))
+
+
+def _binaries(folder: Path) -> list[Path]:
+    return list(folder.glob("*/*.cubin"))
 
 
 def _compiled(name: str, x: Tensor) -> Any:
