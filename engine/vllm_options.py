@@ -177,7 +177,7 @@ _TABLE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "max_context_len_to_capture": (ANY,), "performance_mode": ("balanced",),
         "attention_config": (), "kernel_config": (), "ir_op_priority": (),
         "enable_flashinfer_autotune": _ON_OR_OFF, "disable_cascade_attn": _ON_OR_OFF,
-        "disable_custom_all_reduce": _ON_OR_OFF, "additional_config": (),
+        "disable_custom_all_reduce": (False,), "additional_config": (),
     },
     "the scheduler has max_num_seqs, max_num_batched_tokens and scheduling_policy": {
         "max_num_partial_prefills": (1,), "max_long_partial_prefills": (1,),
