@@ -11,6 +11,8 @@ import signal
 import socket
 import ssl
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -67,6 +69,7 @@ class _Server:
         self._started = time.monotonic()
         self._signalled = False
         self._ready = False
+        self._wake: Callable[[], object] | None = None  # has ``serve`` see a signal at once
         self._address: str | None = None  # of a cluster that is joined
         self._files: RunFolder | None = None
         self._ray: OwnRay | None = None
@@ -120,8 +123,11 @@ class _Server:
         engines = Engines(APPLICATION)
         await engines.open()
         failed = None
+        stop = asyncio.Event()
+        self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, stop.set)
         while not self._signalled and failed is None:
-            await asyncio.sleep(LOOK_EVERY)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), LOOK_EVERY)
             failed = self._ray.ended() if self._ray is not None else None
         timeout = self._settings.router.shutdown_timeout
         if failed is not None:
@@ -313,6 +319,8 @@ class _Server:
         if self._signalled:
             self._end_at_once(128 + number)
         self._signalled = True
+        if self._wake is not None:
+            self._wake()
         if not self._ready:
             raise _StoppedEarly
 

@@ -245,7 +245,7 @@ def test_a_signal_drains_and_nothing_is_left(server):
     deadline = time.monotonic() + PATIENCE
     while refused is None or refused.status_code == 200:
         assert time.monotonic() < deadline
-        refused = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=1))
+        refused = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=1), timeout=PATIENCE)
     assert refused.status_code == 503 and refused.headers["retry-after"]
     for reading in readings:
         reading.thread.join(PATIENCE)
