@@ -50,6 +50,8 @@ def run(settings: Settings) -> int:
     try:
         with contextlib.suppress(_StoppedEarly):
             server.start()
+        # Where a signal came while Ray's own C++ had a handler, that one aborts in three seconds.
+        signal.alarm(0)
         asyncio.run(server.serve())
     except EngineError:
         server.stop(keep_logs=True)
