@@ -40,6 +40,7 @@ from engine.stats import Metric
 log = get_logger("transport")
 
 HOST_TIMEOUT = 3  # seconds until a host that says nothing is taken for dead
+CLIENT_TIMEOUT = 60  # seconds that a client may read nothing: it may be busy with what it has
 BEAT = 1.0  # a step that takes longer is told of so often, in seconds
 SILENCE = 10.0  # seconds until a process that says nothing is taken to hang
 MOST_BYTES = 1 << 28  # of one message
@@ -91,15 +92,19 @@ class _Reader:
         self._rest = bytearray(view[at:])
 
 
-def _prepare(sock: socket.socket) -> None:
-    """No delay for small messages; a peer whose host vanished is noticed."""
+def _prepare(sock: socket.socket, unread_timeout: float) -> None:
+    """No delay for small messages; a peer whose host vanished is noticed.
+
+    unread_timeout: seconds that the peer has to acknowledge what is sent or, which to TCP is the
+        same, to read it.
+    """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", 1),
         ("TCP_KEEPINTVL", 1),
         ("TCP_KEEPCNT", HOST_TIMEOUT - 1),
-        ("TCP_USER_TIMEOUT", HOST_TIMEOUT * 1000),
+        ("TCP_USER_TIMEOUT", int(unread_timeout * 1000)),
     ):
         if hasattr(socket, name):  # not every system has each
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -197,7 +202,7 @@ class Server:
                 self._full = True
             return  # else the client went away again
         try:
-            _prepare(sock)
+            _prepare(sock, CLIENT_TIMEOUT)
         except OSError:
             sock.close()
             return
@@ -451,7 +456,7 @@ class RemoteClient(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one but does not say so
-        _prepare(transport.get_extra_info("socket"))
+        _prepare(transport.get_extra_info("socket"), HOST_TIMEOUT)
 
     def data_received(self, data: bytes) -> None:
         self._heard = time.monotonic()

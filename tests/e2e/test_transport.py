@@ -299,6 +299,31 @@ def test_a_message_in_many_pieces_costs_no_more_than_its_bytes():
     assert [bytes(message) for message in reader.take(b"\0\0xyz")] == [b"xyz"]
 
 
+def test_a_client_that_is_slow_to_read_keeps_its_connection(monkeypatch):
+    """Its window is shut for longer than a host may say nothing; then it goes on."""
+    monkeypatch.setattr(transport, "SILENCE", 100.0)  # it hears nothing while it does not read
+    with EngineProcess() as engine:
+
+        async def main():
+            client = await RemoteClient.connect(engine.address)
+            prompts = [[i] * 9 for i in range(40)]
+            streams = [
+                await client.submit(request(f"{i}", prompt, 1500, seed=i))
+                for i, prompt in enumerate(prompts)
+            ]
+            client._transport.pause_reading()
+            await asyncio.to_thread(state_becomes, engine, empty, 80)
+            await asyncio.sleep(transport.HOST_TIMEOUT + 3)
+            client._transport.resume_reading()
+            for i, stream in enumerate(streams):
+                tokens, reason = await tokens_of(stream)
+                assert tokens == foretell(prompts[i], i, 1500) and reason == "length"
+            assert client.healthy
+            await client.close()
+
+        asyncio.run(main())
+
+
 def test_a_client_that_reads_nothing_holds_nobody_up_and_is_let_go():
     with EngineProcess(most_unread=1000) as engine:
 

@@ -150,7 +150,9 @@ async def soak(
         except OSError as error:
             found.errors[repr(error)] += 1
             return
-        if answer.status == 200:
+        if failures := [data for data in events if data.startswith(b'{"error"')]:
+            found.errors[failures[0].decode()] += 1
+        elif answer.status == 200:
             found.answers.append((variant, token_ids(events, answer.body)))
         else:
             found.errors[f"{answer.status}: {answer.body.decode()}"] += 1
