@@ -9,6 +9,21 @@ from workers.kernels.gpu.chain import begin, chained
 
 
 @triton.jit
+def _summed(x, update, update_bias, at, mask, ADD: tl.constexpr, BIAS: tl.constexpr):
+    """A row of x after x += update + bias, in place, in float32; sums are of x as it is stored."""
+    dtype = x.dtype.element_ty
+    value = tl.load(x + at, mask=mask, other=0.0)
+    if ADD:
+        more = tl.load(update + at, mask=mask, other=0.0).to(tl.float32)
+        if BIAS:
+            more += tl.load(update_bias + at, mask=mask, other=0.0).to(tl.float32)
+            more = more.to(dtype).to(tl.float32)
+        value = (value.to(tl.float32) + more).to(dtype)
+        tl.store(x + at, value, mask=mask)
+    return value.to(tl.float32)
+
+
+@triton.jit
 def _rms(
     x, x_stride, update, update_bias, weight, out, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
@@ -22,15 +37,8 @@ def _rms(
     at = tl.arange(0, BLOCK)
     mask = at < WIDTH
     dtype = x.dtype.element_ty
-    value = tl.load(x + row * x_stride + at, mask=mask, other=0.0)
-    if ADD:
-        more = tl.load(update + row * WIDTH + at, mask=mask, other=0.0).to(tl.float32)
-        if BIAS:
-            more += tl.load(update_bias + at, mask=mask, other=0.0).to(tl.float32)
-            more = more.to(dtype).to(tl.float32)
-        value = (value.to(tl.float32) + more).to(dtype)
-        tl.store(x + row * x_stride + at, value, mask=mask)
-    wide = value.to(tl.float32)
+    wide = _summed(x + row * x_stride, update + row * WIDTH if ADD else update, update_bias, at,
+                   mask, ADD, BIAS)  # fmt: skip
     mean = tl.sum(wide * wide, 0) / WIDTH
     scale = tl.load(weight + at, mask=mask, other=0.0)
     normed = (wide * (1.0 / tl.sqrt_rn(mean + eps))).to(dtype)
@@ -49,15 +57,8 @@ def _layer(
     at = tl.arange(0, BLOCK)
     mask = at < WIDTH
     dtype = x.dtype.element_ty
-    value = tl.load(x + row * x_stride + at, mask=mask, other=0.0)
-    if ADD:
-        more = tl.load(update + row * WIDTH + at, mask=mask, other=0.0).to(tl.float32)
-        if BIAS:
-            more += tl.load(update_bias + at, mask=mask, other=0.0).to(tl.float32)
-            more = more.to(dtype).to(tl.float32)
-        value = (value.to(tl.float32) + more).to(dtype)
-        tl.store(x + row * x_stride + at, value, mask=mask)
-    wide = value.to(tl.float32)
+    wide = _summed(x + row * x_stride, update + row * WIDTH if ADD else update, update_bias, at,
+                   mask, ADD, BIAS)  # fmt: skip
     mean = tl.sum(wide, 0) / WIDTH
     centred = tl.where(mask, wide - mean, 0.0)
     variance = tl.sum(centred * centred, 0) / WIDTH
