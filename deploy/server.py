@@ -48,8 +48,10 @@ def run(settings: Settings) -> int:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     server = _Server(settings)
     try:
-        with contextlib.suppress(_StoppedEarly):
+        try:
             server.start()
+        except _StoppedEarly:
+            server.end_early()
         # Where a signal came while Ray's own C++ had a handler, that one aborts in three seconds.
         signal.alarm(0)
         asyncio.run(server.serve())
@@ -108,6 +110,13 @@ class _Server:
         host = "localhost" if router.host in ("0.0.0.0", "::") else router.host
         seconds = time.monotonic() - self._started
         log.info("Ready at %s://%s in %.1f s", scheme, host_port(host, router.port), seconds)
+
+    def end_early(self) -> None:
+        """A signal came before anybody was served. Where Ray is ours this process ends here, with
+        all that it started: Ray's C++ may have been in the middle of anything."""
+        if self._address is None:
+            log.info("Stopped before it was ready")
+            self._end_at_once(0)
 
     async def serve(self) -> None:
         """Until a signal comes, and then until what runs has ended, or ``--shutdown-timeout``.
