@@ -256,11 +256,12 @@ class Worker:
         num_slots = self.config.scheduler.max_num_seqs
         block_size = self.backend.shape.block_size
         spare = blocks.device
+        # First what is largest: there may be no room for it.
+        self.kv = KVCache(self.backend, self._num_layers, spare + 1, blocks.cpu, self.device)
         self.slots = Slots(num_slots, self.max_model_len, block_size, spare, self.device)
         self.table = SamplingTable(num_slots, self.traits.vocab_size, self.slots.tokens)
         samples = self.stage.last and self.ranks.group.rank == 0
         self.sampler = Sampler(self.table) if samples else None
-        self.kv = KVCache(self.backend, self._num_layers, spare + 1, blocks.cpu, self.device)
         most = self.config.scheduler.max_num_batched_tokens
         largest = Size(num_slots, most, decodes=False)
         self._staging = Staging(Staging.needed(self._room(largest)), self.device)
