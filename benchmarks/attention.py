@@ -39,7 +39,6 @@ def batch_of(rows: list[tuple[int, int]], block_size: int) -> tuple[Batch, int]:
         context_lens=torch.tensor([context for _, context in rows]).int(),
         block_tables=tables,
         cells=torch.cat(cells).long(),
-        max_query_len=max(n for n, _ in rows),
         max_context_len=max(context for _, context in rows),
     ), sum(blocks)
 

@@ -24,7 +24,6 @@ class Batch:
     query_starts: Tensor  # [R + 1] int32
     context_lens: Tensor  # [R] int32, this step's tokens included
     block_tables: Tensor  # [slots, max_blocks] int32
-    max_query_len: int
     max_context_len: int
     outputs: Tensor | None = None  # [n]: tokens; None: all
     attention: Any = None

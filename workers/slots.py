@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.plan import Ints, StepPlan, ints
+from workers.sampling_table import on_device
 
 
 class HostRows(NamedTuple):
@@ -82,10 +83,7 @@ class Slots:
 
     def upload(self, values: NDArray[np.int32]) -> Tensor:
         """A host array as a device tensor, without waiting for the device."""
-        tensor = torch.from_numpy(values)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor
+        return on_device(values, self.device)
 
     def update(self, plan: StepPlan) -> None:
         """Carry out what the plan says of admitted slots and new cells."""

@@ -94,7 +94,6 @@ class Inputs:
     sampled_slots: Tensor  # [n]
     sampled_positions: Tensor  # [n]
     attention: tuple[Tensor, ...]
-    max_query_len: int
     max_context_len: int
 
 
@@ -349,7 +348,6 @@ class Worker:
             sampled_slots=found[6][: len(sampled[0])],
             sampled_positions=found[7][: len(sampled[0])],
             attention=tuple(found[8:]),
-            max_query_len=int(plan.counts.max(initial=0)),
             max_context_len=int(rows.contexts.max(initial=0)),
         )  # fmt: skip
 
@@ -396,7 +394,6 @@ class Worker:
             query_starts=inputs.starts,
             context_lens=inputs.contexts,
             block_tables=slots.block_tables,
-            max_query_len=inputs.max_query_len,
             max_context_len=inputs.max_context_len,
             outputs=inputs.outputs,
         )

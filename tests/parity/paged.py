@@ -64,7 +64,6 @@ def make_batch(sequences: list[list[int]], rows: list[tuple[int, int, int]], siz
         context_lens=torch.tensor([s + c for _, s, c in rows], dtype=torch.int32),
         block_tables=tables[[sequence for sequence, _, _ in rows]].int(),
         cells=torch.tensor(cells),
-        max_query_len=max(c for _, _, c in rows),
         max_context_len=max(s + c for _, s, c in rows),
     )
 

@@ -44,7 +44,6 @@ def batch_of(tables: list[Tensor], rows: list[tuple[int, int]], block_size: int)
         context_lens=torch.tensor([context for _, context in rows]).int(),
         block_tables=padded,
         cells=torch.cat(cells),
-        max_query_len=max(n for n, _ in rows),
         max_context_len=max(context for _, context in rows),
     )
 

@@ -305,7 +305,6 @@ def test_generic_attention(generic: build.Library, dtype: torch.dtype, window: i
         context_lens=contexts.int(),
         block_tables=tables,
         cells=torch.cat(cells),
-        max_query_len=700,
         max_context_len=700,
     )
     qkv = torch.randn(tokens, (8 + 2 + 2) * 80, dtype=dtype)

@@ -22,10 +22,6 @@ class RMSNorm:
     def parameters(self) -> Iterable[Parameter]:
         return self._parameters
 
-    @property
-    def eps(self) -> float:
-        return self._eps
-
     def __call__(self, stream: Stream) -> Tensor:
         """The norm of the stream, whose update is added to ``stream.hidden`` in place."""
         return kernels.rms_norm(stream.hidden, self.weight, self._eps, stream.update, stream.bias)
