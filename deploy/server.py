@@ -78,7 +78,8 @@ class _Server:
         self._files: RunFolder | None = None
         self._ray: OwnRay | None = None
         self._own_serve = False
-        self._deployed = False
+        self._deployed = False  # or nearly: Serve was asked to
+        self._may_serve = False  # the application is Serve's: clients may be answered from now on
         self._stopped = False
 
     def start(self) -> None:
@@ -104,6 +105,7 @@ class _Server:
                 [serve.RunTarget(target, name=APPLICATION, route_prefix="/")],
                 wait_for_applications_running=False,
             )
+        self._may_serve = True
         self._wait_until_ready()
         self._ready = True
         scheme = "https" if router.ssl_certfile else "http"
@@ -112,9 +114,10 @@ class _Server:
         log.info("Ready at %s://%s in %.1f s", scheme, host_port(host, router.port), seconds)
 
     def end_early(self) -> None:
-        """A signal came before anybody was served. Where Ray is ours this process ends here, with
-        all that it started: Ray's C++ may have been in the middle of anything."""
-        if self._address is None:
+        """A signal came before ``start`` had returned. Where Ray is ours, and nobody can have been
+        served, this process ends here with all that it started: Ray's C++ may have been in the
+        middle of anything."""
+        if self._address is None and not self._may_serve:
             log.info("Stopped before it was ready")
             self._end_at_once(0)
 
