@@ -17,10 +17,10 @@ from typing import Any
 
 from engine import scheduler as scheduler_module
 from engine.config import EngineConfig
-from engine.engine import Engine, child_seed
+from engine.continuation import Continuation, begin, child_seed
+from engine.engine import Engine
 from engine.plan import StepPlan
 from engine.preempt import MeasuredCosts
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 from tests.support.simulator import VOCAB, SimulatedExecutor, extend, next_token
 
@@ -65,7 +65,7 @@ class Tally:
 class _Open:
     """A request that is under way."""
 
-    request: Request
+    request: Continuation
     seed: int
     arrived: int
     chains: list[int]
@@ -108,12 +108,11 @@ class Load:
         costs = MeasuredCosts(1e-5, 1e-5, 10 ** draw.uniform(-6.5, -4.5))
         executor = SimulatedExecutor(
             num_blocks, num_cpu_blocks, block_size, num_slots, self.max_model_len, costs,
-            self.pipelined,
+            self.pipelined, self.stages - 1,
         )  # fmt: skip
         self.engine = Engine(
-            self.config, executor, executor.load(), executor.reserve(), self.max_model_len, (),
-            self.stages - 1, self.pipelined,
-        )  # fmt: skip
+            self.config, executor, executor.load(), executor.reserve(), self.max_model_len
+        )
         self.stems = [self.tokens(draw.randint(8, 40)) for _ in range(8)]
         self.last_admitted, self.admitted = -1, set[int]()
         self.run_plan, executor.run = executor.run, self.watch  # type: ignore[method-assign]
@@ -159,7 +158,7 @@ class Load:
             length = draw.choice([draw.randint(1, 10), draw.randint(1, 30), draw.randint(20, 56)])
             prompt = stem[: draw.randint(0, len(stem))] + self.tokens(length)
             number = self.tally.requests
-            request = Request(
+            request = begin(
                 request_id=str(number),
                 prompt_token_ids=prompt,
                 sampling=SamplingParams(
@@ -193,24 +192,25 @@ class Load:
 
     def step(self) -> None:
         self.tally.steps += 1
-        for delta in self.engine.step():
-            under_way, i = self.open[delta.request_id], delta.index
+        for request_id, outcome in self.engine.step():
+            under_way, i = self.open[request_id], outcome.index
             sampling = under_way.request.sampling
-            if delta.token is not None:
-                self.take(under_way, i, delta.token)
-            if delta.finish_reason is None:
+            assert outcome.position == under_way.counts[i], "something is missing, or comes twice"
+            for token in outcome.tokens:
+                self.take(under_way, i, token)
+            if outcome.finish_reason is None:
                 continue
             under_way.unfinished -= 1
-            if delta.stop_reason == "timeout":
-                assert under_way.request.timeout is not None
+            if outcome.stop_reason == "timeout":
+                assert under_way.request.time_left is not None
                 under_way.cancelled = True
-            elif self.spoilt and delta.finish_reason == "error":
+            elif self.spoilt and outcome.finish_reason == "error":
                 under_way.failed = True
             else:
-                assert delta.finish_reason == "length"
+                assert outcome.finish_reason == "length"
                 assert under_way.counts[i] == sampling.max_tokens
             if not under_way.unfinished:
-                del self.open[delta.request_id]
+                del self.open[request_id]
                 if under_way.failed:
                     self.tally.failed += 1
                 elif under_way.cancelled:
