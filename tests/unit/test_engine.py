@@ -8,7 +8,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.continuation import begin, child_seed
 from engine.engine import Engine
-from engine.errors import PromptTooLong, QueueFull, RequestError
+from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from engine.preempt import MeasuredCosts
 from engine.sampling_params import SamplingParams
 from tests.support.simulator import VOCAB, SimulatedExecutor, foretell
@@ -384,3 +384,85 @@ def test_the_chunks_of_one_prompt_fill_a_pipeline():
     assert [p.counts.tolist() for p in plans] == [[256], [256], [256], [232]]
     assert [p.wants.tolist() for p in plans] == [[0], [0], [0], [1]]
     assert drain(engine)["a", 0][0] == foretell(prompt, 0, 8)
+
+
+def dies_of(engine, poison):
+    """Have the executor die in each step that begins with a sequence that has this token."""
+    run, executor = engine.executor.run, engine.executor
+
+    def running(plan):
+        result = run(plan)
+        if any(poison in admit.tokens for admit in plan.admits):
+            raise OSError("out of paper")
+        return result
+
+    executor.run = running
+
+
+@pytest.mark.parametrize("steps_ahead, pipelined", AHEAD)
+def test_a_request_that_ends_workers_ends_itself_and_no_other(steps_ahead, pipelined):
+    rng = random.Random(0)
+    engine = make_engine(steps_ahead=steps_ahead, pipelined=pipelined)
+    dies_of(engine, 7)
+    expected = {}
+    for number in range(20):
+        prompt = [8 + rng.randrange(VOCAB - 8) for _ in range(rng.randint(1, 30))]
+        if number == 9:
+            engine.add(begin("bad", [1, 7, 1], GREEDY))
+        engine.add(begin(str(number), prompt, GREEDY))
+        expected[str(number), 0] = (foretell(prompt, 0, 8), "length")
+    outputs = drain(engine)
+    assert outputs.pop(("bad", 0)) == ([], "error")
+    assert outputs == expected
+    assert_empty(engine)
+    assert sum(engine.stats.restarts.counts) == 3
+
+
+def test_workers_that_die_while_all_is_idle_are_started_again():
+    engine = make_engine()
+    engine.executor.check, check = (
+        (lambda: (_ for _ in ()).throw(EngineError("gone"))),
+        (engine.executor.check),
+    )
+    engine.check()
+    assert engine.recovering and engine.has_work
+    engine.executor.check = check
+    assert not list(engine.step()) and not engine.has_work
+    engine.add(begin("a", [1], GREEDY))
+    assert drain(engine)["a", 0] == (foretell([1], 0, 8), "length")
+
+
+def test_workers_that_do_not_start_again_end_the_engine():
+    def restart():
+        raise EngineError("no room for worker 1")
+
+    engine = make_engine()
+    dies_of(engine, 7)
+    engine.executor.restart = restart
+    engine.add(begin("a", [7], GREEDY))
+    with pytest.raises(EngineError, match="out of paper; and they do not start .* worker 1"):
+        for _ in range(3):
+            engine.step()
+    with pytest.raises(EngineError, match="failed earlier: OSError: out of paper"):
+        engine.step()
+
+
+def test_workers_that_fail_in_every_step_end_the_engine():
+    engine = make_engine(max_num_seqs=1)  # so that one by one is to blame
+    for number in range(30):
+        engine.add(begin(str(number), [7], GREEDY))
+    dies_of(engine, 7)
+    with pytest.raises(EngineError, match="out of paper"):
+        for _ in range(30):
+            engine.step()
+    assert engine.num_unfinished > 25
+
+
+def test_a_continuation_that_says_nonsense_is_refused():
+    engine = make_engine()
+    request = begin("a", [1, 2], SamplingParams(n=2, max_tokens=8, seed=0))
+    for outputs in (((1,),), (None, None), ((1, 2), (1,) * 8)):
+        with pytest.raises(RequestError, match="outputs"):
+            engine.add(replace(request, outputs=outputs))
+    engine.add(replace(request, outputs=((), None)))
+    assert list(drain(engine)) == [("a", 0)]

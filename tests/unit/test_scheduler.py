@@ -28,6 +28,13 @@ def test_random_load_with_results_that_are_not_finite(seed):
     assert tally.requests == 300 and tally.finished > 100 and tally.failed > 10
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_random_load_with_deaths_and_moves(seed):
+    tally = Load(3000 + 5 * seed, 300, deaths=0.02, moves=0.05).run()
+    assert tally.requests == 300 and tally.finished > 100
+    assert tally.deaths > 3 and tally.moves > 30 and tally.moved_tokens > 1000
+
+
 def add(engine, request_id, prompt, max_tokens, **options):
     n = options.pop("n", 1)
     sampling = SamplingParams(max_tokens=max_tokens, seed=0, n=n)
