@@ -192,7 +192,7 @@ def test_a_client_that_vanishes_frees_its_blocks_in_any_state(server, stream):
 
 def engine_pid(session):
     for entry in left_of(session):
-        if "ServeReplica:manta:Engine" in entry:
+        if "ServeReplica:manta-engines-0:Engine" in entry:
             return int(entry.split()[0])
     raise AssertionError("no engine")
 
