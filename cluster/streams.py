@@ -148,8 +148,10 @@ class Stream:
             metrics.num_preemptions += times.preemptions
 
     def put_token(self, attempt: Attempt, index: int, position: int, token: int) -> None:
+        if index not in self._unfinished:
+            return  # it was on its way when a stop string ended the completion
         tokens = self._tokens[index]
-        if position != len(tokens) or index not in self._unfinished:
+        if position != len(tokens):
             self._check_position(attempt, index, position)
             return
         tokens.append(token)
@@ -232,7 +234,11 @@ class Stream:
             return
         if await self._route.ready(min(SIGN, max(0.0, self._last_moment - now))):
             try:
-                self._attempt = await self._route.admit(self._continuation(), self)
+                found = await self._route.admit(self._continuation(), self)
+                if not self._unfinished:
+                    found.cancel()  # it was cancelled meanwhile
+                    return
+                self._attempt = found
                 return
             except (QueueFull, EngineError):
                 await asyncio.sleep(AGAIN)
