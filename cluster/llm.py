@@ -22,6 +22,7 @@ from cluster.replica import default_sampling, engine_config, open_checkpoint, st
 from engine.chat import load_template
 from engine.config import EMBEDDED_MODEL
 from engine.errors import EngineError, RequestError
+from engine.grammar_trial import trial_of
 from engine.log import get_logger
 from engine.output import RequestText
 from engine.outputs import RequestOutput
@@ -61,6 +62,9 @@ class LLM:
         template = options_.chat_template
         self._chat_template = None if template is None else load_template(template)
         self.engine = start_replica(self.config, checkpoint, self.tokenizer)
+        self._trial = trial_of(
+            str(self._tokenizer_path), options_.revision, self.engine.facts.vocab_size
+        )
         self._request_ids = itertools.count()
         log.info("Ready in %.2f s", time.perf_counter() - started)
 
@@ -173,6 +177,8 @@ class LLM:
     def _request(
         self, ids: list[int], sampling: SamplingParams, priority: int, timeout: float | None
     ) -> Request:
+        if sampling.structured_outputs is not None:
+            self._trial.check(sampling.structured_outputs)
         return Request(
             request_id=str(next(self._request_ids)),
             prompt_token_ids=ids,

@@ -15,6 +15,7 @@ from engine.choice import check_choice
 from engine.config import EngineConfig
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from engine.executor import Capacity, Executor, ModelFacts, PendingResult
+from engine.extras import extras_of
 from engine.kv import KVBlocks
 from engine.outputs import RequestMetrics
 from engine.plan import TokenLogprobs
@@ -158,6 +159,7 @@ class Engine:
             if asked is not None and most != -1 and count > most:
                 raise RequestError(f"{name} must be at most max_logprobs ({most}), got {asked}")
         self._check_bad_words(request)
+        extras, sampling = extras_of(sampling, stop_ids)
         self._check_queue(request)
         seed = self._random.getrandbits(64) if sampling.seed is None else sampling.seed
         sequences = [
@@ -170,6 +172,7 @@ class Engine:
                 max_total=max_total,
                 stop_ids=stop_ids,
                 bad_words=request.bad_words,
+                extras=extras,
                 priority=request.priority,
                 client=request.client,
             )

@@ -202,8 +202,8 @@ class Scheduler:
             need = seq.known - seq.computed
             if need > 1:
                 prefills.append(seq)
-            elif need and seq.known < seq.max_total:  # else all of its tokens are planned
-                decodes.append(seq)
+            elif need and seq.known < seq.max_total and not (seq.pending and seq.in_step):
+                decodes.append(seq)  # else all of its tokens are planned, or it may not run ahead
         for seq in self._batch(decodes):
             self._run(draft, seq, 1)
         draft.victims = None

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from engine.blocks import ROOT, BlockHash, hash_block
+from engine.extras import NONE, Extras
 from engine.plan import Admit, Ints
 from engine.sampling_params import SamplingParams
 
@@ -38,9 +39,10 @@ class Sequence:
 
     __slots__ = (
         "request_id", "index", "tokens", "prompt_len", "max_total", "sampling", "seed", "stop_ids",
-        "bad_words", "order", "priority", "client", "state", "finish_reason", "stop_reason", "slot",
-        "computed", "pending", "blocks", "swapped", "published", "planned_in", "cached_tokens",
-        "scheduled_time", "lost_tokens", "num_preemptions", "_hashes",
+        "bad_words", "extras", "order", "priority", "client", "state", "finish_reason",
+        "stop_reason", "slot", "computed", "pending", "blocks", "swapped", "published",
+        "planned_in", "cached_tokens", "scheduled_time", "lost_tokens", "num_preemptions",
+        "_hashes",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +56,7 @@ class Sequence:
         max_total: int,
         stop_ids: tuple[int, ...] = (),
         bad_words: tuple[tuple[int, ...], ...] = (),
+        extras: Extras = NONE,
         priority: int = 0,
         client: str = "",
     ) -> None:
@@ -66,6 +69,7 @@ class Sequence:
         self.seed = seed
         self.stop_ids = stop_ids
         self.bad_words = bad_words
+        self.extras = extras
         self.priority = priority
         self.client = client
         self.order: float = 0.0  # the scheduler's queue key
@@ -104,6 +108,11 @@ class Sequence:
         return self.state is State.FINISHED
 
     @property
+    def in_step(self) -> bool:
+        """Whether its next token must wait for the value of the last one: it may not run ahead."""
+        return self.extras.grammar is not None
+
+    @property
     def wants_cache(self) -> bool:
         """Whether its prefix may come from the cache: prompt logprobs need every hidden state."""
         return self.sampling.prompt_logprobs is None or len(self.tokens) > self.prompt_len
@@ -126,6 +135,7 @@ class Sequence:
             seed=self.seed,
             stop_ids=self.stop_ids,
             bad_words=self.bad_words,
+            extras=self.extras,
             name=f"{self.request_id}/{self.index}",
         )
 
