@@ -34,6 +34,7 @@ from cluster.streams import settled
 from cluster.transport import RemoteClient
 from engine.chat import load_template
 from engine.errors import RequestError
+from engine.grammar_trial import trial_of
 from engine.output import RequestText
 from engine.outputs import RequestOutput
 from engine.request import Request
@@ -179,6 +180,15 @@ class AsyncEngineHandle:
             timeout=timeout,
         )
 
+    async def _check_outputs(self, sampling: SamplingParams, where: str = "") -> None:
+        info = self.info
+        if sampling.structured_outputs is not None:
+            trial = trial_of(info.tokenizer, info.revision, info.vocab_size)
+            try:
+                await trial.checked(sampling.structured_outputs)
+            except RequestError as error:
+                raise RequestError(f"{where}{error}") from None
+
     async def _run(
         self,
         prompts: list[Tokenized],
@@ -188,6 +198,8 @@ class AsyncEngineHandle:
     ) -> list[RequestOutput]:
         params = one_for_each(sampling_params, self.info.default_sampling, len(prompts))
         priorities = checked_priority(priority, self.info.scheduling_policy, len(prompts))
+        for number, one in enumerate(params):
+            await self._check_outputs(one, f"prompt {number}: ")
         requests = [
             self._request(*values, timeout)
             for values in zip(prompts, params, priorities, strict=True)
@@ -229,6 +241,7 @@ class AsyncEngineHandle:
         if priority:
             checked_priority([priority], self.info.scheduling_policy, 1)
         (sampling,) = one_for_each(sampling_params, self.info.default_sampling, 1)
+        await self._check_outputs(sampling)
         request = self._request(prompts[0], sampling, priority, timeout)
         stream = await self._client.submit(request)
         text = RequestText(request, prompts[0][0], self.tokenizer, stream.metrics, streaming=True)

@@ -5,6 +5,7 @@ overflow the stack, which ends its process. The trial ends by the same means at 
 the engine room: what has passed it may be compiled anywhere.
 """
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,6 +46,7 @@ class GrammarTrial:
         self._process: subprocess.Popen[bytes] | None = None
         self._verdicts: OrderedDict[Grammar, str] = OrderedDict()
         self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "manta-grammar-trial")
 
     def check(self, params: StructuredOutputsParams) -> None:
         """Raises RequestError, naming the field, for a grammar that is wrong, that could not be
@@ -58,6 +61,11 @@ class GrammarTrial:
                 self._verdicts.popitem(last=False)
         if verdict:
             raise RequestError(verdict)
+
+    async def checked(self, params: StructuredOutputsParams) -> None:
+        """``check``, for which no other task has to wait."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self.check, params)
 
     def _try(self, grammar: Grammar) -> str:
         process = self._process

@@ -204,6 +204,10 @@ class SamplingParams:
                 "min_tokens must be 0 with structured_outputs, which say where the output may end;"
                 f" got {self.min_tokens}"
             )
+        if self.structured_outputs is not None and self.allowed_token_ids is not None:
+            raise RequestError(
+                "allowed_token_ids must be None with structured_outputs, which say what may come"
+            )
         if self.greedy and self.n > 1:
             raise RequestError(
                 f"n must be 1 when temperature is 0 (greedy), got {self.n}: all would be the same"

@@ -93,6 +93,7 @@ def test_values_are_made_uniform():
         ({"min_tokens": 3, "max_tokens": 2}, r"min_tokens \(3\) must not exceed max_tokens"),
         ({"stop": "a", "detokenize": False}, "stop needs detokenize=True"),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "min_tokens must be 0 with str"),
+        ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [1]}, "must be None with str"),
         ({"temperature": 0, "n": 2}, r"n must be 1 when temperature is 0 \(greedy\), got 2"),
         ({"temperature": 1e-6, "n": 2}, "n must be 1 when temperature is 0"),
     ],
