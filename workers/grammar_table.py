@@ -16,15 +16,12 @@ from torch import Tensor
 from engine.errors import MantaError
 from engine.log import get_logger
 from engine.matcher import Grammars, Masks, Matcher
-from engine.plan import Admit, Ints
-from workers.kernels import has_triton
+from engine.plan import Admit, Ints, ints
+from workers.kernels import mask_rows
 from workers.sampling_table import on_device
 from workers.slot_tables import Learn
 
 log = get_logger("grammar")
-
-# [256, 8]: what the bits of a byte add to eight logits. Added, so that NaN and +inf are not lost.
-_BIAS = np.where(np.arange(256)[:, None] >> np.arange(8) & 1, 0, -np.inf).astype(np.float32)
 
 
 class _Output:
@@ -92,7 +89,8 @@ class GrammarTable:
         for row, output in rows:
             output.ready.result()
             assert output.known == positions[row], "a sequence with a grammar ran ahead"
-        mask_logits(logits, [row for row, _ in rows], np.stack([one.mask for _, one in rows]))
+        masks = np.stack([output.mask for _, output in rows])
+        self._mask(logits, ints([row for row, _ in rows]), masks)
 
         def learn(tokens: Ints) -> None:
             self._learn([(output, int(tokens[row])) for row, output in rows])
@@ -100,8 +98,11 @@ class GrammarTable:
         return learn
 
     def warm_up(self, logits: Tensor) -> None:
-        mask_logits(logits, [0], np.full((1, self._words), -1, np.int32))
+        self._mask(logits, ints([0]), np.full((1, self._words), -1, np.int32))
         self._threads.submit(self._load)
+
+    def _mask(self, logits: Tensor, rows: Ints, masks: Masks) -> None:
+        mask_rows(logits, on_device(rows, self.device), on_device(masks, self.device))
 
     # ---- in the threads ----
 
@@ -138,17 +139,3 @@ class GrammarTable:
                 output.fail(error)
             else:
                 output.take(mask, grammars.end)
-
-
-def mask_logits(logits: Tensor, rows: Sequence[int], masks: Masks) -> None:
-    """-inf for the tokens of ``logits`` [n, V], at rows [m], that ``masks`` [m, words] do not
-    allow: bit ``i % 32`` of word ``i // 32`` is token i's. What is NaN or +inf becomes NaN."""
-    if has_triton(logits.device):
-        from workers.kernels.gpu.token_mask import mask_rows
-
-        return mask_rows(logits, on_device(np.array(rows, np.int32), logits.device),
-                         on_device(masks, logits.device))  # fmt: skip
-    vocab_size = logits.shape[1]
-    for row, mask in zip(rows, masks, strict=True):
-        bias = torch.from_numpy(_BIAS[mask.view(np.uint8)]).view(-1)[:vocab_size]
-        logits[row] += bias.to(logits.device)

@@ -1,4 +1,5 @@
-"""Masks on logits, in PyTorch and by Triton's kernel (its interpreter where there is no GPU)."""
+"""Masks on logits: compiled for CPUs, in PyTorch, and by Triton's kernel (by its interpreter where
+there is no GPU)."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 
 from engine.matcher import Masks
 from tests.support.triton_launches import launches, where_triton_compiles
-from workers.grammar_table import mask_logits
-from workers.kernels.gpu.token_mask import mask_rows
+from workers import kernels
+from workers.kernels import plain
+from workers.kernels.gpu import token_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,36 +26,40 @@ def example(vocab: int, rows: int) -> tuple[torch.Tensor, Masks, np.ndarray]:
     return logits, masks, allowed[:, :vocab]
 
 
+WAYS = {"compiled": kernels.mask_rows, "plain": plain.mask_rows, "triton": token_mask.mask_rows}
+each_way = pytest.mark.parametrize("way", WAYS)
+
+
+def applied(way: str, logits: torch.Tensor, rows: list[int], masks: Masks) -> torch.Tensor:
+    """``logits`` masked in one of the ways."""
+    device = DEVICE if way == "triton" else "cpu"
+    result = logits.to(device, copy=True)
+    at = torch.tensor(rows, dtype=torch.int32, device=device)
+    WAYS[way](result, at, torch.from_numpy(masks.copy()).to(device))
+    return result.cpu()
+
+
+@each_way
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 4096, 5001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("by_kernel", [False, True])
-def test_what_is_not_allowed_is_minus_infinity(vocab: int, dtype: Any, by_kernel: bool) -> None:
+def test_what_is_not_allowed_is_minus_infinity(way: str, vocab: int, dtype: torch.dtype) -> None:
     logits, masks, allowed = example(vocab, 6)
-    logits = logits.to(dtype).to(DEVICE if by_kernel else "cpu")
-    before, rows = logits.cpu().clone(), [4, 0, 5]
-    if by_kernel:
-        at, bits = torch.tensor(rows, dtype=torch.int32), torch.from_numpy(masks[:3].copy())
-        mask_rows(logits, at.to(DEVICE), bits.to(DEVICE))
-    else:
-        mask_logits(logits, rows, masks[:3])
-    expected = before.clone()
+    masks[1], allowed[1] = -1, True
+    logits, rows = logits.to(dtype), [4, 0, 5]
+    expected = logits.clone()
     for number, row in enumerate(rows):
         expected[row, ~torch.from_numpy(allowed[number])] = -torch.inf
-    assert torch.equal(logits.cpu(), expected)
+    assert torch.equal(applied(way, logits, rows, masks[:3]), expected)
 
 
-@pytest.mark.parametrize("by_kernel", [False, True])
-def test_what_is_not_finite_is_not_lost(by_kernel: bool) -> None:
-    logits = torch.zeros(2, 40, device=DEVICE if by_kernel else "cpu")
+@each_way
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_finite_is_not_lost(way: str) -> None:
+    logits = torch.zeros(2, 40)
     logits[0, 3], logits[1, 7] = torch.nan, torch.inf
-    masks = np.zeros((2, 2), np.int32)
-    if by_kernel:
-        rows = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
-        mask_rows(logits, rows, torch.from_numpy(masks).to(DEVICE))
-    else:
-        mask_logits(logits, [0, 1], masks)
-    assert logits[0, 3].isnan() and logits[1, 7].isnan()
-    assert int(logits.isneginf().sum()) == 78
+    masked = applied(way, logits, [0, 1], np.zeros((2, 2), np.int32))
+    assert masked[0, 3].isnan() and masked[1, 7].isnan()
+    assert int(masked.isneginf().sum()) == 78
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +74,7 @@ def compile_all(arch: int, dtype: torch.dtype, vocab: int) -> list[int]:
         for rows in (1, 2, 7):
             logits = torch.zeros(8, vocab, dtype=dtype)[8 - rows :]
             at = torch.zeros(2 * rows, dtype=torch.int32)[rows:]
-            mask_rows(logits, at, torch.zeros(rows, vocab // 32 + 1, dtype=torch.int32))
+            token_mask.mask_rows(logits, at, torch.zeros(rows, vocab // 32 + 1, dtype=torch.int32))
     variants = {launch.variant: launch for launch in found}
     return [variant.compile(arch).metadata.shared for variant in variants.values()]
 
