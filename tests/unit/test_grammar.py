@@ -369,6 +369,15 @@ def test_hostile_grammars_are_refused_in_time(trial, name):
     trial.check(StructuredOutputsParams(regex="a"))
 
 
+def test_what_passes_a_trial_has_room_to_spare(trial, grammars):
+    """The trial's stack is smaller than any other: what this one takes it does not."""
+    chained = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(300)} | {"d300": {}}
+    params = StructuredOutputsParams(json={"$defs": chained, "$ref": "#/$defs/d0"})
+    grammars.matcher(Grammar.of(params))
+    with pytest.raises(RequestError, match="too complex: it is too deep"):
+        trial.check(params)
+
+
 def test_a_trial_says_what_a_grammar_is_refused_for(trial):
     trial.check(StructuredOutputsParams(json={"type": "object"}))
     with pytest.raises(RequestError, match="structured_outputs.json: .*uniqueItems"):
