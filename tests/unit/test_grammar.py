@@ -112,6 +112,15 @@ def check_schema(schema, text):
     kind(schema, format_checker=jsonschema.FormatChecker()).validate(json.loads(text))
 
 
+def test_a_key_cannot_be_written_in_another_way(grammars, tokenizer):
+    schema = {"properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": "string"}}
+    start = grammars.matcher(grammar(json={"type": "object", **schema}))
+    for text, ok in [
+        ('{"a":1}', True), ('{"b":"x"}', True), ('{"a":"x"}', False), ('{"\\u0061":"x"}', False)
+    ]:  # fmt: skip
+        assert copy_of(start).consume(tokenizer.encode(text, False)) == ok, text
+
+
 def test_grammars_in_both_notations(grammars, pieces, tokenizer):
     for text in (
         'start: "a" rest*\nrest: "b" | "(" start ")"',
