@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: system system-test demo serve test soak-scheduler soak-serve soak-hostile soak-chaos soak-faults soak-hosts check format clean
+.PHONY: system system-test demo serve test soak-scheduler soak-serve soak-hostile soak-chaos soak-faults soak-hosts soak-schemas check format clean
 
 # What is missing of the system: installed as root, else named.
 system:
@@ -45,6 +45,10 @@ soak-faults: .venv/ready
 soak-hosts: .venv/ready
 	$(BIN)/python -m tests.soak.hosts
 	$(BIN)/python -m tests.soak.serve_hosts
+
+# 2,000 random JSON schemas on random weights; some minutes.
+soak-schemas: .venv/ready
+	$(BIN)/python -m tests.soak.schemas
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -37,6 +37,7 @@ from engine.chat import load_template
 from engine.collector import Collector
 from engine.continuation import Continuation
 from engine.errors import RequestError
+from engine.grammar_trial import trial_of
 from engine.log import get_logger
 from engine.outputs import Piece, RequestOutput
 from engine.sampling_params import SamplingParams
@@ -203,6 +204,15 @@ class AsyncEngineHandle:
     def _stream_of(self, request: Continuation) -> Stream:
         return Stream(request, self._route, self.info.failover)
 
+    async def _check_outputs(self, sampling: SamplingParams, where: str = "") -> None:
+        info = self.info
+        if sampling.structured_outputs is not None:
+            trial = trial_of(info.tokenizer, info.revision, info.vocab_size)
+            try:
+                await trial.checked(sampling.structured_outputs)
+            except RequestError as error:
+                raise RequestError(f"{where}{error}") from None
+
     async def _run(
         self,
         prompts: list[Tokenized],
@@ -211,6 +221,8 @@ class AsyncEngineHandle:
         timeout: float | None,
     ) -> list[RequestOutput]:
         requests = self._requests(prompts, sampling_params, priority, timeout)
+        for number, request in enumerate(requests):
+            await self._check_outputs(request.sampling, f"prompt {number}: ")
         streams = [self._stream_of(request) for request in requests]
 
         async def start(number: int, stream: Stream) -> None:
@@ -245,6 +257,7 @@ class AsyncEngineHandle:
         if len(prompts) != 1:
             raise RequestError(f"a stream has one prompt, got {len(prompts)}")
         (request,) = self._requests(prompts, sampling_params, [priority], timeout)
+        await self._check_outputs(request.sampling)
         stream = self._stream_of(request)
         text = prompts[0][0]
         collector = Collector(request, text, self.tokenizer, stream.metrics, streaming=True)

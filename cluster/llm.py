@@ -25,6 +25,7 @@ from engine.chat import load_template
 from engine.collector import Collector
 from engine.config import EMBEDDED_MODEL
 from engine.errors import EngineError, RequestError
+from engine.grammar_trial import trial_of
 from engine.log import get_logger
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
@@ -62,6 +63,9 @@ class LLM:
         template = options_.chat_template
         self._chat_template = None if template is None else load_template(template)
         self.engine = start_replica(self.config, checkpoint, self.tokenizer)
+        self._trial = trial_of(
+            str(self._tokenizer_path), options_.revision, self.engine.facts.vocab_size
+        )
         self._request_ids = itertools.count()
         self._random = random.Random(self.config.model.seed)  # for requests that bring no seed
         log.info("Ready in %.2f s", time.perf_counter() - started)
@@ -163,6 +167,8 @@ class LLM:
             try:
                 for number, request in enumerate(requests):
                     try:
+                        if request.sampling.structured_outputs is not None:
+                            self._trial.check(request.sampling.structured_outputs)
                         metrics = self.engine.add(request)
                     except RequestError as error:
                         raise type(error)(f"prompt {number}: {error}") from None

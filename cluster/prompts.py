@@ -19,7 +19,7 @@ Tokenized = tuple[str | None, list[int]]  # the text, if it was text, and the to
 
 # Arguments of vLLM's methods that manta has not, and what there is instead.
 _NOT_TAKEN = {
-    "guided_options_request": "output is not constrained by grammars",
+    "guided_options_request": "SamplingParams has structured_outputs",
     "lora_request": "there are no LoRA adapters",
     "mm_processor_kwargs": "prompts are text",
     "prompt_adapter_request": "there are no prompt adapters",

@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.continuation import Continuation
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from engine.executor import Capacity, Executor, ModelFacts, PendingResult
+from engine.extras import extras_of
 from engine.kv import KVBlocks
 from engine.log import get_logger
 from engine.outcome import Outcome, StepOutcomes, end_of
@@ -125,15 +126,18 @@ class Engine:
             if asked is not None and most != -1 and count > most:
                 raise RequestError(f"{name} must be at most max_logprobs ({most}), got {asked}")
         self._check_bad_words(request)
+        extras, sampling = extras_of(sampling, stop_ids)
         if not request.moves:
             self._check_queue(request)
         sequences = {
             index: Sequence(
                 request,
                 index,
+                sampling=sampling,
+                extras=extras,
                 max_total=max_total,
                 stop_ids=stop_ids,
-                runs_ahead=not self.executor.pipelined,
+                runs_ahead=not (self.executor.pipelined or extras.grammar),
             )
             for index in request.unfinished
         }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.extras import NONE, Extras
 from engine.sampling_params import SamplingParams
 
 Ints = NDArray[np.int32]
@@ -32,6 +33,7 @@ class Admit:
     them are the prompt (penalties and ``min_tokens`` tell them apart).
     ``stop_ids`` are the token ids that end the request: they are masked until ``min_tokens``.
     ``bad_words`` are the token id sequences that must never be completed.
+    ``extras`` are what else acts on the slot; the scheduler does not look at them.
     ``name`` says whose it is (the request's id, the completion's index): for logs, not workers.
     """
 
@@ -42,6 +44,7 @@ class Admit:
     seed: int
     stop_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    extras: Extras = NONE
     name: str = ""
 
 

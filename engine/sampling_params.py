@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from engine.errors import RequestError
+from engine.structured_outputs import StructuredOutputsParams
 from engine.values import asks_for_nothing, real, whole
 
 T = TypeVar("T")
@@ -34,7 +35,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "skip_clone": (False, True),
     "skip_reading_prefix_cache": (False,),
     "stream_interval": (1,),
-    "structured_outputs": (),
     "thinking_token_budget": (-1,),
     "trace_decode_token_ids": (),
     "truncate_prompt_tokens": (),
@@ -137,6 +137,7 @@ class SamplingParams:
     logprobs: return the chosen token's log-probability and that many of the likeliest; -1 is the
         whole vocabulary. prompt_logprobs: the same for the prompt.
     detokenize: make text; False leaves it empty (stop strings then cannot be used).
+    structured_outputs: what the output must match; it ends where that may end, at an end token.
 
     Parameters of vLLM's that are none here (``NEUTRAL``) are accepted where they ask for nothing.
     Raises RequestError, naming the field, for a wrong value or a contradiction, when it is made
@@ -166,6 +167,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         clean: dict[str, Any] = {"seed": _seed(self.seed)}
@@ -184,6 +186,7 @@ class SamplingParams:
             clean["allowed_token_ids"] = _ids("allowed_token_ids", self.allowed_token_ids)
         if self.logit_bias is not None:
             clean["logit_bias"] = _bias(self.logit_bias)
+        clean["structured_outputs"] = StructuredOutputsParams.of(self.structured_outputs)
         self.__dict__.update(clean)
         self._check_together()
 
@@ -196,6 +199,15 @@ class SamplingParams:
             )
         if self.stop and not self.detokenize:
             raise RequestError("stop needs detokenize=True: stop strings are found in the text")
+        if self.structured_outputs is not None and self.min_tokens:
+            raise RequestError(
+                "min_tokens must be 0 with structured_outputs, which say where the output may end;"
+                f" got {self.min_tokens}"
+            )
+        if self.structured_outputs is not None and self.allowed_token_ids is not None:
+            raise RequestError(
+                "allowed_token_ids must be None with structured_outputs, which say what may come"
+            )
         if self.greedy and self.n > 1:
             raise RequestError(
                 f"n must be 1 when temperature is 0 (greedy), got {self.n}: all would be the same"

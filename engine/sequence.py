@@ -7,7 +7,9 @@ import numpy as np
 
 from engine.blocks import ROOT, BlockHash, hash_block
 from engine.continuation import Continuation, child_seed
+from engine.extras import NONE, Extras
 from engine.plan import Admit, Ints
+from engine.sampling_params import SamplingParams
 
 
 class State(enum.Enum):
@@ -37,10 +39,10 @@ class Sequence:
 
     __slots__ = (
         "request", "request_id", "index", "tokens", "prompt_len", "max_total", "sampling", "seed",
-        "stop_ids", "order", "runs_ahead", "state", "finish_reason", "stop_reason", "slot",
-        "prefill_end", "computed", "pending", "blocks", "swapped", "published", "planned_in",
-        "cached_tokens", "scheduled_time", "lost_tokens", "moved_tokens", "num_preemptions",
-        "deaths", "begun", "proven", "_hashes",
+        "stop_ids", "extras", "order", "runs_ahead", "state", "finish_reason", "stop_reason",
+        "slot", "prefill_end", "computed", "pending", "blocks", "swapped", "published",
+        "planned_in", "cached_tokens", "scheduled_time", "lost_tokens", "moved_tokens",
+        "num_preemptions", "deaths", "begun", "proven", "_hashes",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +52,8 @@ class Sequence:
         *,
         max_total: int,
         stop_ids: tuple[int, ...] = (),
+        sampling: SamplingParams | None = None,
+        extras: Extras = NONE,
         runs_ahead: bool = True,
     ) -> None:
         self.request = request
@@ -59,9 +63,10 @@ class Sequence:
         self.prompt_len = len(self.tokens)
         self.tokens.extend(request.output(index))
         self.max_total = max_total  # most tokens of prompt and output
-        self.sampling = request.sampling
+        self.sampling = sampling or request.sampling  # without what ``extras`` say
         self.seed = child_seed(request.seed, index)
         self.stop_ids = stop_ids
+        self.extras = extras
         self.runs_ahead = runs_ahead  # whether it may be planned before its last result is there
         self.order: float = 0.0  # the scheduler's queue key
         self.state = State.WAITING
@@ -136,6 +141,7 @@ class Sequence:
             seed=self.seed,
             stop_ids=self.stop_ids,
             bad_words=self.request.bad_words,
+            extras=self.extras,
             name=f"{self.request_id}/{self.index}",
         )
 

@@ -101,15 +101,18 @@ _TABLE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "the system_fingerprint is a hash of what is served": {
         "fingerprint_mode": ("full", "hash"), "fingerprint_value": (),
     },
-    "output is text: nothing of it is parsed, and no grammar constrains it": {
+    "output is text: nothing of it is parsed": {
         "enable_auto_tool_choice": (False,), "tool_call_parser": (), "tool_parser_plugin": (),
         "tool_server": (), "exclude_tools_when_tool_choice_none": _ON_OR_OFF,
         "enable_reasoning": (False,), "reasoning_parser": (), "reasoning_parser_plugin": (),
-        "reasoning_config": (), "structured_outputs_config": (),
-        "guided_decoding_backend": ("auto",), "guided_decoding_disable_fallback": (False,),
-        "guided_decoding_disable_any_whitespace": (False,),
-        "guided_decoding_disable_additional_properties": (False,), "cohere_format": ("cmd4",),
+        "reasoning_config": (), "cohere_format": ("cmd4",),
         "cohere_is_reasoning_model": _ON_OR_OFF,
+    },
+    "llguidance constrains structured output, and each request says how": {
+        "structured_outputs_config": (), "guided_decoding_backend": ("auto", "guidance"),
+        "guided_decoding_disable_fallback": _ON_OR_OFF,
+        "guided_decoding_disable_any_whitespace": (False,),
+        "guided_decoding_disable_additional_properties": (False,),
     },
     "manta serves models that generate text from text": {
         "runner": ("auto", "generate"), "task": ("auto", "generate"), "convert": ("auto", "none"),

@@ -23,6 +23,7 @@ from router.responses import (
 )
 from router.schema import ChatRequest, TokenizeRequest
 from router.service import ServedModel, Service
+from router.structured import check_outputs, outputs_of
 
 
 async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
@@ -46,7 +47,9 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
         max_tokens=asked,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
+        structured_outputs=outputs_of(body),
     )
+    await check_outputs(model, body, sampling)
     return ChatAnswer(service, model, body, [prompt], sampling)
 
 

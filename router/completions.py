@@ -15,6 +15,7 @@ from router.parameters import refuse_contradictions, room_for_output, sampling_o
 from router.responses import Completion, CompletionChoice, CompletionLogprobs
 from router.schema import MOST_PROMPTS, CompletionRequest
 from router.service import ServedModel, Service
+from router.structured import check_outputs, outputs_of
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -49,7 +50,9 @@ async def answer_completion(service: Service, body: CompletionRequest) -> "Compl
         max_tokens=max(asked, 1),
         logprobs=body.logprobs,
         prompt_logprobs=shown,
+        structured_outputs=outputs_of(body),
     )
+    await check_outputs(model, body, sampling)
     return CompletionAnswer(service, model, body, prompts, sampling)
 
 

@@ -40,7 +40,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": (),
@@ -68,6 +67,15 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "truncation_side": (),
     "vllm_xargs": (),
     "watermarking": (False,),
+}
+# Where what vLLM no longer has can be asked for.
+_SUCCESSORS = {
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_whitespace_pattern": "structured_outputs.whitespace_pattern",
+    "structural_tag": "structured_outputs.structural_tag",
 }
 _NUMBER = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
 
@@ -150,9 +158,9 @@ def _check_neutral(name: str, value: Any) -> None:
     if asks_for_nothing(value, NEUTRAL[name]):
         return
     values = [*map(_json, NEUTRAL[name]), "null"]
-    raise wrong(
-        f"{name} is not supported; it may only be {' or '.join(values)}", name, "unsupported_value"
-    )
+    instead = f"; {_SUCCESSORS[name]} takes its place" if name in _SUCCESSORS else ""
+    message = f"{name} is not supported{instead}; it may only be {' or '.join(values)}"
+    raise wrong(message, name, "unsupported_value")
 
 
 def _json(value: Any) -> str:

@@ -3,7 +3,7 @@
 Structs of msgspec: checked when read, and the OpenAPI description is made from them.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -64,6 +64,53 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     ] = None
 
 
+class JsonSchema(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A JSON schema of ``response_format``."""
+
+    name: Annotated[str, Meta(max_length=256)] | None = None
+    description: str | None = None
+    definition: Annotated[
+        dict[str, Any] | None, Meta(description="the JSON schema; any value by default")
+    ] = msgspec.field(name="schema", default=None)
+    strict: Annotated[
+        bool | None, Meta(description="accepted; a schema is always enforced, whole")
+    ] = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the answer is: text of any kind, or JSON."""
+
+    type: Annotated[
+        Literal["text", "json_object", "json_schema"] | None, Meta(description="text by default")
+    ] = None
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the whole answer must match: one of these. docs/api.md says what is enforced."""
+
+    json: Annotated[str | dict[str, Any] | None, Meta(description="a JSON schema")] = None
+    regex: Annotated[str | None, Meta(description="in the syntax of Rust's crate regex")] = None
+    choice: Annotated[
+        Annotated[list[str], Meta(max_length=1 << 14)] | None, Meta(description="one of these")
+    ] = None
+    grammar: Annotated[str | None, Meta(description="in Lark's notation, or GBNF")] = None
+    json_object: Annotated[bool | None, Meta(description="true: any JSON object")] = None
+    structural_tag: Annotated[
+        str | dict[str, Any] | None,
+        Meta(description="structures that triggers begin, in text that is free else"),
+    ] = None
+    whitespace_pattern: Annotated[
+        str | None, Meta(description="a regex for the whitespace within JSON")
+    ] = None
+    disable_any_whitespace: Annotated[
+        bool | None, Meta(description="no whitespace within JSON")
+    ] = None
+    disable_additional_properties: Annotated[
+        bool | None, Meta(description="not supported but for false")
+    ] = None
+
+
 class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The fields that completions and chats have in common. null is the same as leaving out;
     where no default is said it is the checkpoint's generation_config.json's, or none at all."""
@@ -103,6 +150,8 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         None
     )
     bad_words: Annotated[list[BadWord], Meta(max_length=1024)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     skip_special_tokens: Annotated[bool | None, Meta(description="true by default")] = None
     spaces_between_special_tokens: Annotated[bool | None, Meta(description="true by default")] = (
         None

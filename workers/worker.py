@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor import Capacity, ModelFacts
 from engine.log import get_logger
+from engine.matcher import Grammars, grammars_of
 from engine.plan import Admit, CopyTimes, Ints, StepPlan, StepResult, TokenLogprobs, ints
 from engine.preempt import MeasuredCosts
 from engine.sampling_params import SamplingParams
@@ -24,6 +25,7 @@ from workers.attention.triton import TritonAttention
 from workers.batch import Batch
 from workers.checkpoint import load_config, resolve_dtype
 from workers.clock import StepClock
+from workers.grammar_table import GrammarTable
 from workers.graphs import Graphs, Size
 from workers.host_memory import host_memory
 from workers.kernels.memory import Prefault
@@ -32,6 +34,7 @@ from workers.messages import Blocks
 from workers.models import attention_shape, build_model, read_traits
 from workers.parallel import Group, Place, Ranks, Stage
 from workers.sampler import HostCopy, HostSampled, Sampled, Sampler, SamplingTable
+from workers.slot_tables import Learn, LogitsTable, SlotTable
 from workers.slots import HostRows, Slots
 from workers.staging import Staging
 from workers.weights import Progress
@@ -106,6 +109,7 @@ class Pending:
     copied: CopyTimes
     sampled: HostCopy[HostSampled] | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+    learn: Sequence[Learn] = ()
 
     def result(self) -> StepResult:
         """Waits for this step, and for none after it."""
@@ -114,6 +118,8 @@ class Pending:
         else:
             host = self.sampled.result()
             tokens, failed, logprobs = host.tokens, host.failed, host.logprobs
+            for learn in self.learn:
+                learn(tokens)
         return StepResult(
             step=self.plan.step,
             rows=ints(np.flatnonzero(self.plan.wants)) if self.sampled is not None else ints(),
@@ -261,6 +267,11 @@ class Worker:
         self.table = SamplingTable(num_slots, self.traits.vocab_size, self.slots.tokens)
         samples = self.stage.last and self.ranks.group.rank == 0
         self.sampler = Sampler(self.table) if samples else None
+        self._on_logits: tuple[LogitsTable, ...] = ()
+        if samples:
+            grammars = GrammarTable(self.traits.vocab_size, self.device, self._grammars)
+            self._on_logits = (grammars,)
+        self._tables: tuple[SlotTable, ...] = (self.table, *self._on_logits)
         most = self.config.scheduler.max_num_batched_tokens
         largest = Size(num_slots, most, decodes=False)
         self._staging = Staging(Staging.needed(self._room(largest)), self.device)
@@ -268,6 +279,12 @@ class Worker:
         self._side: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def _grammars(self) -> Grammars:
+        """Raises CheckpointError if the tokenizer is not there."""
+        options = self.config.model
+        tokenizer = options.tokenizer or str(self.path)
+        return grammars_of(tokenizer, options.revision, self.traits.vocab_size)
 
     def _make_graphs(self) -> Graphs | None:
         """None where steps cannot be captured, or are not to be."""
@@ -319,10 +336,11 @@ class Worker:
         """What comes before the rows compute: the tables, and copies of blocks."""
         if tokens is not None and len(tokens):
             self.slots.learn(tokens)
-        for slot in plan.release.tolist():
-            self.table.release(slot)
-        for admit in plan.admits:
-            self.table.admit(admit)
+        for table in self._tables:
+            for slot in plan.release.tolist():
+                table.release(slot)
+            for admit in plan.admits:
+                table.admit(admit)
         self.slots.update(plan)
         if plan.copies:
             self.kv.copy(plan.copies)
@@ -412,34 +430,43 @@ class Worker:
     ) -> Pending:
         """Sample, and send what was sampled on its way to the host."""
         sampled: Sampled | None = None
+        learn: list[Learn] = []
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         if self.stage.last:
             if prompt_rows:
                 prompt_logprobs = self._prompt_logprobs(plan, result, prompt_rows)
                 ends = np.cumsum(plan.counts)[plan.wants == 1] - 1
                 result = self.model.logits(result[torch.from_numpy(ends)]) if len(ends) else result
-            sampled = self._sample(plan, inputs, result)
+            sampled, learn = self._sample(plan, inputs, result)
         clock.stop()
         copy = None if sampled is None else sampled.start_copy(self._side)
-        return Pending(plan, clock, copied, copy, prompt_logprobs)
+        return Pending(plan, clock, copied, copy, prompt_logprobs, learn)
 
-    def _sample(self, plan: StepPlan, inputs: Inputs, logits: Tensor) -> Sampled | None:
-        """Rank 0 of the last stage samples; where the first stage is the last, the others of the
-        group are told, for they look the tokens up in the next step."""
+    def _sample(
+        self, plan: StepPlan, inputs: Inputs, logits: Tensor
+    ) -> tuple[Sampled | None, list[Learn]]:
+        """Rank 0 of the last stage samples, and says what wants to learn the tokens. Where the
+        first stage is the last, the others of the group are told, for they look the tokens up in
+        the next step."""
         group = self.ranks.group
         at = inputs.sampled_slots, inputs.sampled_positions
         count = len(at[0])
+        sampled: Sampled | None = None
+        learn: list[Learn] = []
         if not count:
-            return None
-        sampled = None
+            return None, learn
         if self.sampler is not None:
             wanted = plan.wants == 1
-            positions = (plan.starts + plan.counts)[wanted]
-            sampled = self.sampler.sample(logits[:count], plan.slots[wanted], positions, at, True)
+            slots, positions = plan.slots[wanted], (plan.starts + plan.counts)[wanted]
+            logits = logits[:count]
+            for table in self._on_logits:
+                if table.active and (wants := table.on_logits(logits, slots, positions)):
+                    learn.append(wants)
+            sampled = self.sampler.sample(logits, slots, positions, at, True)
         if self.stage.first and group.size > 1:
             tokens = sampled.tokens if sampled else self.slots.tokens.new_empty(count)
             self.slots.tokens[at] = group.broadcast(tokens)
-        return sampled
+        return sampled, learn
 
     def _prompt_rows(self, plan: StepPlan) -> list[PromptRow]:
         """The rows of ``plan`` that prompt_logprobs are asked of."""
@@ -507,6 +534,8 @@ class Worker:
         result = self._compute(self._prepare(NOTHING, size, whole=False), hidden)
         if self.sampler is not None:
             self.sampler.warm_up(result)
+        for table in self._on_logits:
+            table.warm_up(result)
         del result, hidden
         if self._graphs is not None:
             largest = max(self._graphs.sizes, key=lambda size: size.tokens)
@@ -514,6 +543,7 @@ class Worker:
 
     def _forget_rehearsal(self) -> None:
         del self.slots, self.table, self.sampler, self.kv, self._staging, self._graphs
+        del self._tables, self._on_logits
         torch.cuda.empty_cache()
 
     def _capture(self, graphs: Graphs, sizes: Sequence[Size]) -> None:

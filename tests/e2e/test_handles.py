@@ -18,7 +18,13 @@ import manta
 from cluster.directory import Directory
 from cluster.engines import Engines
 from engine.config import EMBEDDED_MODEL
-from manta import ConfigError, EngineError, RequestError, SamplingParams
+from manta import (
+    ConfigError,
+    EngineError,
+    RequestError,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from router.app import build_app
 from router.config import RouterConfig
 from tests.support.waiting import PATIENCE, until
@@ -95,6 +101,19 @@ def test_an_ingress_process_finds_an_engine_before_it_refuses_for_want_of_one(en
     assert asyncio.run(ask("/health")) == 200
     request = {"prompt": "Hello", "max_tokens": 2}
     assert asyncio.run(ask("/v1/completions", model=EMBEDDED_MODEL, **request)) == 200
+
+
+def test_structured_outputs(engine):
+    choice = StructuredOutputsParams(choice=["yes", "no"])
+    params = SamplingParams(temperature=1, seed=1, structured_outputs=choice)
+    (output,) = engine.generate(["Is it so?"], params)
+    text = "".join(piece.text for piece in engine.stream("Is it so?", params))
+    assert output.outputs[0].text == text and text in ("yes", "no")
+    wrong = SamplingParams(structured_outputs=StructuredOutputsParams(json={"not": {}}))
+    with pytest.raises(RequestError, match="prompt 0: structured_outputs.json: .*not"):
+        engine.generate(["Is it so?"], wrong)
+    with pytest.raises(RequestError, match="^structured_outputs.json: .*not"):
+        next(iter(engine.stream("Is it so?", wrong)))
 
 
 def test_a_look_that_is_given_up_spoils_no_other(engine):

@@ -1,5 +1,6 @@
 """Every example of the README runs."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -26,6 +27,7 @@ def blocks(language: str) -> list[str]:
 PYTHON = blocks("python")
 SERVED = [text for text in PYTHON if HERE in text]
 OFFLINE = [text for text in PYTHON if "LLM()" in text]
+STRUCTURED = [text for text in OFFLINE if "StructuredOutputsParams" in text]
 SHARED = [text for text in PYTHON if "start_engine" in text]
 PARALLEL = [text for text in PYTHON if "tensor_parallel_size" in text]
 COMMANDS = [
@@ -42,7 +44,7 @@ ALONE = [command for command in COMMANDS if command not in START_SERVER + ASK_SE
 
 def test_there_are_examples() -> None:
     assert sorted(SERVED + OFFLINE + SHARED + PARALLEL) == sorted(PYTHON)
-    assert SERVED and OFFLINE and SHARED
+    assert SERVED and OFFLINE and SHARED and STRUCTURED
     assert len(ALONE) >= 4 and len(START_SERVER) >= 2 and len(ASK_SERVER) >= 4
     assert blocks("bash") and blocks("javascript")
 
@@ -54,6 +56,9 @@ def test_there_are_examples() -> None:
 def test_offline(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(text, "README.md", "exec"), {})
     out = capsys.readouterr().out
+    if text in STRUCTURED:
+        assert len(ast.literal_eval(out)) == 2
+        return
     assert "The capital of France is ->  Paris" in out
     assert out.rstrip().endswith((".", "!", "?"))  # the whole joke
 

@@ -233,7 +233,11 @@ def test_a_worker_that_dies_while_all_is_idle_is_noticed():
 def test_stopping_the_loop_ends_the_streams():
     async def scenario(client, loop, executor):
         stream = await submit(client, request("r", max_tokens=100))
-        await asyncio.to_thread(loop.stop)
+        executor.gate.clear()
+        stopping = asyncio.create_task(asyncio.to_thread(loop.stop))
+        await asyncio.sleep(0.05)  # it has been told
+        executor.gate.set()
+        await stopping
         with pytest.raises(EngineError, match="the engine was stopped"):
             await tokens_of(stream)
 

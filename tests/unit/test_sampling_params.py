@@ -11,6 +11,7 @@ import pytest
 
 from engine.errors import RequestError
 from engine.sampling_params import NEUTRAL, SamplingParams
+from engine.structured_outputs import StructuredOutputsParams
 
 FIELDS = [f.name for f in dataclasses.fields(SamplingParams)]
 NO_NUMBER = ["1", True, math.nan, math.inf, -math.inf, 10**400, 1j, [1]]
@@ -49,6 +50,8 @@ CASES = {
     "skip_special_tokens": ("True or False", NO_BOOL, [True, False]),
     "spaces_between_special_tokens": ("True or False", NO_BOOL, [True, False]),
     "include_stop_str_in_output": ("True or False", NO_BOOL, [True, False]),
+    "structured_outputs": ("", [5, "x", [1], {"regex": 5}, {"regex": "a", "json": {}}],
+                           [None, StructuredOutputsParams(regex="a")]),
 }  # fmt: skip
 
 
@@ -89,6 +92,8 @@ def test_values_are_made_uniform():
         ({"min_tokens": 17}, r"min_tokens \(17\) must not exceed max_tokens \(16\)"),
         ({"min_tokens": 3, "max_tokens": 2}, r"min_tokens \(3\) must not exceed max_tokens"),
         ({"stop": "a", "detokenize": False}, "stop needs detokenize=True"),
+        ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "min_tokens must be 0 with str"),
+        ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [1]}, "must be None with str"),
         ({"temperature": 0, "n": 2}, r"n must be 1 when temperature is 0 \(greedy\), got 2"),
         ({"temperature": 1e-6, "n": 2}, "n must be 1 when temperature is 0"),
     ],

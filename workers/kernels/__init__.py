@@ -29,6 +29,7 @@ __all__ = [
     "has_triton",
     "layer_norm",
     "look_up",
+    "mask_rows",
     "product",
     "rms_norm",
     "rope",
@@ -220,6 +221,24 @@ def bias_act(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
 
         return elementwise.bias_act(x, bias, activation)
     return plain.bias_act(x, bias, activation)
+
+
+def mask_rows(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """Adds -inf, in place, to the tokens of logits [n, V] at rows [m] int32 that masks [m, words]
+    int32 do not allow: bit ``i % 32`` of word ``i // 32`` is token i's. What is NaN or +inf there
+    becomes NaN."""
+    if has_triton(logits.device):
+        from workers.kernels.gpu import token_mask
+
+        return token_mask.mask_rows(logits, rows, masks)
+    kernel = _compiled("mask_rows", logits)
+    if kernel is None:
+        return plain.mask_rows(logits, rows, masks)
+    assert logits.stride(1) == 1 and rows.is_contiguous() and masks.is_contiguous()
+    kernel(
+        logits.data_ptr(), logits.stride(0), logits.shape[1], len(rows), rows.data_ptr(),
+        masks.data_ptr(), masks.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def argmax_lse(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

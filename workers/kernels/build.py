@@ -32,6 +32,7 @@ SIGNATURES = {
     "rms_norm": (POINTER, I64, I64, I64, I64, POINTER, FLOAT, POINTER, INT),
     "layer_norm": (POINTER, I64, I64, I64, POINTER, POINTER, FLOAT, POINTER, INT),
     "silu_mul": (POINTER, I64, I64, I64, POINTER, INT),
+    "mask_rows": (POINTER, I64, I64, I64, POINTER, POINTER, I64, INT),
     "argmax_lse": (POINTER, I64, I64, I64, POINTER, POINTER, POINTER, INT),
 }
 # fmt: on

@@ -90,6 +90,14 @@ namespace {
                             (E::T*)y + r * n, n);                                                 \
         });                                                                                       \
     }                                                                                             \
+    extern "C" void manta_mask_rows_##name(void* x, int64_t stride, int64_t n, int64_t rows,     \
+                                           const int32_t* at, const uint32_t* masks,              \
+                                           int64_t words, int threads) {                          \
+        parallel_for(threads, rows, grain_of(rows, n, threads), [&](int64_t begin, int64_t end) { \
+            for (int64_t r = begin; r < end; r++)                                                 \
+                mask_row<E>((E::T*)x + at[r] * stride, masks + r * words, n);                     \
+        });                                                                                       \
+    }                                                                                             \
     extern "C" void manta_argmax_lse_##name(const void* x, int64_t rows, int64_t stride,          \
                                             int64_t n, int64_t* index, float* lse,                \
                                             uint8_t* finite, int threads) {                       \

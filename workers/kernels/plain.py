@@ -42,6 +42,14 @@ def bias_act(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return F.gelu(x) if activation == "gelu" else x
 
 
+def mask_rows(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """As ``kernels.mask_rows``: in place."""
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    banned = (masks[..., None] >> bits & 1).view(len(masks), -1)[:, : logits.shape[1]] == 0
+    at = rows.long()
+    logits[at] = torch.where(banned, logits[at] - torch.inf, logits[at])
+
+
 def argmax_lse(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As ``kernels.argmax_lse``."""
     lse = logits.float().logsumexp(-1)

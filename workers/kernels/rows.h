@@ -67,6 +67,24 @@ void silu_row(const typename E::T* gate, const typename E::T* up, typename E::T*
     });
 }
 
+// ---------------------------------------------------------------- masks of tokens
+
+// Adds -inf to the logits whose bit (i % 32 of word i / 32) is 0: NaN and +inf become NaN.
+template <class E>
+void mask_row(typename E::T* x, const uint32_t* mask, int64_t n) {
+    const vf lowest = splat(-std::numeric_limits<float>::infinity());
+    for (int64_t from = 0; from < n; from += 32) {
+        const uint32_t word = mask[from / 32];
+        if (word == ~0u) continue;
+        const int64_t to = std::min(n, from + 32);
+        for (int64_t i = from; i < to; i += VL) {
+            const vu bits = (splat_u(word) >> (vu(lanes()) + uint32_t(i - from))) & 1u;
+            const vf v = at<E>(x, i, to);
+            set<E>(x, i, to, bits != 0u ? v : v + lowest);
+        }
+    }
+}
+
 // ---------------------------------------------------------------- argmax and logsumexp
 
 constexpr int64_t SPAN = 8192;  // logits of one task; fixed, so that sums do not depend on threads

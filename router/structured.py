@@ -1,0 +1,60 @@
+"""What an answer must match: from a request's fields to grammars that were tried."""
+
+import msgspec
+
+from engine.errors import RequestError
+from engine.grammar_trial import trial_of
+from engine.sampling_params import SamplingParams
+from engine.structured_outputs import StructuredOutputsParams
+from router.errors import wrong
+from router.schema import Sampling
+from router.service import ServedModel
+
+
+def outputs_of(body: Sampling) -> StructuredOutputsParams | None:
+    """What ``response_format`` or ``structured_outputs`` ask for.
+
+    Raises ApiError and RequestError, naming the field.
+    """
+    given = body.structured_outputs
+    outputs = None if given is None else StructuredOutputsParams.of(_without_nulls(given))
+    form = _format_of(body)
+    if form is not None and outputs is not None:
+        raise wrong("response_format and structured_outputs cannot be had together")
+    return outputs if form is None else form
+
+
+def _without_nulls(given: msgspec.Struct) -> dict[str, object]:
+    return {
+        name: value for name, value in msgspec.structs.asdict(given).items() if value is not None
+    }
+
+
+def _format_of(body: Sampling) -> StructuredOutputsParams | None:
+    form = body.response_format
+    if form is None:
+        return None
+    if (form.type == "json_schema") != (form.json_schema is not None):
+        raise wrong(
+            "response_format must have json_schema if its type is json_schema, and only then",
+            "response_format",
+        )
+    if form.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if form.json_schema is not None:
+        return StructuredOutputsParams(json=form.json_schema.definition or {})
+    return None
+
+
+async def check_outputs(model: ServedModel, body: Sampling, sampling: SamplingParams) -> None:
+    """Raises ApiError and RequestError, naming the field, for what could not be enforced."""
+    outputs, info = sampling.structured_outputs, model.info
+    if outputs is None:
+        return
+    try:
+        await trial_of(info.tokenizer, info.revision, info.vocab_size).checked(outputs)
+    except RequestError as error:
+        if body.structured_outputs is not None:
+            raise
+        why = str(error).removeprefix("structured_outputs.json")
+        raise wrong(f"response_format{why}", "response_format") from None
