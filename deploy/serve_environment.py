@@ -5,6 +5,7 @@ import os
 from deploy import haproxy
 from deploy.ports import free_ports
 from engine.folders import RunFolder
+from engine.log import FORMAT_VARIABLE
 from router.config import RouterConfig
 
 LONGEST_STREAM = 24 * 3600  # seconds that an HAProxy which was replaced goes on with its streams
@@ -28,6 +29,7 @@ def everywhere(router: RouterConfig) -> dict[str, str]:
         # ``deploy.server`` drains better.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         haproxy.HOST: router.host,
+        FORMAT_VARIABLE: router.log_format,
     }
     if router.max_connections_per_client is not None:
         variables[haproxy.CLIENT_CONNECTIONS] = str(router.max_connections_per_client)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from deploy import haproxy, serve_environment
+from deploy import haproxy, serve_environment, worker_logs
 from deploy.settings import Settings
 from engine.addresses import address_family, host_port
 from engine.errors import ConfigError, EngineError
@@ -91,6 +91,8 @@ class _Server:
             if exit.code != signal.SIGTERM:
                 raise
             raise _StoppedEarly from None
+        if router.access_log or router.log_format == "json":
+            worker_logs.forward(router.log_format == "json")
         self._catch_signals()  # Ray has set handlers of its own
         from ray import serve
 
