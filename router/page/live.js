@@ -1,91 +1,10 @@
 // The live view: asks for the counters every two seconds, and plots what happened between.
 import { ask } from "./api.js";
+import { added, quantile, rate, read, share, sum } from "./counters.js";
+import { by, element } from "./dom.js";
+import { count, exact, percent, seconds } from "./format.js";
 
 const EVERY = 2000, WINDOW = 10, MOST = 1800;
-const by = (id) => document.getElementById(id);
-const element = (tag, parent, text = "", kind = "") => {
-  const made = document.createElement(tag);
-  if (text !== "") made.textContent = text;
-  if (kind) made.className = kind;
-  return parent ? parent.appendChild(made) : made;
-};
-
-// ---- numbers as people read them ----
-
-const none = (value) => value === null || value === undefined || Number.isNaN(value);
-const count = (v) => none(v) ? "–" : v >= 1e6 ? `${(v / 1e6).toFixed(2)}M` : v >= 1e4 ? `${(v / 1e3).toFixed(1)}k`
-  : Number.isInteger(v) || v >= 100 ? `${Math.round(v)}` : v >= 10 ? v.toFixed(1) : v.toFixed(2);
-const exact = (v) => none(v) ? "–" : v.toLocaleString("en-US");
-const seconds = (v) => none(v) ? "–" : v >= 10 ? `${v.toFixed(1)} s` : v >= 1 ? `${v.toFixed(2)} s`
-  : v >= 0.01 ? `${Math.round(v * 1000)} ms` : `${(v * 1000).toFixed(1)} ms`;
-const percent = (v) => none(v) ? "–" : `${(v * 100).toFixed(v < 0.1 && v > 0 ? 1 : 0)}%`;
-
-// ---- what the server has counted ----
-
-// One answer as series: name, labels and engine to value (or to a histogram's counts).
-function read(answer) {
-  const series = new Map();
-  for (const { labels, metrics } of answer.sources) {
-    const source = labels.engine ?? labels.ingress;
-    for (const metric of metrics) {
-      for (const sample of metric.samples) {
-        const tags = Object.fromEntries(metric.labels.map((name, i) => [name, sample.labels[i]]));
-        series.set([source, metric.name, ...sample.labels].join("|"),
-          { source, name: metric.name, tags, value: sample.value, counts: sample.counts, bounds: metric.bounds });
-      }
-    }
-  }
-  return { time: performance.now() / 1000, series, answer };
-}
-
-const matches = (one, name, source, tags) => one.name === name && (!source || one.source === source)
-  && Object.entries(tags).every(([key, value]) => value instanceof RegExp ? value.test(one.tags[key]) : one.tags[key] === value);
-
-function sum(now, name, source = null, tags = {}) {
-  let total = null;
-  for (const one of now.series.values()) if (matches(one, name, source, tags)) total = (total ?? 0) + one.value;
-  return total;
-}
-
-// What was added since ``then``; a source that began anew, or is new, began at nothing.
-function added(now, then, name, source = null, tags = {}) {
-  let total = null;
-  for (const [key, one] of now.series) {
-    if (!matches(one, name, source, tags)) continue;
-    const before = then.series.get(key)?.value ?? 0;
-    total = (total ?? 0) + (one.value >= before ? one.value - before : one.value);
-  }
-  return total;
-}
-
-const rate = (now, then, ...what) => {
-  const change = added(now, then, ...what);
-  return change === null || now.time <= then.time ? null : change / (now.time - then.time);
-};
-
-function quantile(now, then, q, name, source = null) {
-  let counts = null, bounds = [];
-  for (const [key, one] of now.series) {
-    if (!matches(one, name, source, {})) continue;
-    const before = then.series.get(key)?.counts ?? [];
-    bounds = one.bounds;
-    counts ??= new Array(one.counts.length).fill(0);
-    one.counts.forEach((value, i) => { counts[i] += Math.max(0, value - (before[i] ?? 0)); });
-  }
-  const all = counts?.reduce((a, b) => a + b, 0) ?? 0;
-  if (!all) return null;
-  let left = q * all;
-  for (let i = 0; i < bounds.length; i++) {
-    if (counts[i] >= left) {
-      const low = i ? bounds[i - 1] : 0;
-      return low + (bounds[i] - low) * (counts[i] ? left / counts[i] : 1);
-    }
-    left -= counts[i];
-  }
-  return bounds[bounds.length - 1];
-}
-
-const share = (part, whole) => (whole ? part / whole : null);
 
 // ---- plots ----
 
@@ -136,16 +55,21 @@ function draw(plot) {
     fill: i ? undefined : `${colour(COLOURS[i])}1c`, spanGaps: false });
   plot.chart?.destroy();
   plot.chart = new uPlot({
-    width: plot.place.clientWidth || 380, height: 170, legend: { show: false }, padding: [10, 6, 0, 0],
+    width: plot.place.clientWidth || 380, height: 150, legend: { show: false }, padding: [10, 6, 0, 0],
     cursor: { sync: { key: "manta" }, y: false, points: { size: 6 } },
-    scales: { x: { time: true, range: () => range() }, y: { range: (_, low, high) => [0, plot.most ?? Math.max(high * 1.15, 1e-3)] } },
-    axes: [axis, { ...axis, size: 52, values: (_, ticks) => ticks.map(plot.show) }],
+    scales: { x: { time: true, range: () => range() }, y: { range: (_, low, high) => [0, plot.most ?? Math.max(high * 1.15, plot.show === seconds ? 1e-3 : 1)] } },
+    axes: [{ ...axis, size: 26, space: 70, values: (_, ticks) => ticks.map(clock) }, { ...axis, size: 52, values: (_, ticks) => ticks.map(plot.show) }],
     series: [{}, ...plot.names.map(line)],
     hooks: { setCursor: [(chart) => tell(plot, chart.cursor.idx)] },
   }, [times, ...plot.data], plot.place);
 }
 
-const range = () => { const end = times[times.length - 1] ?? Date.now() / 1000; return [end - Number(by("span").value), end]; };
+// The time that was chosen, or what there is of it.
+function range() {
+  const end = times[times.length - 1] ?? Date.now() / 1000;
+  return [Math.max(end - Number(by("span").value), Math.min(times[0] ?? end, end - 60)), end];
+}
+const clock = (t) => new Date(t * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: range()[0] > Date.now() / 1000 - 240 ? "2-digit" : undefined, hour12: false });
 
 function tell(plot, index) {
   plot.data.forEach((values, i) => { plot.values[i].textContent = plot.show(values[index ?? values.length - 1]); });
@@ -156,7 +80,7 @@ export function redraw(anew = false) {
   for (const plot of PLOTS) {
     const width = plot.place.clientWidth;
     if (!plot.chart || anew) draw(plot);
-    else if (plot.chart.width !== width) plot.chart.setSize({ width, height: 170 });
+    else if (plot.chart.width !== width) plot.chart.setSize({ width, height: 150 });
     else plot.chart.setData([times, ...plot.data]);
     tell(plot, plot.chart.cursor.idx);
   }
@@ -250,7 +174,7 @@ async function look() {
     if (!answer.ok) throw new Error(answer.status);
     answer = await answer.json();
   } catch { status("no answer; trying again", false); return; }
-  const now = read(answer);
+  const now = read(answer, performance.now() / 1000);
   past.push(now);
   while (past.length > 1 && now.time - past[0].time > WINDOW + 1) past.shift();
   const then = past[0];

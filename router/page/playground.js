@@ -1,20 +1,13 @@
 // The playground: a chat with the model, streamed, with the probability of each token.
 import { ask, post, problem } from "./api.js";
+import { by, element } from "./dom.js";
 
-const by = (id) => document.getElementById(id);
 const form = by("sampling"), messages = by("messages"), hover = by("hover");
 const said = []; // the chat so far, as the API has it
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty"];
 const ALTERNATIVES = 5;
 let running = null; // what stops the answer that is being written
 let opened = false;
-
-const element = (tag, parent, text = "", kind = "") => {
-  const made = document.createElement(tag);
-  if (text !== "") made.textContent = text;
-  if (kind) made.className = kind;
-  return parent ? parent.appendChild(made) : made;
-};
 
 export async function open() {
   by("text").focus();

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "deploy" / "grafana"
@@ -68,6 +70,23 @@ def test_files_are_what_the_generators_write(
     assert len(names) == (4 if tool == "dashboards" else 2)
     for name in names:
         assert (tmp_path / name).read_text() == (folder / name).read_text(), f"run tools/{tool}.py"
+
+
+def test_dashboards_are_whole_for_the_sdk() -> None:
+    """It reads them back as they are; panels have room of their own, and queries no placeholder."""
+    for file in sorted((SHIPPED / "dashboards").glob("*.json")):
+        made = json.loads(file.read_text())
+        read = Dashboard.from_json(json.loads(file.read_text()))
+        assert json.loads(json.dumps(read, cls=JSONEncoder)) == made
+        assert made["uid"] == file.stem
+        taken: set[tuple[int, int]] = set()
+        for panel in made["panels"]:
+            at = panel["gridPos"]
+            cells = {(at["x"] + i, at["y"] + j) for i in range(at["w"]) for j in range(at["h"])}
+            assert not cells & taken and max(x for x, _ in cells) < 24
+            taken |= cells
+            for target in panel.get("targets", ()):
+                assert not re.search(r"[@#]|\[R\]", target["expr"]), target
 
 
 def test_promtool_is_content_with_the_rules() -> None:
