@@ -237,7 +237,7 @@ def _links(count: int) -> Iterator[Finding]:
         for b in range(a + 1, count)
         if not torch.cuda.can_device_access_peer(a, b)
     ]
-    version = ".".join(map(str, torch.cuda.nccl.version()))
+    version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     if apart:
         yield Finding(
             "warning",
@@ -280,7 +280,7 @@ def _nodes() -> Iterator[Finding]:
 
     own = facts()
     look: Any = ray.remote(num_cpus=0)(facts)
-    for node in ray.nodes():
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
         what = f"node {node['NodeManagerAddress']}"
         if not node["Alive"]:
             yield Finding("warning", what, "is dead")
