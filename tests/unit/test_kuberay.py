@@ -3,6 +3,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from deploy.cli import main
 from deploy.settings import Settings
+from manta import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "deploy" / "kubernetes"
@@ -179,3 +182,24 @@ def test_monitors_find_the_pods() -> None:
         names = {port["name"] for port in container(one)["ports"]}
         assert {"serve", "metrics"} <= names
     assert service["spec"]["selector"] == labels | {"ray.io/node-type": "head"}
+
+
+def test_ray_serve_takes_the_application(capsys: pytest.CaptureFixture[str]) -> None:
+    made = yaml.safe_load(printed(capsys, "org/model", "-tp", "2"))
+    serve = ServeDeploySchema.model_validate(yaml.safe_load(made["spec"]["serveConfigV2"]))
+    assert serve.applications[0].import_path == "deploy.serve:build"
+    assert serve.http_options.port == 8000
+
+
+def test_the_image_is_of_this_version() -> None:
+    """Its steps are not run here (they fetch gigabytes): they are good shell, and agree with what
+    ``make`` installs and the manifests name."""
+    text = (SHIPPED / "Dockerfile").read_text()
+    steps = [step.replace("\\\n", "") for step in re.findall(r"^RUN ((?:.*\\\n)*.*)$", text, re.M)]
+    assert len(steps) == 4
+    for step in steps:
+        subprocess.run(["sh", "-n", "-c", step], check=True)
+    (torch,) = re.findall(r"torch==(\S+)", text)
+    assert f"\ntorch={torch}\n" in (ROOT / "tools" / "setup_venv.sh").read_text()
+    assert f"-t manta:{__version__} ." in text and f"-t manta:{__version__}-cuda " in text
+    assert "wget" in steps[0] and "g++" in steps[0]  # KubeRay's own probes; kernels
