@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cluster.handle import AsyncEngineHandle as AsyncEngineHandle
     from cluster.handle import EngineHandle as EngineHandle
-    from cluster.handle import Piece as Piece
     from cluster.handle import connect as connect
     from cluster.handle import connect_async as connect_async
     from cluster.handle import start_engine as start_engine
@@ -26,8 +25,10 @@ if TYPE_CHECKING:
     from engine.errors import PromptTooLong as PromptTooLong
     from engine.errors import QueueFull as QueueFull
     from engine.errors import RequestError as RequestError
+    from engine.errors import Unavailable as Unavailable
     from engine.outputs import CompletionOutput as CompletionOutput
     from engine.outputs import Logprob as Logprob
+    from engine.outputs import Piece as Piece
     from engine.outputs import RequestOutput as RequestOutput
     from engine.sampling_params import SamplingParams as SamplingParams
 
@@ -41,7 +42,7 @@ _HOMES = {
     "stop_engine": "cluster.handle",
     "EngineHandle": "cluster.handle",
     "AsyncEngineHandle": "cluster.handle",
-    "Piece": "cluster.handle",
+    "Piece": "engine.outputs",
     "SamplingParams": "engine.sampling_params",
     "RequestOutput": "engine.outputs",
     "CompletionOutput": "engine.outputs",
@@ -50,6 +51,7 @@ _HOMES = {
     "ConfigError": "engine.errors",
     "CheckpointError": "engine.errors",
     "RequestError": "engine.errors",
+    "Unavailable": "engine.errors",
     "PromptTooLong": "engine.errors",
     "QueueFull": "engine.errors",
     "EngineError": "engine.errors",

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.continuation import begin
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 from manta import LLM
 
@@ -88,7 +88,7 @@ def add_requests(engine: Engine, count: int, prompt: int, output: int) -> None:
     for number in range(count):
         ids = [3 + (number + i) % 100 for i in range(prompt)]
         engine.add(
-            Request(request_id=f"{time.time()}-{number}", prompt_token_ids=ids, sampling=sampling)
+            begin(request_id=f"{time.time()}-{number}", prompt_token_ids=ids, sampling=sampling)
         )
 
 
