@@ -7,6 +7,8 @@ from cluster.client import EngineClient
 from engine.stats import Metric, Sample
 from router.responses import EngineState
 
+STATES = ("healthy", "recovering", "draining", "unhealthy")
+
 
 def engines_by_id(engines: Collection[EngineClient]) -> Iterator[EngineClient]:
     """The engines, always in the same order."""
@@ -20,6 +22,7 @@ def engine_states(engines: Collection[EngineClient]) -> list[EngineState]:
             engine_id=engine.info.engine_id,
             healthy=engine.healthy,
             draining=engine.load.draining,
+            recovering=engine.load.recovering,
             running=engine.load.running,
             waiting=engine.load.waiting,
             waiting_tokens=engine.load.waiting_tokens,
@@ -30,11 +33,16 @@ def engine_states(engines: Collection[EngineClient]) -> list[EngineState]:
     ]
 
 
+def _state(engine: EngineClient) -> str:
+    if not engine.healthy:
+        return "unhealthy"
+    if engine.load.draining:
+        return "draining"
+    return "recovering" if engine.load.recovering else "healthy"
+
+
 def engines_metric(engines: Collection[EngineClient]) -> Metric:
     """How many engines are in each state."""
-    states = Counter(
-        "unhealthy" if not engine.healthy else "draining" if engine.load.draining else "healthy"
-        for engine in engines
-    )
-    samples = tuple(Sample((s,), states[s]) for s in ("healthy", "draining", "unhealthy"))
+    states = Counter(map(_state, engines))
+    samples = tuple(Sample((state,), states[state]) for state in STATES)
     return Metric("engines", "gauge", "Engines that are known, by state.", ("state",), samples)

@@ -60,7 +60,7 @@ ALERTS = (
         "The queue of {{ $labels.model_name }} grows by {{ $value | humanize }} a second.",
     ),
     Alert(
-        "MantaFailovers", "sum by (cause) (increase(@requests_moved_total[10m]))",
+        "MantaFailovers", 'sum by (cause) (increase(@requests_moved_total{cause!="drained"}[10m]))',
         "> 0", "0m", "warning",
         "{{ $value | humanize }} requests had to go on with another engine: {{ $labels.cause }}.",
     ),

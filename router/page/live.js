@@ -112,7 +112,7 @@ function tiles(now, then) {
   TILES.forEach(([, take], i) => { place.children[i].querySelector("b").textContent = take(now, then); });
 }
 
-const stateOf = (engine) => (!engine.healthy ? "unhealthy" : engine.draining ? "draining" : "healthy");
+const stateOf = (engine) => (!engine.healthy ? "unhealthy" : engine.draining ? "draining" : engine.recovering ? "recovering" : "healthy");
 const blocks = (now, name, id) => [sum(now, `${name}_used`, id), sum(now, name, id)];
 const FACTS = [
   ["num_requests_running", "Running", (n, t, id) => exact(sum(n, "num_requests_running", id))],
@@ -135,7 +135,7 @@ function engines(now, then) {
     const card = by(`engine-${id}`) ?? newEngine(place, id);
     const state = card.querySelector(".pill");
     state.textContent = stateOf(engine);
-    state.className = `pill ${engine.healthy && !engine.draining ? "good" : "bad"}`;
+    state.className = `pill ${stateOf(engine) === "healthy" ? "good" : "bad"}`;
     FACTS.forEach(([, , take], i) => { card.querySelectorAll("dd")[i].textContent = take(now, then, id); });
     const [used, all] = blocks(now, "kv_blocks", id);
     card.querySelector("progress").value = share(used, all) ?? 0;

@@ -22,7 +22,7 @@ FIRES = {
     "MantaEngineUnhealthy": {'engines{state="unhealthy"}': "2x30"},
     "MantaNoProgress": {f"num_requests_running{{{WHO}}}": "3x30", f"steps_total{{{WHO}}}": "7x30"},
     "MantaQueueGrowing": {f"num_requests_waiting{{{WHO}}}": "0+60x30"},
-    "MantaFailovers": {'requests_moved_total{cause="engine died"}': "0+1x30"},
+    "MantaFailovers": {'requests_moved_total{cause="lost"}': "0+1x30"},
     "MantaKvPressure": {f"num_preemptions_total{{{WHO}}}": "0+60x30"},
     "MantaErrors": {
         'http_requests_total{status="503"}': "0+6x30",
@@ -51,6 +51,7 @@ WELL = {
     f"num_requests_waiting{{{WHO}}}": "3x30",
     f"steps_total{{{WHO}}}": "0+600x30",
     f"num_preemptions_total{{{WHO}}}": "0+1x30",
+    'requests_moved_total{cause="drained"}': "0+1x30",
     'http_requests_total{status="200"}': "0+60x30",
     'http_requests_total{status="429"}': "0+1x30",
     f'inter_token_latency_seconds_bucket{{{WHO},le="0.2"}}': "0+60x30",
