@@ -240,7 +240,8 @@ class Engine:
             elif (found := self._run()) is not None:
                 outcomes = self._take(*found)
         except Exception as error:
-            self._lose(f"{type(error).__name__}: {error}")
+            named = isinstance(error, EngineError)
+            self._lose(str(error) if named else f"{type(error).__name__}: {error}")
         except BaseException as error:  # an interrupt in the middle of a step: it is half done
             self._failure = f"{type(error).__name__} during a step"
             raise

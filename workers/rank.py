@@ -144,11 +144,12 @@ def _take_place(executor: _Executor, rank: int, cpus: float | None) -> Worker:
     worker = Worker(setup.config, _checkpoint(setup), device, ranks, neighbours)
     facts = worker.load(lambda name, count: executor.report(Report(read=count)))
     executor.report(Report(facts=facts))
-    assert executor.order().measure
-    executor.report(Report(blocks=worker.measure()))
-    blocks = executor.order().reserve
-    assert blocks is not None
-    executor.report(Report(capacity=worker.reserve(blocks)))
+    order = executor.order()
+    if order.measure:
+        executor.report(Report(blocks=worker.measure()))
+        order = executor.order()
+    assert order.reserve is not None
+    executor.report(Report(capacity=worker.reserve(order.reserve)))
     return worker
 
 

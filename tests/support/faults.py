@@ -26,6 +26,7 @@ BASE: dict[str, Any] = {
     "kv_cache_memory_bytes": 8 << 20,
     "swap_space": 0.001,
     "step_timeout": 3.0,
+    "max_failovers": 0,  # a failure is to be seen
     "use_tqdm_on_load": False,
 }
 
