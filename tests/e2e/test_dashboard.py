@@ -76,10 +76,9 @@ def tab(browser: Browser) -> Iterator[Tab]:
 
 def load(server: Server) -> None:
     """12 long answers at once: more than there are blocks for."""
-    body = {"model": MODEL, "prompt": "Once upon a time", "n": 12, "max_tokens": 150,
+    body = {"model": MODEL, "prompt": "Once upon a time", "n": 12, "max_tokens": 90,
             "ignore_eos": True, "temperature": 1.0, "seed": 1}  # fmt: skip
-    for _ in range(2):
-        httpx.post(f"{server.url}/v1/completions", json=body, headers=AUTH, timeout=PATIENCE)
+    httpx.post(f"{server.url}/v1/completions", json=body, headers=AUTH, timeout=PATIENCE)
 
 
 def counted(server: Server) -> dict[str, float]:
@@ -129,6 +128,7 @@ def test_numbers_are_those_of_metrics(server: Server, tab: Tab) -> None:
     load(server)
 
     def same() -> bool:
+        page.wait_for_timeout(200)
         sums = counted(server)
         wanted = {name: f"{sums[name]:,.0f}" for name in (
             "num_requests_running", "num_requests_waiting", "generation_tokens", "prompt_tokens",
@@ -136,7 +136,7 @@ def test_numbers_are_those_of_metrics(server: Server, tab: Tab) -> None:
         )}  # fmt: skip
         for name in ("kv_blocks", "cpu_kv_blocks"):
             wanted[name] = f"{sums[name + '_used']:,.0f} / {sums[name]:,.0f}"
-        assert sums["preemptions_by_kind"] > 0 and sums["generation_tokens"] >= 3600
+        assert sums["preemptions_by_kind"] > 0 and sums["generation_tokens"] >= 1080
         return wanted == {name: page.text_content(f"[data-fact={name}]") for name in wanted}
 
     until(same, PATIENCE)
