@@ -85,6 +85,8 @@ class _Server:
     def start(self) -> None:
         router = self._settings.router
         self._catch_signals()
+        if router.log_format == "json":
+            worker_logs.as_json_only()
         try:
             self._start_ray()
         except SystemExit as exit:  # a signal that came while Ray's own handler was there

@@ -1,6 +1,6 @@
-"""What the other processes of a server log, as it comes to this one through Ray.
+"""What Ray and the other processes of a server log, in this one.
 
-Ray itself would put the process before each line, and leave out what another process has said much
+Ray would put the process before each line of another, and leave out what yet another has said much
 the same, as two requests' access lines are.
 """
 
@@ -13,6 +13,21 @@ from engine.log import JsonLines
 
 _RAYS_OWN = "ray_print_logs"
 _INNER = ":job_id:", ":actor_name:", ":task_name:"  # lines that are for Ray
+
+
+def as_json_only() -> None:
+    """Have what Ray and other libraries log in this process be JSON too. To be called before Ray is
+    initialised."""
+    import ray.serve  # noqa: F401  # its loggers are set up once, when they are imported
+
+    for name in ("ray", "ray.serve"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
 
 
 def forward(as_json: bool) -> None:
