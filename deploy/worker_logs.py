@@ -40,6 +40,8 @@ def forward(as_json: bool) -> None:
 
 
 def _write(data: dict[str, Any], as_json: bool) -> None:
+    if data.get("pid") == "autoscaler":
+        return  # pages of what `ray status` says
     lines = [line for line in data["lines"] if not line.startswith(_INNER)]
     if as_json:
         lines = [line if _is_object(line) else _wrapped(line, data) for line in lines]

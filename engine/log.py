@@ -38,6 +38,18 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+class TextLines(logging.Formatter):
+    """A line for people; the record's ``fields`` come after the message, as ``name=value``."""
+
+    def __init__(self) -> None:
+        super().__init__("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line without the traceback of an exception."""
+        fields = vars(record).get("fields", {})
+        return " ".join([super().formatMessage(record), *(f"{k}={v}" for k, v in fields.items())])
+
+
 def set_format(name: str) -> None:
     """Write the log of this process, and of those that it starts from now on, as one of
     ``FORMATS``."""
@@ -47,9 +59,7 @@ def set_format(name: str) -> None:
 
 
 def _formatter() -> logging.Formatter:
-    if os.environ.get(FORMAT_VARIABLE) == "json":
-        return JsonLines()
-    return logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S")
+    return JsonLines() if os.environ.get(FORMAT_VARIABLE) == "json" else TextLines()
 
 
 def get_logger(name: str) -> logging.Logger:

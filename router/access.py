@@ -1,6 +1,5 @@
 """The access log: a line for each request, with its tokens and times, never its text."""
 
-import logging
 import time
 from typing import Any
 
@@ -55,7 +54,7 @@ class AccessLog:
                 **_of(scope.get(_GENERATIONS, ())),
                 "seconds": round(time.perf_counter() - started, 6),
             }
-            _write(fields)
+            log.info("request", extra={"fields": fields})
 
 
 def _of(generations: list[Generation]) -> dict[str, Any]:
@@ -84,12 +83,3 @@ def _times(outputs: list[RequestOutput]) -> dict[str, float]:
         "first_token_seconds": min(first, default=None),
     }
     return {name: round(value, 6) for name, value in times.items() if value is not None}
-
-
-def _write(fields: dict[str, Any]) -> None:
-    if log.isEnabledFor(logging.INFO):
-        head = f"{fields['method']} {fields['path']} {fields['status']}"
-        rest = " ".join(
-            f"{k}={v}" for k, v in fields.items() if k not in ("method", "path", "status")
-        )
-        log.info("%s %s", head, rest, extra={"fields": fields})

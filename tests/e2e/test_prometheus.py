@@ -298,7 +298,8 @@ def test_every_panel_and_alert_has_data(
         return not missing
 
     until(lambda: bool(prometheus.ask(f"{prefix}num_preemptions_total > 0")), PATIENCE)
-    load(server)
+    if prefix != "manta:":  # Ray's agent knew nothing of the first load until it was over
+        load(server)
     try:
         until(all_there, PATIENCE)
     except AssertionError:

@@ -35,7 +35,7 @@ def test_lines_are_json_for_this_process_and_those_that_it_starts() -> None:
         import os, subprocess, sys
         from engine.log import get_logger, set_format
         logger = get_logger("x")
-        logger.info("for people: %s", 'a "b"')
+        logger.info("for people: %s", 'a "b"', extra={"fields": {"n": 1, "of": "x"}})
         if "MANTA_LOG_FORMAT" not in os.environ:
             set_format("json")
             logger.warning('said "é" %d', 5, extra={"fields": {"tokens": 7}})
@@ -55,7 +55,7 @@ def test_lines_are_json_for_this_process_and_those_that_it_starts() -> None:
             env=env | {"PYTHONPATH": str(root)},
         )  # fmt: skip
     first, *lines = done.stderr.splitlines()
-    assert first.startswith("INFO ") and first.endswith(' [manta.x] for people: a "b"')
+    assert first.startswith("INFO ") and first.endswith(' [manta.x] for people: a "b" n=1 of=x')
     warning, error, inner = map(json.loads, lines)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", warning.pop("time"))
     assert warning.pop("pid") == error["pid"] != inner["pid"]
