@@ -52,7 +52,7 @@ class EngineHost:
         info = dataclasses.replace(info, start_seconds=time.monotonic() - started)
         self._hang_after = info.step_timeout
         self._stopping = False
-        self.loop = EngineLoop(engine, self._on_failure)
+        self.loop = EngineLoop(engine, self._on_failure, self._on_leaving)
         server = Server(self.loop, info, secrets.token_hex(16), own_host())
         self.address = server.address
         self.loop.start()
@@ -93,6 +93,10 @@ class EngineHost:
         self.loop.stop(STOP_SECONDS)
 
     def _on_failure(self, cause: str) -> None:
+        threading.Timer(LAST_WORDS, self._die).start()
+
+    def _on_leaving(self) -> None:
+        log.info("Engine %s has handed over what it had, and ends", self.engine_id)
         threading.Timer(LAST_WORDS, self._die).start()
 
     def _die(self) -> None:

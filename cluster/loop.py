@@ -83,21 +83,26 @@ class EngineLoop:
     """Runs an engine in a thread of its own from ``start`` to ``stop``.
 
     The engine, and every method that is not said to be thread-safe, belongs to that thread.
-    ``on_failure`` is called once, in the thread, when the engine cannot go on.
+    ``on_failure`` is called once, in the thread, when the engine cannot go on; ``on_leaving`` when
+    it was told to leave and has nothing left to do.
     """
 
     def __init__(
-        self, engine: Engine, on_failure: Callable[[str], None] = lambda cause: None
+        self,
+        engine: Engine,
+        on_failure: Callable[[str], None] = lambda cause: None,
+        on_leaving: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine = engine
         self.failure: str | None = None
         self._on_failure = on_failure
+        self._on_leaving = on_leaving
         self._clients: dict[Peer, _Client] = {}
         self._requests: dict[str, _Request] = {}
         self._changed: list[_Client] = []  # those with an update
         self._load_time = 0.0
         self._step_since: float | None = None  # when the step that runs now began
-        self._draining = False
+        self._draining = self._leaving = False
         self._stopping = False
         self._idle = threading.Event()
         self._idle.set()
@@ -196,6 +201,7 @@ class EngineLoop:
             return
         if isinstance(command, Drain):
             self._start_drain()
+            self._leaving |= command.leave
             return
         if isinstance(command, EndRequests):
             self._end_requests(command.cause)
@@ -220,6 +226,9 @@ class EngineLoop:
                 busy = self.engine.has_work and self.failure is None
                 self._poll(0.0 if busy else self._patience())
                 self._flush()  # who was queued or refused hears of it before a long step
+                if self._leaving and not self._requests:
+                    self._leaving = False
+                    self._on_leaving()
                 if self.failure is None and not self._stopping:
                     self._step()
                 self._push_load()

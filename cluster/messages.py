@@ -34,7 +34,10 @@ class Cancel(msgspec.Struct, array_like=True, tag=3):
 
 
 class Drain(msgspec.Struct, array_like=True, tag=4):
-    """Admit nothing any longer; what is queued or runs goes on to its end."""
+    """Admit nothing any longer; what is queued or runs goes on elsewhere or, where nobody takes
+    it, to its end. ``leave``: the engine's process ends then."""
+
+    leave: bool = False
 
 
 class EndRequests(msgspec.Struct, array_like=True, tag=6):

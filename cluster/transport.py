@@ -403,6 +403,10 @@ class RemoteClient(asyncio.Protocol):
         there is another; ``load`` says when it is done."""
         self._send(Drain())
 
+    def leave(self) -> None:
+        """``drain``, and have the engine's process end when it has nothing left."""
+        self._send(Drain(leave=True))
+
     def end_requests(self, cause: str) -> None:
         """Have the engine end all that it still has, of every client, for this cause."""
         self._send(EndRequests(cause))

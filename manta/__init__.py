@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cluster.handle import start_engine as start_engine
     from cluster.handle import stop_engine as stop_engine
     from cluster.llm import LLM as LLM
+    from deploy.engine_set import scale as scale
     from engine.errors import CheckpointError as CheckpointError
     from engine.errors import ConfigError as ConfigError
     from engine.errors import EngineError as EngineError
@@ -40,6 +41,7 @@ _HOMES = {
     "connect": "cluster.handle",
     "connect_async": "cluster.handle",
     "stop_engine": "cluster.handle",
+    "scale": "deploy.engine_set",
     "EngineHandle": "cluster.handle",
     "AsyncEngineHandle": "cluster.handle",
     "Piece": "engine.outputs",

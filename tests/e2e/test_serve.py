@@ -192,7 +192,7 @@ def test_a_client_that_vanishes_frees_its_blocks_in_any_state(server, stream):
 
 def engine_pid(session):
     for entry in left_of(session):
-        if "ServeReplica:manta:Engine" in entry:
+        if "ServeReplica:manta-engines-0:Engine" in entry:
             return int(entry.split()[0])
     raise AssertionError("no engine")
 
@@ -223,7 +223,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_requests_go_on(server,
     thread.start()
     until(lambda: metric("num_requests_running") == 4)
     engine = engine_pid(session)
-    moved = metric("requests_moved", 'cause="lost"')
+    moved = metric("requests_moved_total", 'cause="lost"')
     os.kill(engine, number)
     until(lambda: httpx.get(f"{URL}/health").status_code == 503)
     assert answers(readings) == expected
@@ -231,8 +231,8 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_requests_go_on(server,
     (answer,) = whole
     assert answer["choices"][0]["text"] == expected[0]
     assert answer["usage"]["completion_tokens"] == 1500
-    assert metric("requests_moved", 'cause="lost"') == moved + 4
-    assert metric("moved_tokens") > 0
+    assert metric("requests_moved_total", 'cause="lost"') == moved + 4
+    assert metric("moved_tokens_total") > 0
     if number == signal.SIGSTOP:  # Serve's shutdown would wait for it
         with contextlib.suppress(ProcessLookupError):
             os.kill(engine, signal.SIGKILL)
