@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from deploy.serve_config import application
+from deploy.serve_environment import CALLBACK, GUARD, OWN_DRAIN, everywhere
 from deploy.settings import STOP_BUFFER, Settings
 from engine.errors import ConfigError
 from manta import __version__
@@ -180,19 +181,15 @@ def _ports(port: int, head: bool) -> list[Manifest]:
 
 
 def _environment(settings: Settings) -> list[Manifest]:
-    """What ``serve deploy`` needs on every node; see ``deploy.serve_environment``."""
-    variables = {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    """What the processes on every node are to find, and where files are kept."""
+    variables = everywhere(dataclasses.replace(settings.router, host="0.0.0.0"))
+    del variables[OWN_DRAIN]  # only ``manta serve`` drains by itself
+    variables |= {
         "RAY_SERVE_HAPROXY_BINARY_PATH": "/usr/local/bin/manta-haproxy",
-        "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "deploy.haproxy_guard.install",
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",
-        "RAY_SERVE_HAPROXY_MAXCONN": "32768",
+        CALLBACK: GUARD,
         "HF_HOME": f"{CACHE}/huggingface",
         "XDG_CACHE_HOME": CACHE,
     }
-    if settings.router.max_connections_per_client is not None:
-        variables["MANTA_CLIENT_CONNECTIONS"] = str(settings.router.max_connections_per_client)
     token = {"secretKeyRef": {"name": "manta-hub", "key": "token", "optional": True}}
     plain = [{"name": name, "value": value} for name, value in variables.items()]
     return [*plain, {"name": "HF_TOKEN", "valueFrom": token}]

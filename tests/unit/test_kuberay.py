@@ -84,7 +84,7 @@ def test_examples_are_what_the_command_writes(
 def test_the_application_is_that_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["org/model", "--num-replicas", "3", "--max-num-seqs", "7", "--shutdown-timeout", "90"]
     words += ["--port", "9000", "--host", "127.0.0.1", "--api-key", "a", "b"]
-    words += ["--max-connections-per-client", "12"]
+    words += ["--max-connections-per-client", "12", "--log-format", "json"]
     made = yaml.safe_load(printed(capsys, *words))
     check(made)
     serve = yaml.safe_load(made["spec"]["serveConfigV2"])
@@ -101,6 +101,7 @@ def test_the_application_is_that_of_the_options(capsys: pytest.CaptureFixture[st
         assert {"containerPort": 9000, "name": "serve"} in inner["ports"]
         variables = {v["name"]: v.get("value") for v in inner["env"]}
         assert variables["MANTA_CLIENT_CONNECTIONS"] == "12"
+        assert variables["MANTA_LOG_FORMAT"] == "json"
         (mount,) = [m for m in inner["volumeMounts"] if m["name"] == "keys"]
         assert keys.startswith(mount["mountPath"]) and mount["readOnly"]
     assert container(cluster["workerGroupSpecs"][0])["readinessProbe"]["httpGet"]["port"] == 9000
