@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from deploy import bench_serve, chat, control, replay, serve_command
+from deploy import bench_serve, chat, control, doctor, replay, serve_command
 from deploy.options import (
     Declared,
     add_model_option,
@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench_serve.add_command(benches)
     replay.add_command(commands)
+    doctor.add_command(commands)
 
     environment = commands.add_parser("collect-env", help="print what a bug report needs")
     environment.set_defaults(run=_collect_env, parser=environment)

@@ -18,7 +18,7 @@ from cluster.engines import Engines
 from cluster.joining import LOOPBACK, own_host
 from cluster.peers import Peers
 from cluster.ray_metrics import RayMetrics
-from deploy.settings import Settings, with_server_defaults
+from deploy.settings import STOP_BUFFER, Settings, with_server_defaults
 from engine.stats import Metric
 from manta import __version__
 from router.app import build_app
@@ -29,7 +29,6 @@ MOST_AT_ONCE = 1 << 20  # requests that Serve lets through: the engines' queues 
 # Seconds after which Serve asks again, and which it waits: a replica that hangs, or whose host
 # vanished, is replaced after three times the latter.
 HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 10.0
-STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a replica
 
 
 def _keep_to_loopback() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from deploy.options import add_model_option, add_options, from_words, given, given_model
 from engine.config import EMBEDDED_MODEL
 from engine.errors import CheckpointError, ConfigError
-from engine.log import get_logger
+from engine.log import get_logger, set_format
 from engine.vllm_options import translated
 
 log = get_logger("serve")
@@ -38,6 +38,18 @@ def add_command(commands: Any) -> None:
         "--print-serve-config",
         action="store_true",
         help="write a configuration for `serve deploy`, and stop",
+    )
+    serve.add_argument(
+        "--print-kuberay",
+        action="store_true",
+        help="write a RayService for Kubernetes with KubeRay, and stop",
+    )
+    serve.add_argument(
+        "--gpus-per-node",
+        type=int,
+        default=None,
+        metavar="INT",
+        help="with --print-kuberay: GPUs that a node has (default: 8)",
     )
     add_options(serve, server_options())
     serve.set_defaults(run=_run, parser=serve)
@@ -70,10 +82,19 @@ def _run(args: argparse.Namespace) -> None:
             KEY_VARIABLE,
         )
     settings = Settings.from_options(options)
+    set_format(settings.router.log_format)
     settings.router.keys()
     model = settings.engine.model.model
     if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
         raise CheckpointError(f"there is no folder {model!r}")
+    if args.gpus_per_node is not None and not args.print_kuberay:
+        raise ConfigError("--gpus-per-node needs --print-kuberay")
+    if args.print_kuberay:
+        from deploy.kuberay import GPUS_PER_NODE, manifest
+
+        given_gpus = args.gpus_per_node
+        print(manifest(settings, GPUS_PER_NODE if given_gpus is None else given_gpus), end="")
+        return
     if args.print_serve_config:
         from deploy.serve_config import serve_config
 

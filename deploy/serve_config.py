@@ -1,5 +1,7 @@
 """The configuration for ``serve deploy`` that says what ``manta serve`` with these options does."""
 
+from typing import Any
+
 import yaml
 
 from deploy.settings import Settings
@@ -19,23 +21,28 @@ ENVIRONMENT = """\
 
 def serve_config(settings: Settings) -> str:
     """YAML. Raises ConfigError for options that only ``manta serve`` can honour."""
+    if settings.router.max_connections_per_client is not None:
+        raise ConfigError(
+            "max_connections_per_client is for `manta serve`; for `serve deploy` set"
+            " MANTA_CLIENT_CONNECTIONS in the environment of the cluster's nodes"
+        )
+    return ENVIRONMENT + str(yaml.safe_dump(application(settings), sort_keys=False))
+
+
+def application(settings: Settings) -> dict[str, Any]:
+    """What Ray Serve is to run. Raises ConfigError for a certificate, which it cannot have."""
     router = settings.router
     if router.ssl_certfile is not None:
         raise ConfigError(
             "ssl_certfile and ssl_keyfile are for `manta serve`; before an application of"
             " `serve deploy` put a proxy that has the certificate"
         )
-    if router.max_connections_per_client is not None:
-        raise ConfigError(
-            "max_connections_per_client is for `manta serve`; for `serve deploy` set"
-            " MANTA_CLIENT_CONNECTIONS in the environment of the cluster's nodes"
-        )
     args = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in settings.options.items()
         if name not in ("host", "port")
     }
-    config = {
+    return {
         "proxy_location": "EveryNode",
         "http_options": {"host": router.host, "port": router.port},
         "applications": [
@@ -47,4 +54,3 @@ def serve_config(settings: Settings) -> str:
             }
         ],
     }
-    return ENVIRONMENT + str(yaml.safe_dump(config, sort_keys=False))

@@ -5,10 +5,13 @@ import os
 from deploy import haproxy
 from deploy.ports import free_ports
 from engine.folders import RunFolder
+from engine.log import FORMAT_VARIABLE
 from router.config import RouterConfig
 
 LONGEST_STREAM = 24 * 3600  # seconds that an HAProxy which was replaced goes on with its streams
-_CALLBACK = "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH"
+CALLBACK = "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH"
+GUARD = "deploy.haproxy_guard.install"
+OWN_DRAIN = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"
 
 
 def everywhere(router: RouterConfig) -> dict[str, str]:
@@ -29,13 +32,14 @@ def everywhere(router: RouterConfig) -> dict[str, str]:
         # Else a replica whose host vanished is sent requests for 5 s more.
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
         # ``deploy.server`` drains better.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        OWN_DRAIN: "0",
         haproxy.HOST: router.host,
+        FORMAT_VARIABLE: router.log_format,
     }
     if router.max_connections_per_client is not None:
         variables[haproxy.CLIENT_CONNECTIONS] = str(router.max_connections_per_client)
-    if not os.environ.get(_CALLBACK):  # an operator's own goes before
-        variables[_CALLBACK] = "deploy.haproxy_guard.install"
+    if not os.environ.get(CALLBACK):  # an operator's own goes before
+        variables[CALLBACK] = GUARD
     return variables
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from deploy import haproxy, serve_environment
+from deploy import haproxy, serve_environment, worker_logs
 from deploy.settings import Settings
 from engine.addresses import address_family, host_port
 from engine.errors import ConfigError, EngineError
@@ -84,12 +84,16 @@ class _Server:
     def start(self) -> None:
         router = self._settings.router
         self._catch_signals()
+        if router.log_format == "json":
+            worker_logs.as_json_only()
         try:
             self._start_ray()
         except SystemExit as exit:  # a signal that came while Ray's own handler was there
             if exit.code != signal.SIGTERM:
                 raise
             raise _StoppedEarly from None
+        if router.access_log or router.log_format == "json":
+            worker_logs.forward(router.log_format == "json")
         self._catch_signals()  # Ray has set handlers of its own
         from ray import serve
 

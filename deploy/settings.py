@@ -14,6 +14,7 @@ from engine.vllm_options import translated
 from router.config import RouterConfig
 
 CPU_STEP_TOKENS = 320
+STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a replica
 
 
 @dataclass(frozen=True)

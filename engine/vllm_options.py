@@ -62,7 +62,7 @@ _TABLE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "manta runs no code of checkpoints, and needs none for the models that it knows": {
         "trust_remote_code": _ON_OR_OFF, "code_revision": (), "model_impl": ("auto", "vllm"),
     },
-    "manta logs no requests; /metrics counts them": {
+    "/metrics counts requests, and --access-log logs them without their text": {
         "disable_log_requests": _ON_OR_OFF, "enable_log_requests": (False,),
         "enable_log_outputs": (False,), "enable_log_deltas": _ON_OR_OFF, "max_log_len": (ANY,),
         "disable_uvicorn_access_log": _ON_OR_OFF, "disable_access_log_for_endpoints": (ANY,),

@@ -14,13 +14,24 @@ from cluster.client import EngineClient
 from engine.errors import MantaError
 from engine.tokenizer import Tokenizer
 from router import responses
+from router.access import AccessLog
 from router.bodies import receive_body
 from router.chat import answer_chat, render
 from router.completions import answer_completion
 from router.config import RouterConfig
+from router.dashboard import Dashboard, open_paths
 from router.errors import ApiError, api_error, unavailable, wrong
 from router.fields import read
-from router.guard import Head, KeyGuard, OldHttp, RequestId, RootPath, Unforeseen, given_id
+from router.guard import (
+    OPEN_PATHS,
+    Head,
+    KeyGuard,
+    OldHttp,
+    RequestId,
+    RootPath,
+    Unforeseen,
+    given_id,
+)
 from router.metrics import CONTENT_TYPE, PREFIXES
 from router.openapi import describe
 from router.replies import Reply
@@ -32,7 +43,8 @@ from router.schema import (
     Sampling,
     TokenizeRequest,
 )
-from router.service import Look, Others, Service, engines_by_id
+from router.service import Look, Others, Service
+from router.states import engine_states
 from router.stats import AnswerCounter
 
 T = TypeVar("T")
@@ -64,7 +76,8 @@ def build_app(
         app.add_exception_handler(kind, _on_error)
     app.add_middleware(Unforeseen)
     if config.api_key:
-        app.add_middleware(KeyGuard, keys=config.api_key)
+        opened = {*OPEN_PATHS, *(open_paths() if config.dashboard else ())}
+        app.add_middleware(KeyGuard, keys=config.api_key, open_paths=opened)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=config.allowed_origins,
@@ -73,11 +86,15 @@ def build_app(
     )
     app.add_middleware(AnswerCounter, stats=service.stats)
     app.add_middleware(RequestId)
+    if config.access_log:
+        app.add_middleware(AccessLog)
     app.add_middleware(OldHttp)
     if config.root_path:
         app.add_middleware(RootPath, path=config.root_path)
     app.add_middleware(Head)
     _Routes(service, version).add_to(app)
+    if config.dashboard:
+        Dashboard(service, version).add_to(app)
     describe(app, keys=bool(config.api_key))
     return app
 
@@ -195,19 +212,7 @@ class _Routes:
 
     async def load(self) -> Response:
         """What the engines have to do."""
-        states = [
-            responses.EngineState(
-                engine_id=engine.info.engine_id,
-                healthy=engine.healthy,
-                draining=engine.load.draining,
-                running=engine.load.running,
-                waiting=engine.load.waiting,
-                waiting_tokens=engine.load.waiting_tokens,
-                free_blocks=engine.load.free_blocks,
-                blocks=engine.info.num_device_blocks,
-            )
-            for engine in engines_by_id(self._service.engines)
-        ]
+        states = engine_states(self._service.engines)
         return _json(responses.Load(server_load=self._service.stats.in_flight, engines=states))
 
     async def version(self) -> Response:

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.config import group_of, option
 from engine.errors import ConfigError
+from engine.log import FORMATS
 from engine.vllm_options import translated
 
 
@@ -27,8 +28,13 @@ class RouterConfig:
     api_key_file: str | None = option(
         None, "a file with such keys, one a line: unlike --api-key, `ps` does not show them"
     )
+    dashboard: bool = option(True, "serve /dashboard: live plots and a playground, in a browser")
     ssl_keyfile: str | None = option(None, "the private key, to serve HTTPS")
     ssl_certfile: str | None = option(None, "the certificate, to serve HTTPS")
+    access_log: bool = option(
+        False, "log a line for each request: its id, status, tokens and times, never its text"
+    )
+    log_format: str = option("text", "lines for people, or JSON objects", choices=FORMATS)
     root_path: str = option("", "the path under which a proxy in front serves this")
     allowed_origins: tuple[str, ...] = option(
         ("*",), "origins whose web pages may call this (CORS); repeatable"

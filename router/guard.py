@@ -3,11 +3,12 @@
 import hashlib
 import hmac
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.errors import ApiError, api_error, wrong
+from router.sessions import Sessions
 
 OPEN_PATHS = ("/health", "/metrics")
 REQUEST_ID = b"x-request-id"
@@ -131,15 +132,27 @@ def _header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in scope["headers"] if key == name), None)
 
 
-class KeyGuard:
-    """ASGI middleware: lets nobody through without one of the keys, but to ``OPEN_PATHS``.
+class Keys:
+    """The API keys, compared as digests, each with each, in a time that tells nothing of them."""
 
-    Keys are compared as digests, each with each, in a time that tells nothing of them.
-    """
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self._app = app
+    def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [_digest(key.encode()) for key in keys]
+
+    def known(self, key: bytes) -> bool:
+        """Whether it is one of them."""
+        digest = _digest(key.strip())
+        return any([hmac.compare_digest(digest, known) for known in self._digests])
+
+
+class KeyGuard:
+    """ASGI middleware: lets nobody through without one of the keys or a session of the dashboard,
+    but to ``open_paths``."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Collection[str]) -> None:
+        self._app = app
+        self._keys = Keys(keys)
+        self._sessions = Sessions(keys)
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._open(scope):
@@ -152,29 +165,38 @@ class KeyGuard:
                 return
         await self._app(scope, receive, send)
 
-    @staticmethod
-    def _open(scope: Scope) -> bool:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        return path in OPEN_PATHS
+    def _open(self, scope: Scope) -> bool:
+        return path_of(scope) in self._open_paths
 
     def _problem(self, scope: Scope) -> str | None:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if not given:
+        given = _header(scope, b"authorization")
+        if given is None:
+            if self._sessions.accepts(scope):
+                return None
             return "no API key: send it as 'Authorization: Bearer KEY'"
-        kind, _, key = given[0].partition(b" ")
-        digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if kind.lower() != b"bearer" or not any(matches):
+        kind, _, key = given.partition(b" ")
+        if not self._keys.known(key) or kind.lower() != b"bearer":
             return "the API key is wrong"
         return None
 
 
+def path_of(scope: Scope) -> str:
+    """The path of a request, below the one where a proxy serves this."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def client_of(scope: Scope, by_key: bool) -> str:
     """Who a request is from: the digest of its API key, or the address that HAProxy saw."""
-    name = b"authorization" if by_key else b"x-forwarded-for"
-    given = [value for header, value in scope["headers"] if header == name]
-    if by_key:
-        return _digest(given[0].partition(b" ")[2].strip()).hex() if given else ""
+    if not by_key:
+        return client_address(scope)
+    given = _header(scope, b"authorization")
+    return "" if given is None else _digest(given.partition(b" ")[2].strip()).hex()
+
+
+def client_address(scope: Scope) -> str:
+    """The address that a request is from; empty if nobody knows."""
+    given = [value for header, value in scope["headers"] if header == b"x-forwarded-for"]
     if given:  # HAProxy's own comes last, whatever the client has sent
         return str(given[-1].rpartition(b",")[2].strip(), "latin-1")[:64]
     peer = scope.get("client")

@@ -29,25 +29,23 @@ PATIENCE = 2.0  # seconds for an engine to answer; one that does not is left out
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 Labels = Mapping[str, str]
+Sources = list[tuple[Labels, list[Metric]]]
 
 
-async def scrape(
-    engines: Sequence[EngineClient],
-    name: str | None,
-    ingress: Mapping[str, list[Metric]],
-    names: str,
-) -> bytes:
-    """Prometheus text of engines, asked now, and of ingress processes by their ids.
+async def collect(
+    engines: Sequence[EngineClient], name: str | None, ingress: Mapping[str, list[Metric]]
+) -> Sources:
+    """The metrics of engines, asked now, and of ingress processes by their ids, with the labels of
+    each.
 
-    name: of the model; each engine's own by default. names: a key of ``PREFIXES``.
+    name: of the model; each engine's own by default.
     """
     counted = await asyncio.gather(*map(_ask, engines))
-    sources: list[tuple[Labels, list[Metric]]] = [
+    sources: Sources = [
         ({"model_name": name or engine.info.model, "engine": engine.info.engine_id}, metrics)
         for engine, metrics in zip(engines, counted, strict=True)
     ]
-    sources += [({"ingress": id}, metrics) for id, metrics in sorted(ingress.items())]
-    return render(sources, names)
+    return sources + [({"ingress": id}, metrics) for id, metrics in sorted(ingress.items())]
 
 
 async def _ask(engine: EngineClient) -> list[Metric]:
@@ -59,7 +57,10 @@ async def _ask(engine: EngineClient) -> list[Metric]:
 
 
 def render(sources: Iterable[tuple[Labels, list[Metric]]], names: str) -> bytes:
-    """Prometheus text of several sources' metrics, each with labels of its own."""
+    """Prometheus text of several sources' metrics, each with labels of its own.
+
+    names: a key of ``PREFIXES``.
+    """
     families: dict[str, Family] = {}
     for labels, metrics in sources:
         for metric in metrics:

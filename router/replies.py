@@ -5,6 +5,7 @@ import asyncio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from router.access import remember
 from router.answers import DONE, Answer
 from router.errors import api_error, client_closed
 from router.guard import client_of
@@ -64,6 +65,7 @@ class Reply(Response):
                 answer.streaming,
                 client_of(scope, by_key=bool(answer.service.config.api_key)),
             ) as generations:
+                remember(scope, generations)
                 if answer.streaming:
                     own = [(name.encode(), value.encode()) for name, value in self._id.items()]
                     headers = [*STREAM_HEADERS, *own]

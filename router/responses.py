@@ -192,6 +192,7 @@ class EngineState(msgspec.Struct, kw_only=True):
     engine_id: str
     healthy: bool
     draining: bool
+    recovering: bool
     running: int
     waiting: int
     waiting_tokens: int

@@ -11,7 +11,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
-    Iterator,
     Mapping,
     Sequence,
 )
@@ -34,8 +33,9 @@ from router.balance import Balancer
 from router.config import RouterConfig
 from router.errors import ApiError, too_long
 from router.generation import Generation, Prompt
-from router.metrics import scrape
+from router.metrics import Sources, collect, render
 from router.rendering import Renderer
+from router.states import engines_by_id, engines_metric
 from router.stats import RouterStats
 
 INLINE_CHARACTERS = 4096  # longer texts are made tokens in a thread, off the event loop
@@ -366,15 +366,19 @@ class Service:
 
     def metrics(self) -> list[Metric]:
         """What this process has counted."""
-        return self.stats.metrics()
+        return [*self.stats.metrics(), engines_metric(self.engines)]
 
-    async def scrape(self, names: str) -> bytes:
-        """The whole application's metrics as Prometheus text; ``names`` as in router/metrics.py."""
+    async def sources(self) -> Sources:
+        """The metrics of the whole application."""
         ingress = {} if self._others is None else dict(await self._others())
         ingress[self.id] = self.metrics()
         served = self.config.served_model_name
         engines = list(engines_by_id(self.engines))
-        return await scrape(engines, served[0] if served else None, ingress, names)
+        return await collect(engines, served[0] if served else None, ingress)
+
+    async def scrape(self, names: str) -> bytes:
+        """The whole application's metrics as Prometheus text; ``names`` as in router/metrics.py."""
+        return render(await self.sources(), names)
 
     def _observe(self, generations: list[Generation]) -> None:
         for generation in generations:
@@ -410,8 +414,3 @@ class _Route:
 
     def moved(self, cause: str, seconds: float) -> None:
         self.service.stats.moved(cause, seconds)
-
-
-def engines_by_id(engines: Collection[EngineClient]) -> Iterator[EngineClient]:
-    """The engines, always in the same order."""
-    return iter(sorted(engines, key=lambda engine: engine.info.engine_id))

@@ -19,6 +19,7 @@ if [ "${1:-demo}" = test ]; then
   need openssl openssl
   need prometheus prometheus
   need promtool prometheus
+  need chromium chromium
 fi
 [ ${#missing[@]} -gt 0 ] || exit 0
 

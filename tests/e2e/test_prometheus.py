@@ -1,9 +1,13 @@
-"""A real Prometheus scrapes a loaded server: every metric is there, and the counters add up."""
+"""A real Prometheus scrapes a loaded server: every metric is there, the counters add up, and what
+the dashboards and alerts of deploy/grafana ask for has an answer."""
 
 import asyncio
 import json
+import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -13,11 +17,14 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+import yaml
 
+from cluster.processes import descendants
 from deploy.http_stream import HttpClient
 from deploy.load import Outcome, Shot, fire
 from deploy.ports import free_ports
-from tests.support.served import Served, serve
+from tests.support.served import ROOT, Served, serve
 from tests.support.waiting import PATIENCE, until
 
 MODEL = "manta-demo"
@@ -45,6 +52,11 @@ OUR_OWN = [
     "recomputed_tokens_total", "cpu_kv_blocks_used", "step_time_seconds",
     "router_stage_seconds", "http_requests_total",
 ]  # fmt: skip
+
+SHIPPED = ROOT / "deploy" / "grafana"
+OF_FAILOVERS = ("failover_seconds_bucket",)  # the last test has one
+OF_GPUS = ("ray_node_gpu", "ray_node_gram")
+VARIABLES = {"$model": ".*", "$engine": ".*", "$__rate_interval": "5m"}
 
 
 class Prometheus:
@@ -83,21 +95,35 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Served]:
-    with serve(*OPTIONS) as served:
+def ray_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("r")
+
+
+@pytest.fixture(scope="module")
+def server(ray_folder: Path) -> Iterator[Served]:
+    with serve(*OPTIONS, RAY_TMPDIR=str(ray_folder)) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def prometheus(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def prometheus(
+    server: Served, ray_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
     assert shutil.which("prometheus"), "Prometheus is needed: apt-get install prometheus"
     folder: Path = tmp_path_factory.mktemp("prometheus")
+    (agent,) = ray_folder.glob("manta-*/ray/session_2*/metrics_export_port_*")
+    ports = {"manta": server.port, "ray": int(agent.read_text())}
     config = {
-        "global": {"scrape_interval": "250ms", "scrape_timeout": "250ms"},
+        "global": {
+            "scrape_interval": "250ms", "scrape_timeout": "250ms", "evaluation_interval": "1s",
+        },
+        "rule_files": [str(SHIPPED / "alerts.yml")],
         "scrape_configs": [
-            {"job_name": "manta", "static_configs": [{"targets": [f"127.0.0.1:{server.port}"]}]}
+            {"job_name": name, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
+            for name, port in ports.items()
         ],
-    }
+    }  # fmt: skip
+    config["scrape_configs"][1] |= {"scrape_interval": "1s", "scrape_timeout": "1s"}
     (folder / "prometheus.yml").write_text(json.dumps(config))
     (port,) = free_ports(1)
     with (folder / "log").open("wb") as log:
@@ -229,3 +255,92 @@ def test_promtool_finds_nothing_but_the_names_of_vllm(server: Served) -> None:
         'manta:iteration_tokens_total non-counter metrics should not have "_total" suffix'
     ]
     assert done.returncode == 3  # lint; 1 would be text that cannot be parsed
+
+
+# ---- what is shipped for Grafana and Prometheus ----
+
+
+def shipped_queries() -> Iterator[tuple[str, str]]:
+    """(where, query) of every panel; of alerts what is compared last with a number."""
+    for file in sorted(SHIPPED.glob("dashboards/*.json")):
+        for panel in json.loads(file.read_text())["panels"]:
+            for target in panel.get("targets", ()):
+                query = target["expr"]
+                for name, value in VARIABLES.items():
+                    query = query.replace(name, value)
+                yield f"{file.stem}: {panel['title']}", query
+    for rule in yaml.safe_load((SHIPPED / "alerts.yml").read_text())["groups"][0]["rules"]:
+        value = re.fullmatch(r"(.*) (?:>|==) [\d.]+", rule["expr"])
+        assert value is not None, rule
+        yield rule["alert"], value[1].replace("manta:", "${prefix}")
+
+
+@pytest.mark.parametrize("prefix", ["manta:", "ray_manta_"])
+def test_every_panel_and_alert_has_data(
+    prefix: str, server: Served, prometheus: Prometheus
+) -> None:
+    """Under the names of /metrics, and under those that Ray's own Prometheus has."""
+    queries = list(shipped_queries())
+    assert len(queries) > 70
+    exempt = OF_FAILOVERS if torch.cuda.is_available() else OF_FAILOVERS + OF_GPUS
+    missing = {
+        (where, query.replace("${prefix}", prefix))
+        for where, query in queries
+        if not any(name in query for name in exempt) and not query.startswith("absent(")
+    }
+    assert len(missing) > 60
+
+    def all_there() -> bool:
+        for where, query in sorted(missing):
+            answers = [float(one["value"][1]) for one in prometheus.ask(query)]
+            if any(math.isfinite(answer) for answer in answers):
+                missing.discard((where, query))
+        return not missing
+
+    until(lambda: bool(prometheus.ask(f"{prefix}num_preemptions_total > 0")), PATIENCE)
+    if prefix != "manta:":  # Ray's agent knew nothing of the first load until it was over
+        load(server)
+    try:
+        until(all_there, PATIENCE)
+    except AssertionError:
+        raise AssertionError("\n".join(map(str, sorted(missing)))) from None
+
+
+def test_an_alert_is_raised_by_what_it_is_for(server: Served, prometheus: Prometheus) -> None:
+    """That on KV blocks; it has ten minutes to last before it would be sent."""
+    pressure = 'ALERTS{alertname="MantaKvPressure",alertstate="pending"}'
+    for _ in range(10):
+        load(server)
+        if prometheus.ask(pressure):
+            break
+    until(lambda: bool(prometheus.ask(pressure)), PATIENCE)
+    raised = {one["metric"]["alertname"] for one in prometheus.ask("ALERTS")}
+    assert not raised & {"MantaGone", "MantaNoEngine", "MantaNoProgress", "MantaErrors"}
+
+
+def test_a_failover_is_counted_and_raised(server: Served, prometheus: Prometheus) -> None:
+    """The engine is killed in the middle of a stream, which goes on at its successor."""
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 400, "stream": True, "ignore_eos": True,
+            "stream_options": {"include_usage": True}}  # fmt: skip
+    url = f"{server.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=PATIENCE) as answer:
+        pieces = answer.iter_text()
+        next(pieces)
+        (engine,) = [
+            one.pid
+            for one in descendants([server.process.pid])
+            if re.search(
+                rb"ServeReplica:manta.*:Engine", Path(f"/proc/{one.pid}/cmdline").read_bytes()
+            )
+        ]
+        os.kill(engine, signal.SIGKILL)
+        assert '"completion_tokens":400' in "".join(pieces)
+    until(lambda: prometheus.sum("requests_moved_total", cause="lost") == 1, PATIENCE)
+    queries = [q for _, q in shipped_queries() if any(name in q for name in OF_FAILOVERS)]
+    assert queries
+    for query in queries:
+        text = query.replace("${prefix}", "manta:")
+        until(lambda text=text: any(math.isfinite(float(one["value"][1]))
+                                    for one in prometheus.ask(text)), PATIENCE)  # fmt: skip
+    raised = 'ALERTS{alertname="MantaFailovers",alertstate="firing",cause="lost"}'
+    until(lambda: bool(prometheus.ask(raised)), PATIENCE)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("curl", "node", "npm", "openssl", "prometheus", "promtool", "g++")
-ALL = "curl g++ nodejs npm openssl prometheus python3-venv"
+PROGRAMS = ("chromium", "curl", "node", "npm", "openssl", "prometheus", "promtool", "g++")
+ALL = "chromium curl g++ nodejs npm openssl prometheus python3-venv"
 # Says what it was asked for, and does it.
 APT = """#!/bin/sh
 echo "$@" >> calls
 [ "$1" = install ] || exit 0
 [ -e broken ] && exit 100
-for name in curl node npm openssl prometheus promtool g++; do cp empty bin/$name; done
+for name in chromium curl node npm openssl prometheus promtool g++; do cp empty bin/$name; done
 """
 
 
