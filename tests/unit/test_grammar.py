@@ -35,7 +35,7 @@ def grammars(tokenizer):
 
 @pytest.fixture(scope="module")
 def pieces(tokenizer):
-    return tokenizer.backend.byte_decoder.pieces
+    return tokenizer.backend.byte_decoder.all
 
 
 @pytest.fixture(scope="module")
