@@ -129,9 +129,15 @@ def token_ids(events: list[bytes], body: bytes) -> tuple[int, ...]:
 
 
 async def soak(
-    served: Served, seconds: float, streams: int, seed: int = 0, vanishing: float = VANISHING
+    served: Served,
+    seconds: float,
+    streams: int,
+    seed: int = 0,
+    vanishing: float = VANISHING,
+    least: int = 0,
 ) -> Soak:
-    """Load a server, and look at it afterwards, when it is idle again."""
+    """Load a server until the time is over and ``least`` answers have come, and look at it
+    afterwards, when it is idle again."""
     found, client, draw = Soak(), HttpClient(served.url), random.Random(seed)
     pool = variants()
     end = time.monotonic() + seconds
@@ -158,7 +164,7 @@ async def soak(
             found.errors[f"{answer.status}: {answer.body.decode()}"] += 1
 
     async def one_client() -> None:
-        while time.monotonic() < end:
+        while time.monotonic() < end or (len(found.answers) < least and not found.errors):
             # Most of the vanishing go early; some late, when their answer has begun.
             patience = draw.expovariate(1 / 0.5) if draw.random() < vanishing else None
             await ask(draw.choice(pool), draw.random() < 0.7, patience)
