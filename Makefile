@@ -19,7 +19,7 @@ serve: .venv/ready
 	$(BIN)/manta serve
 
 test: system-test .venv/ready tests/node/node_modules/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python tools/run_tests.py
 
 # 100,000 requests through the scheduler, without a model; some minutes.
 soak-scheduler: .venv/ready

@@ -9,6 +9,7 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 from deploy import bench_serve, chat, control, doctor, replay, serve_command
@@ -82,6 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@cache
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="manta", description="Serve large language models.")
     parser.add_argument("--version", action="version", version=f"manta {__version__}")

@@ -135,7 +135,7 @@ class Service:
         if self._missing_since is None:
             self._missing_since = now
         start = self._model.info.start_seconds if self._model is not None else 0.0
-        left = self._missing_since + start + REPLACING - now
+        left = start + REPLACING - (now - self._missing_since)
         return max(1, min(MOST_RETRY_AFTER, math.ceil(left)))
 
     def _admitting(self) -> list[EngineClient]:

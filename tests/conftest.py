@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -14,6 +15,13 @@ if not torch.cuda.is_available():  # before Triton is imported: its interpreter 
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.parity.tiny_models import TINY_MODELS
+from tests.support.waiting import PATIENCE
+
+# In this process: tiny models are no quicker with more, and wait for each of them while others want
+# the cores. Servers and workers have processes, and threads, of their own.
+torch.set_num_threads(1)
+# What httpx waits for unless it is told otherwise: five seconds are a test of the machine.
+httpx._config.DEFAULT_TIMEOUT_CONFIG.__init__(PATIENCE)
 
 
 @pytest.fixture(scope="session")

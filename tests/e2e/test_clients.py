@@ -65,9 +65,9 @@ def busy(server: Served) -> Iterator[None]:
 def wait_until(server: Served, running: int, waiting: int) -> None:
     """Until the engine has so much to do."""
     headers = {"Authorization": f"Bearer {KEY}"}
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while True:
-        (load,) = httpx.get(f"{server.url}/load", headers=headers, timeout=10).json()["engines"]
+        (load,) = httpx.get(f"{server.url}/load", headers=headers).json()["engines"]
         if (load["running"], load["waiting"]) == (running, waiting):
             return
         assert time.monotonic() < deadline, load

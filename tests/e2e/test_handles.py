@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import pytest
@@ -27,6 +26,7 @@ from manta import (
 )
 from router.app import build_app
 from router.config import RouterConfig
+from tests.support.served import left_of
 from tests.support.waiting import PATIENCE, until
 
 OPTIONS = {
@@ -52,8 +52,12 @@ except manta.EngineError as error:
 """
 
 
+SESSION = f"handles-{os.getpid()}"
+
+
 @pytest.fixture(scope="module")
 def cluster():
+    os.environ["MANTA_TEST"] = SESSION
     ray.init(
         "local",
         num_cpus=2,
@@ -137,10 +141,10 @@ def test_one_that_does_not_answer_keeps_nobody_waiting(engine):
 
     async def main():
         engines = Engines("engine:shared")
-        for least, most in ((1.9, 4.0), (0.0, 0.5)):  # the first look learns it
+        for waits in (True, False):  # the first look learns it
             started = time.monotonic()
             await engines.look()
-            assert least < time.monotonic() - started < most
+            assert (time.monotonic() - started > 1.9) == waits
             assert [client.healthy for client in engines] == [True]
         await engines.close()  # while it is still being tried
         assert not engines._connecting and not engines._clients
@@ -266,11 +270,8 @@ def test_many_drivers_and_one_that_is_killed(engine):
 
 
 def engine_pid():
-    return next(
-        int(entry)
-        for entry in os.listdir("/proc")
-        if entry.isdigit() and "EngineActor" in Path(f"/proc/{entry}/cmdline").read_text()
-    )
+    (found,) = [entry for entry in left_of(SESSION) if "EngineActor" in entry]
+    return int(found.split()[0])
 
 
 def test_an_engine_that_is_killed_comes_again_and_its_requests_go_on(engine):

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.listeners import listeners
 from tests.support.served import Served, serve
+from tests.support.waiting import PATIENCE
 
 SHARE = 60  # connections of one address
 HOSTILE = "127.0.0.66"
@@ -38,14 +39,14 @@ def served() -> Iterator[Served]:
 
 def connect(served: Served, data: bytes, source: str = HOSTILE) -> socket.socket:
     """A connection from a loopback address that has sent ``data``."""
-    connection = socket.create_connection(("127.0.0.1", served.port), 60, (source, 0))
+    connection = socket.create_connection(("127.0.0.1", served.port), PATIENCE, (source, 0))
     connection.sendall(data)
     return connection
 
 
 def answered(served: Served) -> bool:
     body = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
-    return httpx.post(f"{served.url}/v1/completions", json=body, timeout=30).status_code == 200
+    return httpx.post(f"{served.url}/v1/completions", json=body).status_code == 200
 
 
 def test_only_the_clients_port_is_open_to_other_machines(served: Served) -> None:

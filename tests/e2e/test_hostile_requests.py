@@ -14,7 +14,7 @@ from cluster import loop
 from router import bodies
 from router.guard import client_of
 from tests.support.server import Server, serving
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 CHAT = "/v1/chat/completions"
 HELLO = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
@@ -28,7 +28,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def http(server: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url) as client:
         yield client
 
 
@@ -41,7 +41,7 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
 
 def half_a_body(server: Server, size: int) -> socket.socket:
     """A connection that has sent ``size`` bytes of a body and no more of it."""
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
     head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {size + 100}\r\n\r\n"
     connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode() + b"x" * size)
     return connection
@@ -195,7 +195,7 @@ def test_log_probabilities_of_all_requests_have_a_limit(server: Server, monkeypa
     body = {**HELLO, "max_tokens": 25, "ignore_eos": True, "logprobs": -1}
 
     async def ask() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=server.url) as client:
             return await asyncio.gather(
                 *(client.post("/v1/completions", json=body) for _ in range(5))
             )
@@ -255,7 +255,7 @@ def test_a_client_with_many_requests_holds_nobody_else_up() -> None:
 
     async def ask(url: str) -> None:
         limits = httpx.Limits(max_connections=100)
-        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=url, limits=limits) as client:
             hog = [asyncio.create_task(one(client, "hog", "10.0.0.1")) for _ in range(30)]
             await asyncio.to_thread(until, lambda: server.engine.scheduler.num_waiting > 20)
             await one(client, "late", "10.0.0.2")

@@ -28,7 +28,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def http(server: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30) as client:
+    with httpx.Client(base_url=server.url) as client:
         yield client
 
 
@@ -282,7 +282,7 @@ def test_an_engine_that_dies_in_a_stream(server: Server) -> None:
         for path in ("/health", "/v1/models"):
             assert http.get("/health").status_code == 503, path
         response = http.post("/v1/completions", json={"prompt": FRANCE})
-        assert response.status_code == 503 and response.headers["retry-after"] == "5"
+        assert response.status_code == 503 and 1 <= int(response.headers["retry-after"]) <= 5
         error_of(response)
         until(lambda: server.service.stats.in_flight == 0)
 
@@ -314,7 +314,8 @@ def test_starting(server: Server) -> None:
                 http.get("/health"),
                 http.get("/v1/models"),
             ):
-                assert response.status_code == 503 and response.headers["retry-after"] == "5"
+                assert response.status_code == 503
+                assert 1 <= int(response.headers["retry-after"]) <= 5
                 assert error_of(response)["code"] == "starting"
     finally:
         server.engines.extend(engines)
@@ -330,7 +331,7 @@ def test_keys_names_and_unknown_fields() -> None:
         "allowed_origins": ["https://a.example"],
         "request_timeout": 0.2,
     }
-    with serving(router) as server, httpx.Client(base_url=server.url, timeout=30) as http:
+    with serving(router) as server, httpx.Client(base_url=server.url) as http:
         for path in ("/v1/models", "/version", "/load", "/docs", "/openapi.json", "/tokenize"):
             for headers in ({}, {"authorization": "Bearer sk-c"}, {"authorization": "sk-a"},
                             {"authorization": "Basic sk-a"}):  # fmt: skip
@@ -378,7 +379,7 @@ def test_two_engines_share_the_work(server: Server) -> None:
     second = asyncio.run_coroutine_threadsafe(start, server._loop).result()
     server.engines.append(second)
     try:
-        with httpx.Client(base_url=server.url, timeout=30) as http:
+        with httpx.Client(base_url=server.url) as http:
             for number in range(24):
                 body = {"prompt": f"{number} " * 40, "max_tokens": 1}
                 for _ in range(2):

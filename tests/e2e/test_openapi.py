@@ -20,6 +20,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.support.server import Server, serving
+from tests.support.waiting import PATIENCE
 
 KEY = "sk-test"
 CHECKS = [
@@ -69,7 +70,7 @@ def test_reading(path: str, schema: BaseSchema) -> None:
     @settings(max_examples=5, **SETTINGS)
     @given(case=schema[path]["get"].as_strategy())
     def attempt(case: schemathesis.Case) -> None:
-        case.call_and_validate(checks=CHECKS, timeout=20)
+        case.call_and_validate(checks=CHECKS, timeout=PATIENCE)
 
     attempt()
 
@@ -84,7 +85,7 @@ def test_valid_requests(path: str, schema: BaseSchema) -> None:
     def attempt(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict):
             case.body = likely(case.body)
-        statuses.append(case.call_and_validate(checks=CHECKS, timeout=20).status_code)
+        statuses.append(case.call_and_validate(checks=CHECKS, timeout=PATIENCE).status_code)
 
     attempt()
     assert statuses.count(200) >= 5, statuses
@@ -126,7 +127,7 @@ def test_invalid_requests(path: str, schema: BaseSchema) -> None:
     @settings(max_examples=60, **SETTINGS)
     @given(case=schema[path]["post"].as_strategy(generation_mode=negative))
     def attempt(case: schemathesis.Case) -> None:
-        case.call_and_validate(checks=CHECKS, timeout=20)
+        case.call_and_validate(checks=CHECKS, timeout=PATIENCE)
 
     attempt()
 

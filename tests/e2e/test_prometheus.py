@@ -63,7 +63,7 @@ class Prometheus:
     """A running Prometheus, and questions to it."""
 
     def __init__(self, port: int) -> None:
-        self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
+        self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}")
 
     def ask(self, query: str) -> list[dict[str, Any]]:
         """The series of an instant query; none while it starts."""
@@ -204,7 +204,7 @@ def test_clients_that_vanish_are_counted(server: Served, prometheus: Prometheus)
     body = {"model": MODEL, "prompt": "x", "max_tokens": 400, "stream": True, "ignore_eos": True}
     whole = {**body, "stream": False, "n": 16, "temperature": 1}
     for _ in range(3):
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
             next(answer.iter_raw())
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}/v1/completions", json=whole, timeout=0.2)
@@ -219,7 +219,7 @@ def test_clients_that_vanish_are_counted(server: Served, prometheus: Prometheus)
 
 def test_every_metric_is_there(server: Served, prometheus: Prometheus) -> None:
     prometheus.wait_for_scrape()
-    text = httpx.get(f"{server.url}/metrics", timeout=10).text
+    text = httpx.get(f"{server.url}/metrics").text
     families = dict(re.findall(r"^# TYPE manta:(\S+) (\S+)$", text, re.MULTILINE))
     assert families.keys() >= {*FROM_VLLM, *OUR_OWN}
     known = prometheus.names()
@@ -237,7 +237,7 @@ def test_every_metric_is_there(server: Served, prometheus: Prometheus) -> None:
 
 
 def promtool(server: Served, names: str) -> subprocess.CompletedProcess[str]:
-    text = httpx.get(f"{server.url}/metrics", params={"names": names}, timeout=10).text
+    text = httpx.get(f"{server.url}/metrics", params={"names": names}).text
     command = ["promtool", "check", "metrics"]
     return subprocess.run(command, input=text, capture_output=True, text=True)
 

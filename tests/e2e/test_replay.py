@@ -22,6 +22,7 @@ from engine.schedule_log import FORMAT, ScheduleLog
 from manta import LLM, SamplingParams
 from tests.support.tiny_llm import start_llm
 from tests.support.tiny_tokenizer import save_tokenizer
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 128
@@ -37,13 +38,13 @@ def log(checkpoint, tokenizer, tmp_path_factory):
     """The log of a run with everything that a scheduler may do, and what its requests brought."""
     path = tmp_path_factory.mktemp("log") / "run.log"
     llm = start_llm(
-        checkpoint("llama"), tokenizer, schedule_log=str(path), num_gpu_blocks_override=20,
+        checkpoint("llama"), tokenizer, schedule_log=str(path), num_gpu_blocks_override=18,
         max_model_len=180, max_num_batched_tokens=32,
     )  # fmt: skip
     engine, rng = llm.engine, random.Random(0)
     stem = [rng.randrange(3, VOCAB) for _ in range(48)]
     outputs: dict[str, list[int]] = {}
-    for number in range(24):
+    for number in range(16):
         prompt = stem * (number % 2) + [rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 60))]
         sampling = SamplingParams(
             temperature=1.0, max_tokens=rng.randint(20, 90), seed=number, n=1 + number % 2,
@@ -160,7 +161,7 @@ def test_an_engine_that_is_killed_leaves_a_log(checkpoint, tokenizer, capsys, tm
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + PATIENCE
         while not (path.exists() and path.stat().st_size > 20_000):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)

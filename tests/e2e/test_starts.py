@@ -99,7 +99,7 @@ class Request:
         self._thread.start()
 
     def _run(self) -> None:
-        with httpx.stream("POST", self._url, json=self._body, timeout=PATIENCE) as answer:
+        with httpx.stream("POST", self._url, json=self._body) as answer:
             self.status = answer.status_code
             self.lines += (line for line in answer.iter_lines() if line)
 
@@ -123,7 +123,7 @@ def process_of(session: str, words: str) -> int:
 
 def healthy(server: Served) -> bool:
     try:
-        return httpx.get(f"{server.url}/health", timeout=PATIENCE).status_code == 200
+        return httpx.get(f"{server.url}/health").status_code == 200
     except httpx.HTTPError:
         return False
 

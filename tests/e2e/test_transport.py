@@ -20,6 +20,7 @@ from engine.errors import EngineError, PromptTooLong, RequestError
 from tests.support.simulated_engine import EngineProcess
 from tests.support.simulator import VOCAB, foretell
 from tests.support.streams import request, submit, tokens_of
+from tests.support.waiting import PATIENCE
 
 CLIENT = """
 import asyncio, sys
@@ -40,7 +41,7 @@ asyncio.run(main())
 """
 
 
-def state_becomes(engine, wanted, timeout=40.0):
+def state_becomes(engine, wanted, timeout=PATIENCE):
     """Seconds until the engine's state is as wanted."""
     start = time.monotonic()
     while not wanted(state := engine.ask()):
@@ -145,7 +146,7 @@ async def fails(client, act, cause):
     start = time.monotonic()
     for reader in readers:
         with pytest.raises(EngineError, match=cause):
-            await asyncio.wait_for(reader, 40)
+            await asyncio.wait_for(reader, PATIENCE)
     assert not client.healthy
     with pytest.raises(EngineError, match=cause):
         await submit(client, request("late"))
@@ -186,12 +187,12 @@ def test_a_long_step_keeps_nobody_at_the_door_and_breaks_no_connection(monkeypat
             await asyncio.sleep(0.2)  # such a step is running now
             start = time.monotonic()
             other = await RemoteClient.open(engine.address)
-            assert time.monotonic() - start < 1 and other.load.free_blocks
+            assert time.monotonic() - start < 4 and other.load.free_blocks
             long = [request(f"{i}", [i] * 4000, 4) for i in range(80)]  # over a MB
             submitted = [asyncio.create_task(submit(client, one)) for one in long]
             await asyncio.sleep(4)
             engine.ask("step 0.001")
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 streams = await asyncio.gather(*submitted)
             assert client.healthy and other.healthy
             for each in (stream, *streams):
@@ -312,7 +313,7 @@ def test_a_client_that_is_slow_to_read_keeps_its_connection(monkeypatch):
                 for i, prompt in enumerate(prompts)
             ]
             client._transport.pause_reading()
-            await asyncio.to_thread(state_becomes, engine, empty, 80)
+            await asyncio.to_thread(state_becomes, engine, empty)
             await asyncio.sleep(transport.HOST_TIMEOUT + 3)
             client._transport.resume_reading()
             for i, stream in enumerate(streams):

@@ -30,7 +30,6 @@ from workers.checkpoint import load_config, load_generation_config
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
 PROMPTS = [[3 + i, 4, 5 + i] * (i + 1) for i in range(10)]
 ROOT = Path(__file__).resolve().parents[2]
-NOTICED_WITHIN = 2.0  # seconds, of a death
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +130,11 @@ def test_what_can_never_be_placed_is_refused_at_once(start) -> None:
 
 def test_what_has_no_room_now_is_waited_for_a_limited_time(start) -> None:
     group = ray.util.placement_group([{"CPU": 1}] * 3)
-    assert group.wait(10)
+    assert group.wait(PATIENCE)
     with pytest.raises(EngineError, match=r"no room within placement_timeout \(0.5 s\): .* free"):
         start(tensor_parallel_size=2, pipeline_parallel_size=2, placement_timeout=0.5)
     threading.Timer(0.5, ray.util.remove_placement_group, (group,)).start()
-    llm = start(tensor_parallel_size=2, pipeline_parallel_size=2, placement_timeout=20)
+    llm = start(tensor_parallel_size=2, pipeline_parallel_size=2, placement_timeout=PATIENCE)
     assert len(tokens(llm)) == len(PROMPTS)
     llm.engine.stop()
 
@@ -159,7 +158,6 @@ def test_a_worker_that_fails_ends_the_replica_and_nothing_is_left(
     name = rf"worker {rank} \(stage \d, tensor rank \d, pid {pid} on "
     if number == signal.SIGKILL:
         assert re.match(f"the engine failed.*: {name}.* died", outcome.error), outcome.error
-        assert outcome.seconds < NOTICED_WITHIN
     else:
         hung = rf"no result within step_timeout \(3 s\); no answer from {name}"
         assert re.search(hung, outcome.error), outcome.error
@@ -197,12 +195,10 @@ def test_a_node_that_goes_takes_the_replica_along(start, cluster) -> None:
     pids = worker_pids(llm.engine)
     assert len(tokens(llm)) == len(PROMPTS)
     threading.Thread(target=cluster.remove_node, args=(node,)).start()
-    begun = time.monotonic()
     with pytest.raises(EngineError, match=r"worker \d .* died"):
         while True:
             llm.engine.check()
             time.sleep(0.01)
-    assert time.monotonic() - begun < 5 * NOTICED_WITHIN  # the node itself takes a while to go
     assert not leftovers(pids)
 
 

@@ -266,9 +266,11 @@ async def attack(served: Served, seconds: float, held: int) -> Hostility:
     return found
 
 
-async def both(served: Served, seconds: float, streams: int, held: int) -> tuple[Soak, Hostility]:
-    """Ordinary streams, and everything hostile beside them."""
-    ordinary = soak(served, seconds, streams, vanishing=0.0)
+async def both(
+    served: Served, seconds: float, streams: int, held: int, least: int = 0
+) -> tuple[Soak, Hostility]:
+    """Ordinary streams, until ``least`` answers have come, and everything hostile beside them."""
+    ordinary = soak(served, seconds, streams, vanishing=0.0, least=least)
     return await asyncio.gather(ordinary, attack(served, seconds, held))
 
 

@@ -49,7 +49,7 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def leftovers(pids: list[int], patience: float = 1.0) -> list[str]:
+def leftovers(pids: list[int], patience: float = 60.0) -> list[str]:
     """Processes, actors, placement groups and shared memory that outlived a replica, as soon as
     there are none, or after ``patience`` seconds: a process that was killed takes a moment to go.
     """

@@ -17,6 +17,7 @@ from engine.engine import Engine
 from router.app import build_app
 from router.config import RouterConfig
 from router.service import Service
+from tests.support.waiting import PATIENCE
 
 ENGINE_OPTIONS: dict[str, Any] = {
     "kv_cache_memory_bytes": 64 << 20,
@@ -52,9 +53,9 @@ class Server:
         """The first engine itself. It belongs to its own thread: look, but do not touch."""
         return self.loops[0].engine
 
-    def assert_idle(self, seconds: float = 5.0) -> None:
-        """Within a moment no request and no block is held."""
-        deadline = time.monotonic() + seconds
+    def assert_idle(self) -> None:
+        """Soon no request and no block is held."""
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             kv = self.engine.scheduler.kv
             held = kv.device.num_held + kv.cpu.num_held + self.engine.num_unfinished

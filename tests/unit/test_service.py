@@ -131,7 +131,7 @@ def test_an_engine_that_hangs_does_not_keep_what_another_can_take(monkeypatch):
 
 def test_retry_after_is_what_is_left_until_an_engine_is_replaced(monkeypatch):
     """OpenAI's clients ask twice more, after so many seconds."""
-    clock = SimpleNamespace(now=1000.0)
+    clock = SimpleNamespace(now=1020.0103092783505)  # 8 later is 8.0000000001 later, in floats
     monkeypatch.setattr("router.service.time.monotonic", lambda: clock.now)
 
     async def scenario(engine, *_):

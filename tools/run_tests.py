@@ -1,0 +1,42 @@
+"""All tests: those that start servers, and beside them, at a low priority, the others.
+
+    python tools/run_tests.py [PYTEST OPTION ...]
+
+Servers that start and end leave cores idle for half of the time, which the others use. Their output
+comes when they have ended. With a GPU, which they would have to share, they run one after the
+other.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+SERVERS = ["tests/e2e", "tests/gpu"]
+OTHERS = ["tests/house", "tests/unit", "tests/parity"]
+# One thread each: a parallel region ends when its last thread has had a core, which may be a while.
+BESIDE = ["env", "OMP_NUM_THREADS=1", "nice", "-n", "10"]
+
+
+def main(options: list[str]) -> int:
+    """The exit status: 0 if all tests passed."""
+    command = [sys.executable, "-m", "pytest", *options]
+    if torch.cuda.is_available() or (os.cpu_count() or 1) < 2:
+        return subprocess.call(command)
+    with tempfile.TemporaryFile() as output:
+        print(f"{' '.join(OTHERS)} run beside these: see below", flush=True)
+        others = subprocess.Popen([*BESIDE, *command, *OTHERS], stdout=output, stderr=output)
+        try:
+            status = subprocess.call([*command, *SERVERS])
+            status = others.wait() or status
+        finally:
+            others.kill()
+        output.seek(0)
+        sys.stdout.buffer.write(output.read())
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
