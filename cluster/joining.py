@@ -105,8 +105,13 @@ def join_own_ray(folder: Path, address: str) -> None:
     token = folder / _TOKEN
     if token.exists():
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ[_TOKEN_PATH] = str(token)
+        _use_token(token)
     join_ray(address)
+
+
+def _use_token(path: Path) -> None:
+    os.environ[_TOKEN_PATH] = str(path)
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
 
 
 def _answers(address: str) -> str | None:
@@ -229,8 +234,7 @@ class OwnRay:
         path = self.folder / _TOKEN
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32))
-        os.environ[_TOKEN_PATH] = str(path)
-        ray._raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
+        _use_token(path)
 
 
 def _own_processes() -> dict[str, list[Any]]:
