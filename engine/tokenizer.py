@@ -180,6 +180,11 @@ class Tokenizer:
                 sequences.append(spaced)
         return sequences
 
+    def chat_template(self, asked: str | None, with_tools: bool) -> str | None:
+        """The template that ``render_chat`` takes; None if there is none."""
+        name = asked or ("tool_use" if with_tools and "tool_use" in self.chat_templates else "")
+        return self.chat_templates.get(name or "default", asked)
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -201,8 +206,7 @@ class Tokenizer:
         Raises RequestError for wrong messages, for what the template refuses or has no use for,
         and if there is no template.
         """
-        name = chat_template or ("tool_use" if tools and "tool_use" in self.chat_templates else "")
-        template = self.chat_templates.get(name or "default", chat_template)
+        template = self.chat_template(chat_template, bool(tools))
         if template is None:
             raise RequestError(
                 "the checkpoint has no chat template: give one with chat_template"

@@ -21,9 +21,13 @@ TEXT = {"type": "text"}
 HARMLESS = (
     "metadata",
     "parallel_tool_calls",
+    "prediction",
     "prompt_cache_key",
     "safety_identifier",
+    "service_tier",
     "session_id",
+    "store",
+    "verbosity",
 )
 
 # Fields of OpenAI's and vLLM's APIs that are not supported, with the values at which they ask for
@@ -36,17 +40,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "functions": (),
     "modalities": (["text"],),
     "moderation": (),
-    "prediction": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
     "suffix": (),
     "tool_choice": ("none", "auto"),
     "tools": (),
-    "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM's
     "cache_salt": (),

@@ -1,0 +1,98 @@
+"""A checkpoint that says what it is told, token for token, at any temperature.
+
+Its attention and its MLPs give nothing, so that the next token depends on the last one alone; the
+output layer leads from each token of a script to the next. A script begins after a token of its
+own, which the chat template (or what a server adds to the prompt) ends with.
+"""
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+HIDDEN = 1024
+END = "<|im_end|>"
+
+
+def save_scripted(
+    folder: Path, scripts: Mapping[str, str], template: str, special: tuple[str, ...] = ()
+) -> Path:
+    """Save the checkpoint that says ``scripts[begin]`` after the token ``begin``.
+
+    special: strings in scripts that are special tokens; each may stand once in all of them.
+    """
+    chains = {begin: _chunks(begin, text, special) for begin, text in scripts.items()}
+    tokens = list(dict.fromkeys(t for begin, chunks in chains.items() for t in (begin, *chunks)))
+    assert len(tokens) == sum(1 + len(chunks) for chunks in chains.values()), "a token comes twice"
+    ids = _save_tokenizer(folder, tokens, special, template)
+    _save_model(folder, {b: [ids[t] for t in (b, *c, END)] for b, c in chains.items()}, ids[END])
+    return folder
+
+
+def _chunks(begin: str, text: str, special: tuple[str, ...]) -> list[str]:
+    """The text in tokens of 6 to 14 characters, which no other script should have."""
+    draw = random.Random(begin)
+    chunks = []
+    while text:
+        found = min((at for s in special if (at := text.find(s)) >= 0), default=len(text))
+        mark = next((s for s in special if text.startswith(s)), None)
+        size = len(mark) if mark else min(found, draw.randint(6, 14))
+        chunks.append(text[:size])
+        text = text[size:]
+    return chunks
+
+
+def _save_tokenizer(
+    folder: Path, tokens: list[str], special: tuple[str, ...], template: str
+) -> dict[str, int]:
+    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    marks = [END, *special, *(token for token in tokens if token.startswith("<|say"))]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in marks])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens if t not in marks])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return tokenizer.get_vocab()
+
+
+def _save_model(folder: Path, chains: Mapping[str, list[int]], end: int) -> None:
+    size = 1 + max(token for chain in chains.values() for token in chain)
+    size = max(size, 300)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": size,
+        "hidden_size": HIDDEN, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "hidden_act": "silu",
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": end,
+        "torch_dtype": "float32",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    embedding = torch.nn.functional.normalize(torch.randn(size, HIDDEN), dim=1)
+    head = torch.zeros(size, HIDDEN)
+    for chain in chains.values():
+        for token, following in zip(chain, chain[1:], strict=False):
+            head[following] += 10 * embedding[token]
+    layer = "model.layers.0"
+    weights = {
+        "model.embed_tokens.weight": embedding,
+        "lm_head.weight": head,
+        "model.norm.weight": torch.ones(HIDDEN),
+        f"{layer}.input_layernorm.weight": torch.ones(HIDDEN),
+        f"{layer}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+        f"{layer}.self_attn.q_proj.weight": torch.zeros(64, HIDDEN),
+        f"{layer}.self_attn.k_proj.weight": torch.zeros(8, HIDDEN),
+        f"{layer}.self_attn.v_proj.weight": torch.zeros(8, HIDDEN),
+        f"{layer}.self_attn.o_proj.weight": torch.zeros(HIDDEN, 64),
+        f"{layer}.mlp.gate_proj.weight": torch.zeros(8, HIDDEN),
+        f"{layer}.mlp.up_proj.weight": torch.zeros(8, HIDDEN),
+        f"{layer}.mlp.down_proj.weight": torch.zeros(HIDDEN, 8),
+    }
+    save_file(weights, folder / "model.safetensors")
