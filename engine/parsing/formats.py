@@ -146,16 +146,20 @@ def answer_format(
     calls, thinking: names, or auto, which looks at the chat template, or none. with_tools: whether
     calls are looked for.
     """
-    if calls == AUTO:
-        calls = _named_by(template, _CALLS_BY_TEMPLATE)
-    if thinking == AUTO:
-        thinking = _named_by(template, _THINKING_BY_TEMPLATE)
+    found = found_by(template)
+    calls = found[0] if calls == AUTO else calls
+    thinking = found[1] if thinking == AUTO else thinking
     calls, thinking = _SAME_CALLS.get(calls, calls), _SAME_THINKING.get(thinking, thinking)
     if HARMONY in (calls, thinking):
         return HarmonyAnswer()
     call_format = CALLS[calls]() if calls != NONE and with_tools else None
     thinks = THINKING[thinking] if thinking != NONE else None
     return TaggedAnswer(thinks, call_format) if call_format or thinks else None
+
+
+def found_by(template: str) -> tuple[str, str]:
+    """The names of the calls' and the thinking's format that a chat template writes, or none."""
+    return _named_by(template, _CALLS_BY_TEMPLATE), _named_by(template, _THINKING_BY_TEMPLATE)
 
 
 def _named_by(template: str, table: tuple[tuple[tuple[str, ...], str], ...]) -> str:

@@ -7,6 +7,7 @@ own, which the chat template (or what a server adds to the prompt) ends with.
 
 import json
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,25 +26,31 @@ def save_scripted(
 
     special: strings in scripts that are special tokens; each may stand once in all of them.
     """
-    chains = {begin: _chunks(begin, text, special) for begin, text in scripts.items()}
-    tokens = list(dict.fromkeys(t for begin, chunks in chains.items() for t in (begin, *chunks)))
-    assert len(tokens) == sum(1 + len(chunks) for chunks in chains.values()), "a token comes twice"
+    taken, chains = set(scripts), dict[str, list[str]]()
+    for begin, text in scripts.items():
+        chains[begin] = _chunks(text, special, taken)
+        taken.update(chains[begin])
+    tokens = [token for begin, chunks in chains.items() for token in (begin, *chunks)]
     ids = _save_tokenizer(folder, tokens, special, template)
     _save_model(folder, {b: [ids[t] for t in (b, *c, END)] for b, c in chains.items()}, ids[END])
     return folder
 
 
-def _chunks(begin: str, text: str, special: tuple[str, ...]) -> list[str]:
-    """The text in tokens of 6 to 14 characters, which no other script should have."""
-    draw = random.Random(begin)
-    chunks = []
-    while text:
-        found = min((at for s in special if (at := text.find(s)) >= 0), default=len(text))
-        mark = next((s for s in special if text.startswith(s)), None)
-        size = len(mark) if mark else min(found, draw.randint(6, 14))
-        chunks.append(text[:size])
-        text = text[size:]
-    return chunks
+def _chunks(text: str, special: tuple[str, ...], taken: set[str]) -> list[str]:
+    """The text in tokens of up to 14 characters, all different, and none of those ``taken``."""
+    parts = re.split("|".join(f"({re.escape(mark)})" for mark in special) or "(?!)", text)
+    draw = random.Random(text)
+    for _ in range(1000):
+        chunks = []
+        for part in filter(None, parts):
+            at = 0
+            while at < len(part):
+                size = len(part) if part in special else draw.randint(4, 14)
+                chunks.append(part[at : at + size])
+                at += size
+        if len(set(chunks)) == len(chunks) and not taken & set(chunks):
+            return chunks
+    raise AssertionError(f"a token of {text!r} would come twice")
 
 
 def _save_tokenizer(
