@@ -1,5 +1,6 @@
 """POST /v1/chat/completions, and the way from messages to a prompt."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from router.responses import (
 from router.schema import ChatRequest, TokenizeRequest
 from router.service import ServedModel, Service
 from router.tools import tool_use
+
+SILENCE = 10.0  # seconds after which a stream that tells nothing shows that it lives
 
 
 async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
@@ -162,7 +165,18 @@ class ChatAnswer(Answer):
         self._role: str = last["role"] if goes_on else "assistant"
         self._echoed = last_text(body) if body.echo and last["role"] == self._role else ""
         self._parsing = parsing
+        self._told_at = time.monotonic()  # when the stream said something
         self._streams: dict[int, ChoiceStream] = {}  # of the choices of a stream that is parsed
+
+    def _chunk(self, generation: Generation, piece: Piece) -> bytes:
+        """While a long call is written nothing of it is told yet, which proxies take for death."""
+        data = super()._chunk(generation, piece)
+        now = time.monotonic()
+        if not data and self._parsing is not None and now - self._told_at >= SILENCE:
+            data = b": a call is being written\n\n"  # a comment, which clients pass over
+        if data:
+            self._told_at = now
+        return data
 
     def whole(self, generations: list[Generation]) -> bytes:
         (generation,) = generations

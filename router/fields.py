@@ -84,6 +84,9 @@ def read(body: bytes, kind: type[T], allow_unknown: bool) -> T:
     if not isinstance(values, dict):
         raise wrong("the body must be a JSON object")
     known = getattr(kind, "__struct_fields__")  # noqa: B009  # of every Struct
+    for name in NEUTRAL.keys() & values.keys() & set(known):
+        if asks_for_nothing(values[name]):
+            values[name] = None
     for name in [name for name in values if name not in known]:
         value = values.pop(name)
         if name in NEUTRAL:

@@ -9,10 +9,13 @@ from typing import Any
 
 import httpx
 import openai
+import pydantic
 import pytest
+from canitoolcall.probe import probe
 from langchain.agents import create_agent
 from langchain_openai import ChatOpenAI
 
+from router import chat
 from tests.support.scripted_model import save_scripted
 from tests.support.server import Server, serving
 
@@ -31,10 +34,40 @@ SCRIPTS = {
     # After what begins a forced call.
     'get_weather", "arguments":': ' {"city": "Oslo"}}</tool_call>',
     '{"name": "': 'get_time", "arguments": {}}\n\n</tool_call>',
-    "</think>": "unused",
     "<think>\n": "Opened for me already, fine.</think>And here is what I say.",
 }
-TEMPLATE = """\
+
+
+def called(name: str, **arguments: Any) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+# What the conformance suite's probe asks, by its last words, and what the model is to say.
+PROBED = {
+    "now? Use the tool.": called("get_weather", city="Paris"),
+    "in this single turn.": called("get_weather", city="Paris ")
+    + "\n"
+    + called("get_weather", city="Tokyo"),
+    "do not use any tool.": "42",
+    "Berlin, room 4.12.": called(
+        "create_event",
+        title="Design review",
+        start="2026-10-01T15:00:00Z",
+        attendees=[{"name": n, "email": f"{n.lower()}@example.com"} for n in ("Ana", "Bo")],
+        location={"city": "Berlin", "room": "4.12"},
+    ),
+    "— naïve résumé 🚀": called(
+        "save_note", title="Grüße aus Zürich", body="Café ☕ in 東京 — naïve résumé 🚀"
+    ),
+    "server? Use the tool.": called("get_server_time"),
+    "record_answer tool.": "<think>\n9.9 is larger.\n</think>\n\n"
+    + called("record_answer", answer="9.9"),
+}
+SCRIPTS |= {f"<|say:probe{i}|>": text for i, text in enumerate(PROBED.values())}
+SAY = {ending[-16:]: f"probe{i}" for i, ending in enumerate(PROBED)}
+TEMPLATE = (
+    f"{{%- set say = {SAY!r} %}}"
+    """\
 {%- if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}
 {%- for message in messages %}
 {{- '<|' + message.role + '|>' }}
@@ -49,9 +82,13 @@ TEMPLATE = """\
 {%- if add_generation_prompt %}
 {%- if reasoning_effort %}<effort>{{ reasoning_effort }}</effort>{% endif %}
 {%- set last = messages[-1] %}
-{{- '<|say:result|>' if last.role == 'tool' else '<|say:' + last.content + '|>' }}
-{%- if enable_thinking is defined and enable_thinking %}<think>\\n{% endif %}
+{{- '<|say:' }}
+{%- if last.role == 'tool' %}result
+{%- else %}{{ say.get(last.content[-16:], last.content) }}{% endif %}
+{{- '|>' }}
+{%- if enable_thinking is defined and enable_thinking %}{{ '<think>\\n' }}{% endif %}
 {%- endif %}"""
+)
 TOOLS: list[Any] = [
     {
         "type": "function",
@@ -166,7 +203,7 @@ def test_a_call_that_is_cut_off_is_none(client: openai.OpenAI) -> None:
     for most in range(3, 9):
         found = both(client, "weather", tools=TOOLS, max_tokens=most)
         assert not found["calls"] and found["reason"] == "length", most
-        assert found["content"] == "Let me look."
+        assert found["content"].rstrip() == "Let me look."
 
 
 def test_calls_that_are_asked_for(client: openai.OpenAI) -> None:
@@ -230,6 +267,24 @@ def test_the_turns_go_back(client: openai.OpenAI, server: Server) -> None:
     assert "city=Paris;" in prompt["prompt"] and '"strict": true' in prompt["prompt"]
 
 
+def test_the_probe_of_the_conformance_suite(server: Server) -> None:
+    report = probe(f"{server.url}/v1", MODEL, concurrency=1)
+    assert [(o.scenario_id, o.detail) for o in report.outcomes if o.status != "pass"] == []
+    assert len(report.outcomes) == 27
+
+
+def test_a_long_call_is_no_silence(
+    client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "SILENCE", 0.0)
+    body = {"messages": ask("weather"), "tools": TOOLS, "stream": True}
+    text = httpx.post(f"{server.url}/v1/chat/completions", json=body).text
+    events = text.split("\n\n")
+    assert sum(event.startswith(":") for event in events) > 3
+    assert all(event.startswith(("data: ", ": ")) for event in events if event)
+    assert both(client, "weather", tools=TOOLS)["calls"] == [WEATHER]
+
+
 def test_fields_that_are_harmless(client: openai.OpenAI) -> None:
     fields = {
         "store": True, "metadata": {"a": "b"}, "service_tier": "flex", "verbosity": "low",
@@ -257,6 +312,51 @@ def test_what_is_wrong_is_named(client: openai.OpenAI, fields: dict[str, Any], p
     with pytest.raises(openai.BadRequestError) as caught:
         whole(client, "hello", **fields)
     assert caught.value.param == param
+
+
+def test_pydantic(client: openai.OpenAI) -> None:
+    class Weather(pydantic.BaseModel):
+        city: str
+        days: list[int]
+
+    tool = openai.pydantic_function_tool(Weather, name="get_weather")
+    answer = client.chat.completions.parse(model=MODEL, messages=ask("weather"), tools=[tool])
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.function.parsed_arguments == Weather(city="Paris", days=[1, 2])
+    with client.chat.completions.stream(
+        model=MODEL, messages=ask("weather"), tools=[tool]
+    ) as stream:
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert call.function.parsed_arguments == Weather(city="Paris", days=[1, 2])
+
+
+def test_marks_that_are_special_tokens(tmp_path: Path) -> None:
+    """The client sees neither them nor other special tokens, unless it asks for those."""
+    said = "Let me[PAD] look.[TOOL_CALLS]get_weather[ARGS]" + CITIES
+    template = "{% if tools %}[TOOL_CALLS][ARGS]{{ tools | tojson }}{% endif %}<|say:{{ messages[-1].content }}|>"
+    folder = save_scripted(
+        tmp_path, {"<|say:x|>": said}, template, ("[TOOL_CALLS]", "[ARGS]", "[PAD]")
+    )
+    with serving({"served_model_name": [MODEL]}, str(folder), dtype="float32") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        plain = both(client, "x")
+        assert plain["content"] == said.replace("[PAD]", "").replace("[TOOL_CALLS]", "").replace(
+            "[ARGS]", ""
+        )
+        found = both_of_mistral(client, {})
+        assert found == ("Let me look.", [WEATHER])
+        found = both_of_mistral(client, {"extra_body": {"skip_special_tokens": False}})
+        assert found == ("Let me[PAD] look.", [WEATHER])
+
+
+def both_of_mistral(client: openai.OpenAI, fields: dict[str, Any]) -> Any:
+    choice = whole(client, "x", tools=TOOLS, **fields)
+    stream = streamed(client, "x", tools=TOOLS, **fields)
+    calls = [(c.function.name, json.loads(c.function.arguments)) for c in choice.message.tool_calls]
+    assert all(len(call.id) == 9 for call in choice.message.tool_calls)
+    assert stream["content"] == choice.message.content
+    assert [(name, json.loads(text)) for _, name, text in stream["calls"]] == calls
+    return choice.message.content, calls
 
 
 def test_langchain_runs_a_tool(server: Server) -> None:

@@ -30,8 +30,7 @@ def save_scripted(
     for begin, text in scripts.items():
         chains[begin] = _chunks(text, special, taken)
         taken.update(chains[begin])
-    tokens = [token for begin, chunks in chains.items() for token in (begin, *chunks)]
-    ids = _save_tokenizer(folder, tokens, special, template)
+    ids = _save_tokenizer(folder, [*scripts], [*special], sorted(taken - {*scripts}), template)
     _save_model(folder, {b: [ids[t] for t in (b, *c, END)] for b, c in chains.items()}, ids[END])
     return folder
 
@@ -54,19 +53,24 @@ def _chunks(text: str, special: tuple[str, ...], taken: set[str]) -> list[str]:
 
 
 def _save_tokenizer(
-    folder: Path, tokens: list[str], special: tuple[str, ...], template: str
+    folder: Path, begins: list[str], special: list[str], chunks: list[str], template: str
 ) -> dict[str, int]:
-    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    """Tokens are bytes, but for special ones and those that begin a script. Those of scripts are in
+    the vocabulary, without a merge that would make text such a token. The ids by their text."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    written = {chunk: split.pre_tokenize_str(chunk)[0][0] for chunk in chunks}
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *written.values()]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(dict.fromkeys(vocab))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    marks = [END, *special, *(token for token in tokens if token.startswith("<|say"))]
+    marks = [END, *special, *(begin for begin in begins if begin.startswith("<|say"))]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in marks])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens if t not in marks])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in begins if t not in marks])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
-    return tokenizer.get_vocab()
+    known = tokenizer.get_vocab()
+    return known | {chunk: known[written[chunk]] for chunk in chunks if chunk not in special}
 
 
 def _save_model(folder: Path, chains: Mapping[str, list[int]], end: int) -> None:
