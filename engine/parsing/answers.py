@@ -69,9 +69,7 @@ class TaggedAnswer(AnswerFormat):
             found = yield from said(source, self._in_content, out.content)
             if found is None:
                 return
-            if not (yield from self._call(source, out, tools)):
-                out.content(source.text[source.at : found])
-                source.at = found
+            yield from self._call_or_say(source, out, tools, found, out.content)
 
     def _begin(self, source: Source, out: Writer, tools: Tools) -> Reading[None]:
         """What stands only where nothing is said: thinking, and calls without a mark."""
@@ -87,7 +85,7 @@ class TaggedAnswer(AnswerFormat):
             if tag in thinking:
                 source.at += len(tag or "")
                 yield from self._think(source, out, tools)
-            elif tag is None or not (yield from self._call(source, out, tools)):
+            elif tag is None or not (yield from self._call(source, out, tools, out.content)):
                 source.at = begin
                 return
             else:
@@ -100,24 +98,39 @@ class TaggedAnswer(AnswerFormat):
                 source.at = found
                 out.boundary()
                 return
-            if (yield from self._call(source, out, tools)):
+            if (yield from self._call_or_say(source, out, tools, found, out.reasoning)):
                 return
-            out.reasoning(source.text[source.at : found])
-            source.at = found
 
-    def _call(self, source: Source, out: Writer, tools: Tools) -> Reading[bool]:
-        """Read a call; whether there was one. One that the output's end cut off is left out."""
+    def _call_or_say(
+        self, source: Source, out: Writer, tools: Tools, end: int, say: Callable[[str], None]
+    ) -> Reading[bool]:
+        """Read a call; whether there was one. If not, what looked like its opener is said."""
+        if (yield from self._call(source, out, tools, say)):
+            return True
+        say(source.text[source.at : end])
+        source.at = end
+        return False
+
+    def _call(
+        self, source: Source, out: Writer, tools: Tools, say: Callable[[str], None]
+    ) -> Reading[bool]:
+        """Read a call; whether there was one. One that is unfinished at the output's end is left
+        out if that was cut off, and said otherwise."""
         assert self._calls is not None
-        begin = source.at
+        if source.patience < 0:
+            return False
+        begin, bare = source.at, source.text.startswith(self._bare or "\0", source.at)
         try:
             yield from self._calls.read(source, out, tools)
         except Malformed:
+            source.patience -= len(source.text) - source.at
             return source.at > begin
         except Ended:
-            if source.cut and not source.text.startswith(self._bare or "\0", begin):
-                source.at = len(source.text)
-                return True
-            return source.at > begin
+            if bare:
+                return source.at > begin
+            if not source.cut:
+                say(source.text[source.at :])
+            source.at = len(source.text)
         return True
 
 

@@ -4,6 +4,8 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+MOST_SPACES = 1024  # that are held back
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -86,6 +88,7 @@ class Writer:
         self._parts: list[Part] = []
         self._calls = 0
         self._held = ""  # spaces that are shown only if text follows
+        self._wide = False  # these are so many that they are shown
         self._thinks = False
         self._fresh = False  # nothing has been said since the last boundary
 
@@ -134,7 +137,9 @@ class Writer:
         if trims:
             text = self._held + text
             shown = text.rstrip()
-            self._held, text = text[len(shown) :], shown
+            held = text[len(shown) :]
+            self._wide = len(held) > MOST_SPACES or (self._wide and not shown)
+            self._held, text = ("", text) if self._wide else (held, shown)
         if text:
             self._fresh = False
             self._append(text)

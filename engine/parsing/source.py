@@ -11,6 +11,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Reading = Generator[None, None, T]
+PATIENCE = 1 << 22  # characters of what looked like calls and was none
 MARGIN = 256  # most characters that a pattern of ``Source.until`` may match
 
 
@@ -51,13 +52,14 @@ class Source:
     """The text so far, and how far it is read.
 
     hidden: strings that are left out wherever they come. ``cut`` says that the output did not end
-    by itself.
+    by itself. ``patience``: how many characters may yet be read in vain.
     """
 
     def __init__(self, hidden: Iterable[str] = ()) -> None:
         self.text = ""
         self.at = 0
         self.ended = self.cut = False
+        self.patience = PATIENCE
         self._hidden = Tags(hidden)
         self._begun = ""  # of a hidden string
 

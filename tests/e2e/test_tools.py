@@ -19,7 +19,8 @@ from router import chat
 from tests.support.scripted_model import save_scripted
 from tests.support.server import Server, serving
 
-NODE = Path(__file__).resolve().parents[1] / "node"
+ROOT = Path(__file__).resolve().parents[2]
+NODE = ROOT / "tests/node"
 MODEL = "scripted"
 CITIES = '{"city": "Paris", "days": [1, 2]}'
 SCRIPTS = {
@@ -44,6 +45,7 @@ def called(name: str, **arguments: Any) -> str:
 
 # What the conformance suite's probe asks, by its last words, and what the model is to say.
 PROBED = {
+    "the weather in Paris?": called("get_weather", city="Paris"),
     "now? Use the tool.": called("get_weather", city="Paris"),
     "in this single turn.": called("get_weather", city="Paris ")
     + "\n"
@@ -273,6 +275,16 @@ def test_the_probe_of_the_conformance_suite(server: Server) -> None:
     assert len(report.outcomes) == 27
 
 
+def test_the_example_of_the_documentation(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = (ROOT / "docs/api.md").read_text().partition("## Tools")[2]
+    example = section.partition("```python\n")[2].partition("```")[0]
+    here = example.replace("http://localhost:8000", server.url).replace('"MODEL"', f'"{MODEL}"')
+    exec(compile(here, "docs/api.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == SCRIPTS["<|say:result|>"]
+
+
 def test_a_long_call_is_no_silence(
     client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,7 +345,8 @@ def test_pydantic(client: openai.OpenAI) -> None:
 def test_marks_that_are_special_tokens(tmp_path: Path) -> None:
     """The client sees neither them nor other special tokens, unless it asks for those."""
     said = "Let me[PAD] look.[TOOL_CALLS]get_weather[ARGS]" + CITIES
-    template = "{% if tools %}[TOOL_CALLS][ARGS]{{ tools | tojson }}{% endif %}<|say:{{ messages[-1].content }}|>"
+    template = "{% if tools %}[TOOL_CALLS][ARGS]{{ tools | tojson }}{% endif %}"
+    template += "<|say:{{ messages[-1].content }}|>"
     folder = save_scripted(
         tmp_path, {"<|say:x|>": said}, template, ("[TOOL_CALLS]", "[ARGS]", "[PAD]")
     )

@@ -326,10 +326,27 @@ def test_arguments_are_json_whatever_the_model_writes() -> None:
 
 
 def test_what_is_marked_only_by_its_look_must_name_a_tool() -> None:
-    for text in ('{"name": "Ann", "parameters": {}}', "[get(a=1)]", "[1, 2]", '{"a": 1}', "[", "{"):
+    for text in (
+        '{"name": "Ann", "parameters": {}}', "[get(a=1)]", " [1, 2]", '\n{"a": 1}', " [", "\n {",
+        '{"name": "get_weather", "parameters": {"a": 1', " [get_weather(a='x",
+    ):  # fmt: skip
         for name in ("llama3_json", "pythonic"):
             for pieces in cuts(text):
                 assert as_told(fold(form_of(name), pieces, cut=True)) == (text, "", [])
+
+
+def test_long_texts_take_no_more_than_their_length() -> None:
+    """Not timed: what would take the square of it would take minutes here."""
+    for name, text in (
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": [' + "{}," * 100_000),
+        ("hermes", '<tool_call>{"a": [' * 20_000 + "}"), ("hermes", "a" + " " * 300_000 + "b"),
+        ("glm45", "<tool_call>f<arg_key>a</arg_key><arg_value>" + "<tool_call>" * 30_000),
+        ("deepseek_v3", "<｜tool▁calls▁begin｜>" * 20_000),
+        ("qwen3_coder", "<tool_call><function=f><parameter=a>" + "</parameter> " * 30_000),
+    ):  # fmt: skip
+        pieces = [text[at : at + 50] for at in range(0, len(text), 50)]
+        folded = fold(form_of(name), pieces)
+        assert folded.content == text and not folded.calls
 
 
 # ---- any text, cut anywhere ----
