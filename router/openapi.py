@@ -148,6 +148,8 @@ def _complete(schemas: dict[str, Any]) -> None:
     schemas["Message"]["additionalProperties"] = False
     for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest"):
         properties = schemas[name]["properties"]
+        for field in NEUTRAL.keys() & properties.keys():  # known here, not everywhere
+            properties[field]["anyOf"].append({"enum": ["", [], {}]})
         for field, item in (("messages", "Message"), ("tools", "Tool")):
             listed = properties.get(field, {})
             for kind in (listed, *listed.get("anyOf", ())):

@@ -15,6 +15,7 @@ from canitoolcall.probe import probe
 from langchain.agents import create_agent
 from langchain_openai import ChatOpenAI
 
+from deploy.cli import main
 from router import chat
 from tests.support.scripted_model import save_scripted
 from tests.support.server import Server, serving
@@ -295,6 +296,14 @@ def test_a_long_call_is_no_silence(
     assert sum(event.startswith(":") for event in events) > 3
     assert all(event.startswith(("data: ", ": ")) for event in events if event)
     assert both(client, "weather", tools=TOOLS)["calls"] == [WEATHER]
+
+
+def test_the_terminal_shows_what_the_model_thinks(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", "-q", "think", "--url", f"{server.url}/v1"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "Good morning.\n" and "A greeting, so I greet.\n\n" in shown.err
 
 
 def test_fields_that_are_harmless(client: openai.OpenAI) -> None:
