@@ -30,6 +30,7 @@ class Tokenizer:
     too, and which would change text that a stream has already shown.
 
     special_tokens: "bos_token" and so on, to the token. chat_templates: by name ("default").
+    response_template: what an answer has in it, as transformers is told; None if nothing says.
     vocab_size: one more than the largest token id. chat_options: how chats become prompts.
     renderer: what runs the templates.
     """
@@ -41,6 +42,7 @@ class Tokenizer:
         self.backend = backend = resolved.backend
         self.special_tokens = resolved.special_tokens
         self.chat_templates = resolved.chat_templates
+        self.response_template = resolved.response_template
         specials = [*self.special_tokens.values(), *resolved.extra_special_tokens]
         ids = [backend.token_to_id(token) for token in dict.fromkeys(specials)]
         self.all_special_ids = [i for i in ids if i is not None]

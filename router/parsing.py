@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.outputs import CompletionOutput
 from engine.parsing.answers import AnswerFormat
-from engine.parsing.formats import answer_format
+from engine.parsing.formats import AUTO, NONE, answer_format, found_by
 from engine.parsing.parser import Parser
 from engine.parsing.parts import (
     Content,
@@ -17,6 +17,7 @@ from engine.parsing.parts import (
     ToolCallArguments,
     ToolCallStart,
 )
+from engine.parsing.response_template import template_answer
 from router.config import RouterConfig
 from router.errors import wrong
 from router.responses import CalledFunction, ChatDelta, ChatMessage, ToolCall
@@ -63,9 +64,11 @@ def form_of(
     Raises ApiError for tools if no format of calls is known.
     """
     template = model.tokenizer.chat_template(chat_template, bool(use.tools)) or ""
-    form = answer_format(
-        config.tool_call_parser, config.reasoning_parser, template, bool(use.tools)
-    )
+    names = config.tool_call_parser, config.reasoning_parser
+    form = answer_format(*names, template, bool(use.tools))
+    own = model.tokenizer.response_template
+    if own is not None and names == (AUTO, AUTO) and found_by(template)[0] == NONE:
+        form = template_answer(own, bool(use.tools))
     if use.tools and not (form and form.calls):
         raise wrong(
             "tools: it is not known how this model writes calls; the server's option"

@@ -54,22 +54,23 @@ class TaggedAnswer(AnswerFormat):
         return self._thinking is not None and self._thinking.opened_by(prompt, final)
 
     def prefix(self, name: str | None, opened: bool) -> str | None:
-        if self._calls is None:
-            return None
+        prefix = self._calls.prefix(name) if self._calls else None
         closed = f"{self._thinking.closers[0]}\n\n" if opened and self._thinking else ""
-        return closed + self._calls.prefix(name)
+        return None if prefix is None else closed + prefix
 
     def read(self, source: Source, out: Writer, tools: Tools, opened: bool) -> Reading[None]:
         if self._calls:
             out.trims, out.short_ids = self._calls.trims, self._calls.short_ids
         if opened:
             yield from self._think(source, out, tools)
+        fresh = True
         while True:
-            yield from self._begin(source, out, tools)
+            if fresh:
+                yield from self._begin(source, out, tools)
             found = yield from said(source, self._in_content, out.content)
             if found is None:
                 return
-            yield from self._call_or_say(source, out, tools, found, out.content)
+            fresh = yield from self._call_or_say(source, out, tools, found, out.content)
 
     def _begin(self, source: Source, out: Writer, tools: Tools) -> Reading[None]:
         """What stands only where nothing is said: thinking, and calls without a mark."""

@@ -33,8 +33,8 @@ class CallFormat(ABC):
         """
 
     @abstractmethod
-    def prefix(self, name: str | None) -> str:
-        """How a call begins: of the tool ``name``, or of any."""
+    def prefix(self, name: str | None) -> str | None:
+        """How a call begins: of the tool ``name``, or of any; None if that cannot be said."""
 
 
 class Unfinished:

@@ -82,7 +82,8 @@ THINKING: Mapping[str, Thinking] = {
 _SAME_CALLS = {
     "qwen3_xml": "qwen3_coder", "glm47": "glm45", "llama4_pythonic": "pythonic",
     "llama4_json": "llama3_json", "ernie45": "hermes", "hunyuan_a13b": "jamba",
-    "granite-20b-fc": "granite", "openai_gptoss": HARMONY, "gpt_oss": HARMONY,
+    "granite-20b-fc": "granite", "granite4": "hermes", "step3p5": "qwen3_coder",
+    "openai_gptoss": HARMONY, "gpt_oss": HARMONY,
 }  # fmt: skip
 _SAME_THINKING = {
     "qwen3": "deepseek_r1", "deepseek_v3": "deepseek_r1", "glm45": "deepseek_r1",

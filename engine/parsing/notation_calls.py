@@ -142,30 +142,32 @@ class PythonCalls(CallFormat):
 
 
 def _write(text: str, out: Writer, tools: Tools) -> None:
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        calls = [_call(node, tools) for node in _elements(tree)]
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise Malformed from None
+    calls = python_calls(text)
+    if not calls or any(name not in tools for name, _ in calls):
+        raise Malformed
     for name, arguments in calls:
         out.call(name, arguments)
 
 
-def _elements(tree: ast.expr) -> list[ast.expr]:
-    """The elements of a list that is not empty."""
-    if not isinstance(tree, ast.List) or not tree.elts:
-        raise Malformed
-    return tree.elts
+def python_calls(text: str) -> list[tuple[str, str]]:
+    """The names and arguments, as JSON, of calls in a Python list: [f(a=1), g()].
+
+    Raises Malformed if it is no such list.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(tree, ast.List):
+            raise Malformed
+        return [_call(node) for node in tree.elts]
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise Malformed from None
 
 
-def _call(node: ast.expr, tools: Tools) -> tuple[str, str]:
-    if not isinstance(node, ast.Call) or node.args:
-        raise Malformed
-    name = ast.unparse(node.func)
-    if name not in tools or any(word.arg is None for word in node.keywords):
+def _call(node: ast.expr) -> tuple[str, str]:
+    if not isinstance(node, ast.Call) or node.args or any(w.arg is None for w in node.keywords):
         raise Malformed
     values = {str(word.arg): _literal(word.value) for word in node.keywords}
-    return name, dumps(values)
+    return ast.unparse(node.func), dumps(values)
 
 
 def _literal(node: ast.expr) -> Any:

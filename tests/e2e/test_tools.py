@@ -371,6 +371,19 @@ def test_marks_that_are_special_tokens(tmp_path: Path) -> None:
         assert found == ("Let me[PAD] look.", [WEATHER])
 
 
+def test_a_checkpoint_that_says_itself_how_it_writes(tmp_path: Path) -> None:
+    said = f'Let me look.\n<<call>>{{"name": "get_weather", "arguments": {CITIES}}}<</call>>'
+    shape = {"type": "function", "function": "{content}"}
+    calls = {"open": "<<call>>", "close": "<</call>>", "content": "json", "transform": shape}
+    own = {"start_anchor": "x", "fields": {"tool_calls": calls | {"repeats": True}}}
+    template = "{{ tools }}<|say:{{ messages[-1].content }}|>"
+    folder = save_scripted(tmp_path, {"<|say:x|>": said}, template, response_template=own)
+    with serving({"served_model_name": [MODEL]}, str(folder), dtype="float32") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        found = both(client, "x", tools=TOOLS)
+        assert (found["content"], found["calls"]) == ("Let me look.", [WEATHER])
+
+
 def both_of_mistral(client: openai.OpenAI, fields: dict[str, Any]) -> Any:
     choice = whole(client, "x", tools=TOOLS, **fields)
     stream = streamed(client, "x", tools=TOOLS, **fields)

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,17 +21,23 @@ END = "<|im_end|>"
 
 
 def save_scripted(
-    folder: Path, scripts: Mapping[str, str], template: str, special: tuple[str, ...] = ()
+    folder: Path,
+    scripts: Mapping[str, str],
+    template: str,
+    special: tuple[str, ...] = (),
+    **tokenizer_config: Any,
 ) -> Path:
     """Save the checkpoint that says ``scripts[begin]`` after the token ``begin``.
 
     special: strings in scripts that are special tokens; each may stand once in all of them.
     """
+    tokenizer_config["chat_template"] = template
     taken, chains = set(scripts), dict[str, list[str]]()
     for begin, text in scripts.items():
         chains[begin] = _chunks(text, special, taken)
         taken.update(chains[begin])
-    ids = _save_tokenizer(folder, [*scripts], [*special], sorted(taken - {*scripts}), template)
+    chunks = sorted(taken - {*scripts})
+    ids = _save_tokenizer(folder, [*scripts], [*special], chunks, tokenizer_config)
     _save_model(folder, {b: [ids[t] for t in (b, *c, END)] for b, c in chains.items()}, ids[END])
     return folder
 
@@ -53,7 +60,7 @@ def _chunks(text: str, special: tuple[str, ...], taken: set[str]) -> list[str]:
 
 
 def _save_tokenizer(
-    folder: Path, begins: list[str], special: list[str], chunks: list[str], template: str
+    folder: Path, begins: list[str], special: list[str], chunks: list[str], own: dict[str, Any]
 ) -> dict[str, int]:
     """Tokens are bytes, but for special ones and those that begin a script. Those of scripts are in
     the vocabulary, without a merge that would make text such a token. The ids by their text."""
@@ -68,7 +75,7 @@ def _save_tokenizer(
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in begins if t not in marks])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | own))
     known = tokenizer.get_vocab()
     return known | {chunk: known[written[chunk]] for chunk in chunks if chunk not in special}
 

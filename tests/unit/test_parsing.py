@@ -14,12 +14,16 @@ from canitoolcall.results import Observation, ParsedToolCall, ParseResult, Statu
 from canitoolcall.runner import family_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
+from transformers.utils.chat_parsing import parse_response
 
 from engine import chat
+from engine.errors import CheckpointError
 from engine.parsing.answers import AnswerFormat
 from engine.parsing.formats import AUTO, CALL_NAMES, NONE, THINKING_NAMES, answer_format, found_by
 from engine.parsing.parser import Parser
 from engine.parsing.parts import Folded
+from engine.parsing.response_template import template_answer
 from engine.templates import compiled
 
 FIXTURES = load_fixtures()
@@ -347,6 +351,63 @@ def test_long_texts_take_no_more_than_their_length() -> None:
         pieces = [text[at : at + 50] for at in range(0, len(text), 50)]
         folded = fold(form_of(name), pieces)
         assert folded.content == text and not folded.calls
+
+
+# ---- what a checkpoint says itself ----
+
+
+@pytest.mark.parametrize(
+    ("template", "family"),
+    zip(
+        _RESPONSE_TEMPLATE_FALLBACKS.values(), ("qwen3-hermes", "qwen3-xml", "gemma4"), strict=True
+    ),
+)
+def test_a_response_template(template: dict[str, Any], family: str) -> None:
+    """What transformers reads rightly by its template is read rightly."""
+    form = template_answer(template, True)
+    assert form is not None
+    right = 0
+    for fixture in FIXTURES:
+        if fixture.family != family or fixture.expected is None or fixture.truncated:
+            continue
+        wanted = fixture.expected
+        expected = (
+            wanted.content or "",
+            wanted.reasoning_content or "",
+            [(call.name, call.arguments) for call in wanted.tool_calls],
+        )
+        prompt = fixture.generation_prompt or ("<|turn>model\n" if family == "gemma4" else "")
+        tools = list(map(dict, fixture.tools))
+        try:
+            theirs = parse_response(fixture.raw_output, template, prefix=prompt, tools=tools)
+        except (ValueError, TypeError):  # an end in a string is the end to transformers
+            theirs = {}
+        calls = [call["function"] for call in theirs.get("tool_calls", [])]
+        told = (
+            theirs.get("content", "").strip(),
+            theirs.get("reasoning_content", "").strip(),
+            [(call["name"], call["arguments"]) for call in calls],
+        )
+        options = {"tools": tools, "opened": form.opened_by(prompt)}
+        results = [as_told(fold(form, pieces, **options)) for pieces in cuts(fixture.raw_output)]
+        assert all(other == results[0] for other in results)
+        if told == expected:
+            right += 1
+            content, reasoning, made = results[0]
+            assert (content.strip(), reasoning.strip(), made) == expected, fixture.id
+    assert right > 25
+
+
+def test_a_response_template_that_is_not_understood() -> None:
+    for template in (
+        {}, {"fields": {"tool_calls": {"open": "<a>", "content": "kv-lines"}}},
+        {"fields": {"tool_calls": {"open_pattern": ".*", "content": "json"}}}, [],
+        {"fields": {"tool_calls": {"open_pattern": "(", "content": "json"}}},
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match="response_template is not understood"):
+            template_answer(template, True)
+    only = {"fields": {"content": {"close": "x"}}}
+    assert template_answer(only, True) is None
 
 
 # ---- any text, cut anywhere ----
