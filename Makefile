@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: system system-test demo serve test soak-scheduler soak-serve soak-hostile soak-faults soak-hosts check format clean
+.PHONY: system system-test demo serve test soak-scheduler soak-serve soak-hostile soak-chaos soak-faults soak-hosts check format clean
 
 # What is missing of the system: installed as root, else named.
 system:
@@ -32,6 +32,10 @@ soak-serve: .venv/ready
 # Two minutes of hostile clients, requests and checkpoints beside 20 streams; on loopback only.
 soak-hostile: .venv/ready
 	$(BIN)/python -m tests.soak.hostile
+
+# 1,000 requests over 100 engines killed, stopped, drained and reshaped; half an hour.
+soak-chaos: .venv/ready
+	$(BIN)/python -m tests.soak.chaos
 
 # Workers killed, stopped and spoilt, 20 times each; half an hour.
 soak-faults: .venv/ready

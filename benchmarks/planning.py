@@ -27,11 +27,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.config import EngineConfig  # noqa: E402
+from engine.continuation import begin  # noqa: E402
 from engine.engine import Engine  # noqa: E402
 from engine.executor import Capacity, ModelFacts  # noqa: E402
-from engine.plan import StepPlan, StepResult  # noqa: E402
+from engine.plan import StepPlan, StepResult, ints  # noqa: E402
 from engine.preempt import MeasuredCosts  # noqa: E402
-from engine.request import Request  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
 from engine.schedule_log import Header, RecordingExecutor  # noqa: E402
 
@@ -43,14 +43,16 @@ SHAPES = {False: (256, 128), True: (32, 480)}  # prompt and longest output, by p
 class NoModel:
     """Gives random tokens at once."""
 
+    steps_ahead, pipelined = 0, False
+
     def __init__(self) -> None:
         self.draw = np.random.default_rng(0)
 
     def run(self, plan: StepPlan) -> Any:
-        slots = plan.slots[plan.wants == 1]
-        tokens = self.draw.integers(0, 30_000, len(slots), dtype=np.int32)
-        failed = np.zeros(len(slots), np.bool_)
-        self.result = lambda: StepResult(plan.step, slots, tokens, failed, {}, {}, 1e-3)
+        rows = ints(np.flatnonzero(plan.wants))
+        tokens = self.draw.integers(0, 30_000, len(rows), dtype=np.int32)
+        failed = np.zeros(len(rows), np.bool_)
+        self.result = lambda: StepResult(plan.step, rows, tokens, failed, {}, {}, 1e-3)
         return self
 
     def check(self) -> None:
@@ -103,7 +105,7 @@ def run(running: int, pressure: bool, steps: int) -> None:
         prompt = [draw.randrange(30_000) for _ in range(prompt_len)]
         output = draw.randint(1 if spread else longest // 2, longest)
         sampling = SamplingParams(max_tokens=output, seed=0)
-        engine.add(Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
+        engine.add(begin(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
         number += 1
 
     for _ in range(running):

@@ -1,7 +1,7 @@
 """What the router costs for each token: its CPU time, without an engine's.
 
 An engine that computes nothing gives every stream a token each INTERVAL seconds, through the same
-``StreamTable`` that real engines' tokens arrive in; a client in a process of its own reads the
+``AttemptTable`` that real engines' tokens arrive in; a client in a process of its own reads the
 streams from bare sockets. What is measured is the CPU time of the server's process.
 
     python -m benchmarks.router [--streams 64] [--tokens 256] [--interval 0.005] [--chat]
@@ -19,11 +19,12 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from cluster.client import EngineInfo, EngineLoad
-from cluster.messages import Batch, Cancel, Entry, StopAtText, Submit, Times
-from cluster.streams import Stream, StreamTable
+from cluster.attempts import Attempt, AttemptTable
+from cluster.client import EngineInfo, EngineLoad, Sink
+from cluster.messages import Cancel, StopAtText, Submit, Times, Update
 from deploy.cli import EMBEDDED_MODEL
-from engine.request import Request
+from engine.continuation import Continuation
+from engine.outcome import Outcome
 from engine.sampling_params import SamplingParams
 from engine.sequence import FinishReason
 from engine.stats import Metric
@@ -54,21 +55,23 @@ class IdleEngine:
             scheduling_policy="fcfs",
             default_sampling=SamplingParams(),
         )
-        self._table = StreamTable(self._take)
+        self._table = AttemptTable(self._take)
         self._interval = interval
         self._texts = texts
         self._left: dict[int, int] = {}
+        self._given: dict[int, int] = {}
         self._new: list[int] = []
 
     def _take(self, command: Any) -> None:
         if isinstance(command, Submit):
             self._left[command.number] = command.request.sampling.max_tokens or 16
+            self._given[command.number] = 0
             self._new.append(command.number)
         elif isinstance(command, Cancel | StopAtText):
             self._left.pop(command.number, None)
 
-    async def submit(self, request: Request) -> Stream:
-        return await self._table.submit(request)
+    async def submit(self, request: Continuation, sink: Sink) -> Attempt:
+        return await self._table.submit(request, sink)
 
     async def stats(self) -> list[Metric]:
         return []
@@ -80,20 +83,23 @@ class IdleEngine:
         while True:
             await asyncio.sleep(self._interval)
             step += 1
-            batch = Batch(accepted=self._new)
-            batch.times = [Times(number, 0.0, 0.0, None, 0, 0) for number in self._new]
+            update = Update(accepted=self._new)
+            update.times = [Times(number, 0.0, 0.0, None, 0, 0) for number in self._new]
             self._new = []
             for number in list(self._left):
                 self._left[number] -= 1
                 token = self._texts[(number + step) % len(self._texts)]
                 if self._left[number]:
-                    batch.numbers.append(number)
-                    batch.tokens.append(token)
+                    update.completions.append(number)
+                    update.positions.append(self._given[number])
+                    update.tokens.append(token)
+                    self._given[number] += 1
                 else:
                     del self._left[number]
-                    reason = FinishReason.LENGTH
-                    batch.entries.append(Entry(number, 0, token, None, None, reason, None))
-            self._table.receive(batch)
+                    end = Outcome(0, self._given.pop(number), [token])
+                    end.finish_reason = FinishReason.LENGTH
+                    update.outcomes.append((number, end))
+            self._table.receive(update)
 
 
 def read_streams(port: int, path: str, body: dict[str, Any], streams: int) -> None:

@@ -22,7 +22,7 @@ from ray.dag import InputNode, MultiOutputNode
 
 from engine import wire
 from engine.plan import StepPlan, StepResult, ints
-from workers.channel import RingReceiver, RingSender, SocketChannel, connect
+from workers.channel import RingReceiver, RingSender, SocketChannel, open_channel
 from workers.messages import Step
 from workers.rank import SPINS
 
@@ -41,7 +41,7 @@ def make_step(number: int) -> Step:
 def answer(data: Any) -> bytes:
     plan = STEPS.decode(data).plan
     failed = np.zeros(ROWS, np.bool_)
-    return wire.encode(StepResult(plan.step, plan.slots, plan.starts, failed, {}, {}, 0.0))
+    return wire.encode(StepResult(plan.step, ints(range(ROWS)), plan.starts, failed, {}, {}, 0.0))
 
 
 def serve(kind: str, rank: int, where: str) -> None:
@@ -51,7 +51,7 @@ def serve(kind: str, rank: int, where: str) -> None:
         results: Any = RingSender(1, 1 << 20)
         print(results.path, flush=True)
     else:
-        plans = results = connect("127.0.0.1", int(where))
+        plans = results = open_channel("127.0.0.1", int(where))
     while data := plans.receive():
         reply = answer(data)
         if rank == 0:

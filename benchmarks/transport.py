@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from cluster.client import EngineInfo
+from cluster.attempts import Attempt
+from cluster.client import EngineInfo, Sink
 from cluster.loop import EngineLoop
+from cluster.streams import Stream
 from cluster.transport import RemoteClient, Server
-from engine.config import EngineConfig
+from engine.config import EngineConfig, FailoverConfig
+from engine.continuation import Continuation, begin
 from engine.engine import Engine
 from engine.executor import Capacity, ModelFacts
-from engine.plan import StepPlan, StepResult
+from engine.plan import StepPlan, StepResult, ints
 from engine.preempt import MeasuredCosts
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 
 STEP_SECONDS = 0.005
@@ -31,6 +33,8 @@ STEP_SECONDS = 0.005
 
 class Sleeper:
     """An executor whose model is a clock."""
+
+    steps_ahead, pipelined = 0, False
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -42,15 +46,27 @@ class Sleeper:
     def result(self) -> StepResult:
         if self.seconds:
             time.sleep(self.seconds)
-        slots = self.plan.slots[self.plan.wants == 1]
-        failed = np.zeros(len(slots), np.bool_)
-        return StepResult(self.plan.step, slots, slots + 7, failed, {}, {}, self.seconds)
+        rows = ints(np.flatnonzero(self.plan.wants))
+        failed = np.zeros(len(rows), np.bool_)
+        return StepResult(self.plan.step, rows, rows + 7, failed, {}, {}, self.seconds)
 
     def check(self) -> None:
         pass
 
     def stop(self) -> None:
         pass
+
+
+class OneEngine:
+    """The route to a client's engine."""
+
+    def __init__(self, client: RemoteClient) -> None:
+        self._client = client
+
+    async def admit(self, request: Continuation, sink: Sink, leaving: bool = False) -> Attempt:
+        return await self._client.submit(request, sink)
+
+    def moved(self, cause: str, seconds: float) -> None: ...
 
 
 def make_engine(seconds: float) -> Engine:
@@ -61,9 +77,9 @@ def make_engine(seconds: float) -> Engine:
     return Engine(config, executor, facts, capacity, 4096)
 
 
-def request(number: int, tokens: int) -> Request:
+def request(number: int, tokens: int) -> Continuation:
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    return Request(request_id=f"cmpl-{number:032x}", prompt_token_ids=[5] * 32, sampling=sampling)
+    return begin(request_id=f"cmpl-{number:032x}", prompt_token_ids=[5] * 32, sampling=sampling)
 
 
 def cpu() -> float:
@@ -97,12 +113,13 @@ def serve(pipe: Any, streams: int, tokens: int) -> None:
 
 
 async def read(pipe: Any, streams: int, tokens: int) -> None:
-    client = await RemoteClient.connect(pipe.recv())
+    client = await RemoteClient.open(pipe.recv())
 
     async def one(number: int) -> int:
         count = 0
-        async for deltas in await client.submit(request(number, tokens)):
-            count += len(deltas)
+        stream = await Stream(request(number, tokens), OneEngine(client), FailoverConfig()).start()
+        async for outcomes in stream:
+            count += sum(len(outcome.tokens) for outcome in outcomes)
         return count
 
     pipe.send(None)

@@ -1,19 +1,22 @@
-"""What a client sees of an engine, wherever it runs: requests in, streams of token deltas out.
+"""What a client sees of an engine, wherever it runs: continuations in, outcomes out.
 
-``EngineClient`` is the seam between the engine and its users (router, handles). Text is made at
-the client's side (``engine.output.RequestText``); the engine speaks tokens.
+``EngineClient`` is the seam between an engine and its users (router, handles). Text is made at the
+client's side (``engine.collector``); the engine speaks tokens. A request's way over engines, one
+after the other, is ``cluster.streams.Stream``.
 """
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from engine.config import ChatOptions
-from engine.engine import Delta
-from engine.outputs import RequestMetrics
-from engine.request import Request
+from engine.config import ChatOptions, FailoverConfig
+from engine.continuation import Continuation
+from engine.outcome import Outcome
 from engine.sampling_params import SamplingParams
 from engine.stats import Metric
+
+if TYPE_CHECKING:
+    from cluster.attempts import Attempt
+    from cluster.messages import Times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class EngineInfo:
     default_sampling: SamplingParams
     recommended_max_tokens: int | None = None
     step_timeout: float = 60.0
+    failover: FailoverConfig = FailoverConfig()
     chat_options: ChatOptions = ChatOptions()
     batch_invariant: bool = True  # a row's bits do not depend on the others of its batch
     start_seconds: float = 0.0  # from the start of its process's work until it served
@@ -53,28 +57,40 @@ class EngineLoad:
     waiting: int  # sequences in the queue
     waiting_tokens: int
     free_blocks: int  # of the device
-    draining: bool = False
+    draining: bool = False  # it will take no further request
+    recovering: bool = False  # its workers are started again
+
+    @property
+    def admits(self) -> bool:
+        """Whether a request had better be there than elsewhere."""
+        return not (self.draining or self.recovering)
 
 
-class RequestStream(Protocol):
-    """One request's deltas. ``metrics`` fills as they come; the last ones complete it."""
+class Sink(Protocol):
+    """Where the outcomes of an attempt go; all in the client's asyncio loop."""
 
-    request_id: str
-    metrics: RequestMetrics
-
-    def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        """Lists of all that is ready, until every completion has a finish reason.
-
-        Raises EngineError, naming the cause, if the engine dies.
-        """
+    def put_token(self, attempt: "Attempt", index: int, position: int, token: int) -> None:
+        """A plain token."""
         ...
 
-    def stop_at_text(self, index: int) -> None:
-        """End one completion whose text reached a stop string; its stream gives no more."""
+    def put_times(self, attempt: "Attempt", times: "Times") -> None:
+        """What the engine measured of it so far."""
         ...
 
-    def cancel(self) -> None:
-        """End the request now and free all that it holds; harmless when it has ended."""
+    def put(self, attempt: "Attempt", outcome: Outcome) -> None:
+        """Anything else."""
+        ...
+
+    def lost(self, attempt: "Attempt", cause: str) -> None:
+        """The engine is gone; nothing more comes of this attempt."""
+        ...
+
+    def ended(self, attempt: "Attempt", cause: str) -> None:
+        """The engine has ended the request, for a cause that is not to be tried elsewhere."""
+        ...
+
+    def asked_to_leave(self, attempt: "Attempt") -> None:
+        """The engine would rather have the request go elsewhere."""
         ...
 
 
@@ -91,8 +107,8 @@ class EngineClient(Protocol):
         """Whether the engine answers and its scheduler makes progress."""
         ...
 
-    async def submit(self, request: Request) -> RequestStream:
-        """Queue a request.
+    async def submit(self, request: Continuation, sink: Sink) -> "Attempt":
+        """Queue a request, whose outcomes go to ``sink``.
 
         Raises RequestError (PromptTooLong, QueueFull) as ``Engine.add`` does, and EngineError if
         the engine is gone or draining.

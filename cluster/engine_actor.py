@@ -52,7 +52,7 @@ class EngineHost:
         info = dataclasses.replace(info, start_seconds=time.monotonic() - started)
         self._hang_after = info.step_timeout
         self._stopping = False
-        self.loop = EngineLoop(engine, self._on_failure)
+        self.loop = EngineLoop(engine, self._on_failure, self._on_leaving)
         server = Server(self.loop, info, secrets.token_hex(16), own_host())
         self.address = server.address
         self.loop.start()
@@ -95,6 +95,10 @@ class EngineHost:
     def _on_failure(self, cause: str) -> None:
         threading.Timer(LAST_WORDS, self._die).start()
 
+    def _on_leaving(self) -> None:
+        log.info("Engine %s has handed over what it had, and ends", self.engine_id)
+        threading.Timer(LAST_WORDS, self._die).start()
+
     def _die(self) -> None:
         self._directory.remove("engine", self.engine_id, self.address)
         self.loop.stop(STOP_SECONDS)  # its workers too
@@ -117,20 +121,24 @@ def needed(config: EngineConfig) -> dict[str, float]:
 
 
 class _EngineActor:
-    """The actor of a named engine."""
+    """The actor of a named engine. Where Ray starts it again, because its process or its node has
+    gone, it serves again by itself; if it cannot, it is gone for good."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: Mapping[str, Any], name: str) -> None:
+        self._options, self._name = options, name
         self._started = threading.Event()
         self._host: EngineHost | None = None
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self.start()
 
     def ping(self) -> None:
         """Answers once it has been placed."""
 
-    def start(self, options: Mapping[str, Any], name: str) -> None:
+    def start(self) -> None:
         """Load the model and serve it."""
         from cluster.replica import engine_config  # imports torch
 
-        self._host = EngineHost(engine_config(**options), f"engine:{name}")
+        self._host = EngineHost(engine_config(**self._options), f"engine:{self._name}")
         self._started.set()
 
     def address(self) -> str:
@@ -158,8 +166,13 @@ def start_actor(name: str, options: Mapping[str, Any]) -> None:
     timeout = config.parallel.placement_timeout
     actor_class: Any = ray.remote(_EngineActor)
     actor = actor_class.options(
-        name=name, namespace=NAMESPACE, lifetime="detached", max_concurrency=16, **need
-    ).remote()
+        name=name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        max_concurrency=16,
+        max_restarts=-1,
+        **need,
+    ).remote(dict(options), name)
     try:
         try:
             with waiting_for(log, f"room for engine {name!r} in the cluster"):
@@ -176,7 +189,7 @@ def start_actor(name: str, options: Mapping[str, Any]) -> None:
                 f" {asked}; of the cluster are free {has}"
             ) from None
         with waiting_for(log, f"engine {name!r} to load its model"):
-            ray.get(actor.start.remote(dict(options), name))
+            ray.get(actor.start.remote())
     except RayTaskError as error:
         _end(actor)
         if isinstance(error.cause, MantaError):

@@ -117,7 +117,7 @@ class Engines(Collection[EngineClient]):
 
     async def _connect(self, id: str, address: str) -> None:
         try:
-            self._clients[id] = await RemoteClient.connect(address, timeout=2.0)
+            self._clients[id] = await RemoteClient.open(address, timeout=2.0)
             self._directory.answered(address)
         except EngineError as error:
             if await asyncio.to_thread(self._directory.unanswered, "engine", id, address):

@@ -387,15 +387,22 @@ class ParallelExecutor:
         self._path = path
         self._is_folder = is_folder
         self._progress = progress
+        self._launcher = launcher
         self._device = launcher.device
-        self._workers = Workers(config, launcher)
+        self._blocks: Blocks | None = None  # what was reserved
+        self._begin()
+
+    def _begin(self) -> None:
+        """With workers that are still to be started."""
+        self._workers = Workers(self._config, self._launcher)
         self._finalizer = weakref.finalize(self, self._workers.stop)
         # finalize's own turn at the end of the program may come after Ray's, which ends the workers
         # as if they had failed; what is registered last comes first.
         atexit.register(self._finalizer)
         self._pending: deque[_Pending] = deque()
         self._learned: list[Ints] = []  # tokens that the first stage has not been told
-        self._admitted = np.full(config.scheduler.max_num_seqs, -1)  # step of a slot's admission
+        num_slots = self._config.scheduler.max_num_seqs
+        self._admitted = np.full(num_slots, -1)  # step of a slot's admission
         self._last_result = 0.0
 
     @property
@@ -435,13 +442,18 @@ class ParallelExecutor:
         """What every worker has room for: the least of what each has."""
         workers = self._workers
         try:
-            fits = [r.blocks for r in workers.ask(Order(measure=True), "blocks", self._progress)]
-            blocks = Blocks(min(b.device for b in fits if b), min(b.cpu for b in fits if b))
+            blocks = self._blocks
+            if blocks is None:
+                fits = [
+                    r.blocks for r in workers.ask(Order(measure=True), "blocks", self._progress)
+                ]
+                blocks = Blocks(min(b.device for b in fits if b), min(b.cpu for b in fits if b))
             reports = workers.ask(Order(reserve=blocks), "capacity", self._progress)
         except BaseException:
             self._workers.stop(gently=False)
             raise
         capacities = [report.capacity for report in reports if report.capacity is not None]
+        self._blocks = blocks
         workers.watch()
         costs = [capacity.costs for capacity in capacities]
         return Capacity(
@@ -475,17 +487,24 @@ class ParallelExecutor:
         self._pending.popleft()
         self._last_result = time.monotonic()
         result = _results.decode(data)
-        if self._config.parallel.pipeline_parallel_size > 1 and len(result.slots):
-            plan = pending.plan
-            at = (plan.starts + plan.counts)[plan.wants == 1]
+        if self._config.parallel.pipeline_parallel_size > 1 and len(result.rows):
+            plan, rows = pending.plan, result.rows
+            slots, at = plan.slots[rows], (plan.starts + plan.counts)[rows]
             # A slot that was given away while the step ran is another sequence's now.
-            same = self._admitted[result.slots] <= plan.step
-            self._learned.append(np.stack((result.slots, at, result.tokens), 1)[same])
+            same = self._admitted[slots] <= plan.step
+            self._learned.append(np.stack((slots, at, result.tokens), 1)[same])
         return result
 
     def check(self) -> None:
         """Raise EngineError, naming the cause, if the workers can run nothing more."""
         self._workers.check()
+
+    def restart(self) -> None:
+        """Start other workers in the place of those that failed. Raises as ``load`` does."""
+        self.stop()
+        self._begin()
+        self.load()
+        self.reserve()
 
     def stop(self) -> None:
         self._finalizer()

@@ -17,10 +17,10 @@ import contextlib
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from cluster.client import EngineInfo, EngineLoad, RequestStream
+from cluster.attempts import Attempt
+from cluster.client import EngineInfo, EngineLoad, Sink
 from cluster.prompts import (
     Message,
     Prompt,
@@ -28,63 +28,79 @@ from cluster.prompts import (
     chat_prompts,
     checked_priority,
     one_for_each,
+    requests_of,
     text_prompts,
 )
-from cluster.streams import settled
+from cluster.streams import Stream, settled
 from cluster.transport import RemoteClient
 from engine.chat import load_template
-from engine.errors import RequestError
-from engine.output import RequestText
-from engine.outputs import RequestOutput
-from engine.request import Request
+from engine.collector import Collector
+from engine.continuation import Continuation
+from engine.errors import EngineError, RequestError
+from engine.log import get_logger
+from engine.outputs import Piece, RequestOutput
 from engine.sampling_params import SamplingParams
 from engine.stats import Metric
 from engine.tokenizer import Tokenizer
 
+log = get_logger("handle")
+
+CONNECT_TIMEOUT = 10.0  # seconds for the engine that takes a lost one's place to answer
+
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What a stream brings for one completion: new text, its tokens, and at the end why it ended.
+class NamedEngine:
+    """The ``Route`` to an engine that is found by its name: when it is lost, to the one that takes
+    its place. ``info`` is the last one's."""
 
-    ``text`` may be empty while a character or a stop string could still be incomplete.
-    """
+    def __init__(self, name: str, client: RemoteClient) -> None:
+        self.client = client
+        self._name = name
+        self._opening = asyncio.Lock()
 
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
+    async def admit(self, request: Continuation, sink: Sink, leaving: bool = False) -> Attempt:
+        if leaving:
+            raise EngineError("there is one engine of this name")
+        if not self.client.healthy:
+            async with self._opening:
+                if not self.client.healthy:
+                    client = await _open(self._name, CONNECT_TIMEOUT)
+                    await self.client.close()
+                    self.client = client
+        return await self.client.submit(request, sink)
+
+    def moved(self, cause: str, seconds: float) -> None:
+        log.info("A request went on at engine %r after %.2f s (%s)", self._name, seconds, cause)
 
 
 class AsyncEngineHandle:
     """A named engine, for one asyncio loop; made by ``connect_async``."""
 
-    def __init__(self, client: RemoteClient, tokenizer: Tokenizer) -> None:
-        self._client = client
+    def __init__(self, route: NamedEngine, tokenizer: Tokenizer) -> None:
+        self._route = route
         self.tokenizer = tokenizer
-        template = client.info.chat_template
+        template = route.client.info.chat_template
         self._chat_template = None if template is None else load_template(template)
 
     @property
     def info(self) -> EngineInfo:
         """What the engine serves."""
-        return self._client.info
+        return self._route.client.info
 
     @property
     def load(self) -> EngineLoad:
         """What it has to do now."""
-        return self._client.load
+        return self._route.client.load
 
     @property
     def healthy(self) -> bool:
         """Whether it answers and makes progress."""
-        return self._client.healthy
+        return self._route.client.healthy
 
     async def metrics(self) -> list[Metric]:
         """What it has counted."""
-        return await self._client.stats()
+        return await self._route.client.stats()
 
     async def generate(
         self,
@@ -96,7 +112,8 @@ class AsyncEngineHandle:
     ) -> list[RequestOutput]:
         """As ``LLM.generate``. If the caller is cancelled, so are its requests.
 
-        Raises RequestError for a wrong prompt or parameter, EngineError if the engine dies.
+        A request whose engine is lost goes on at the one that takes its place. Raises RequestError
+        for a wrong prompt or parameter, EngineError if none does within ``failover_timeout``.
         """
         return await self._run(
             text_prompts(self.tokenizer, prompts), sampling_params, priority, timeout
@@ -154,7 +171,7 @@ class AsyncEngineHandle:
 
     async def close(self) -> None:
         """Leave the engine; what this handle has in flight there ends."""
-        await self._client.close()
+        await self._route.client.close()
 
     # ---- inside ----
 
@@ -167,17 +184,20 @@ class AsyncEngineHandle:
             **options,
         )
 
-    def _request(
-        self, prompt: Tokenized, sampling: SamplingParams, priority: int, timeout: float | None
-    ) -> Request:
-        return Request(
-            request_id=uuid.uuid4().hex,
-            prompt_token_ids=prompt[1],
-            sampling=sampling,
-            bad_words=tuple(map(tuple, self.tokenizer.bad_words_ids(sampling.bad_words))),
-            priority=priority,
-            timeout=timeout,
-        )
+    def _requests(
+        self,
+        prompts: list[Tokenized],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int] | None,
+        timeout: float | None,
+    ) -> list[Continuation]:
+        params = one_for_each(sampling_params, self.info.default_sampling, len(prompts))
+        priorities = checked_priority(priority, self.info.scheduling_policy, len(prompts))
+        ids = iter(lambda: uuid.uuid4().hex, "")
+        return requests_of(self.tokenizer, prompts, params, priorities, timeout, ids)
+
+    def _stream_of(self, request: Continuation) -> Stream:
+        return Stream(request, self._route, self.info.failover)
 
     async def _run(
         self,
@@ -186,35 +206,29 @@ class AsyncEngineHandle:
         priority: int | Sequence[int] | None,
         timeout: float | None,
     ) -> list[RequestOutput]:
-        params = one_for_each(sampling_params, self.info.default_sampling, len(prompts))
-        priorities = checked_priority(priority, self.info.scheduling_policy, len(prompts))
-        requests = [
-            self._request(*values, timeout)
-            for values in zip(prompts, params, priorities, strict=True)
-        ]
-        streams: dict[int, RequestStream] = {}
+        requests = self._requests(prompts, sampling_params, priority, timeout)
+        streams = [self._stream_of(request) for request in requests]
 
-        async def submit(number: int, request: Request) -> None:
+        async def start(number: int, stream: Stream) -> None:
             try:
-                streams[number] = await self._client.submit(request)
+                await stream.start()
             except RequestError as error:
                 raise type(error)(f"prompt {number}: {error}") from None
 
+        async def collect(stream: Stream, collector: Collector) -> None:
+            async for outcomes in stream:
+                collector.take(outcomes, stream.stop_at_text)
+
         try:
-            await settled(submit(*numbered) for numbered in enumerate(requests))
-            texts = []
-            for number, (request, (text, _)) in enumerate(zip(requests, prompts, strict=True)):
-                stream = streams[number]
-                output = RequestText(request, text, self.tokenizer, stream.metrics)
-                async for deltas in stream:
-                    for delta in deltas:
-                        _, stopped = output.take(delta)
-                        if stopped is not None:
-                            stream.stop_at_text(delta.index)
-                texts.append(output.output)
-            return texts
+            await settled(start(*numbered) for numbered in enumerate(streams))
+            collectors = [
+                Collector(request, text, self.tokenizer, stream.metrics)
+                for request, stream, (text, _) in zip(requests, streams, prompts, strict=True)
+            ]
+            await settled(map(collect, streams, collectors))
+            return [collector.output for collector in collectors]
         finally:
-            for stream in streams.values():
+            for stream in streams:
                 stream.cancel()
 
     async def _stream(
@@ -226,27 +240,15 @@ class AsyncEngineHandle:
     ) -> AsyncGenerator[Piece, None]:
         if len(prompts) != 1:
             raise RequestError(f"a stream has one prompt, got {len(prompts)}")
-        if priority:
-            checked_priority([priority], self.info.scheduling_policy, 1)
-        (sampling,) = one_for_each(sampling_params, self.info.default_sampling, 1)
-        request = self._request(prompts[0], sampling, priority, timeout)
-        stream = await self._client.submit(request)
-        text = RequestText(request, prompts[0][0], self.tokenizer, stream.metrics, streaming=True)
+        (request,) = self._requests(prompts, sampling_params, [priority], timeout)
+        stream = self._stream_of(request)
+        text = prompts[0][0]
+        collector = Collector(request, text, self.tokenizer, stream.metrics, streaming=True)
         try:
-            async for deltas in stream:
-                for delta in deltas:
-                    output = text.output.outputs[delta.index]
-                    before = len(output.token_ids)
-                    new, stopped = text.take(delta)
-                    if stopped is not None:
-                        stream.stop_at_text(delta.index)
-                    yield Piece(
-                        delta.index,
-                        new,
-                        output.token_ids[before:],
-                        output.finish_reason,
-                        output.stop_reason,
-                    )
+            await stream.start()
+            async for outcomes in stream:
+                for piece in collector.take(outcomes, stream.stop_at_text):
+                    yield piece
         finally:
             stream.cancel()
 
@@ -392,10 +394,7 @@ def connect(name: str, timeout: float = 60.0) -> EngineHandle:
 
 async def connect_async(name: str, timeout: float = 60.0) -> AsyncEngineHandle:
     """``connect`` for programs on asyncio; the handle belongs to the running loop."""
-    from cluster.engine_actor import find_actor
-
-    address = await asyncio.to_thread(find_actor, name, timeout)
-    client = await RemoteClient.connect(address, timeout)
+    client = await _open(name, timeout)
     info = client.info
     try:
         tokenizer = await asyncio.to_thread(
@@ -404,7 +403,14 @@ async def connect_async(name: str, timeout: float = 60.0) -> AsyncEngineHandle:
     except BaseException:
         await client.close()
         raise
-    return AsyncEngineHandle(client, tokenizer)
+    return AsyncEngineHandle(NamedEngine(name, client), tokenizer)
+
+
+async def _open(name: str, timeout: float) -> RemoteClient:
+    from cluster.engine_actor import find_actor
+
+    address = await asyncio.to_thread(find_actor, name, timeout)
+    return await RemoteClient.open(address, timeout)
 
 
 def stop_engine(name: str, drain_seconds: float = 0.0) -> None:

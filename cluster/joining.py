@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,6 +28,7 @@ OBJECT_STORE_BYTES = 100 << 20  # nothing of ours passes through Ray's object st
 LEAST_FILES = 1024  # open files that Ray's processes, HAProxy and a model's workers get by with
 _AGENTS_PATIENCE = 1.0  # seconds that Ray's agents have to end after it
 _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
+_TOKEN = "auth_token"  # the file, in the folder of an ``OwnRay``
 
 
 def connect_ray() -> None:
@@ -96,6 +98,15 @@ def join_ray(address: str, **options: Any) -> None:
             raise EngineError(
                 f"{named}: {reason}; one that asks for a token needs RAY_AUTH_MODE=token"
             ) from error
+
+
+def join_own_ray(folder: Path, address: str) -> None:
+    """Join the ``OwnRay`` of another process of this user, by its folder."""
+    token = folder / _TOKEN
+    if token.exists():
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ[_TOKEN_PATH] = str(token)
+    join_ray(address)
 
 
 def _answers(address: str) -> str | None:
@@ -178,6 +189,12 @@ class OwnRay:
                 f" (its logs are in {self.folder}, until the next start)"
             ) from error
 
+    @property
+    def address(self) -> str:
+        """Of its GCS."""
+        found: str = ray.get_runtime_context().gcs_address
+        return found
+
     def ended(self) -> str | None:
         """Which of the processes that it cannot go on without has ended, if one has.
 
@@ -196,7 +213,7 @@ class OwnRay:
         inner = descendants(ours)
         ray.shutdown()
         end(inner, _AGENTS_PATIENCE)
-        if os.environ.get(_TOKEN_PATH) == str(self.folder / "auth_token"):
+        if os.environ.get(_TOKEN_PATH) == str(self.folder / _TOKEN):
             del os.environ[_TOKEN_PATH]
         if keep:
             self._files.leave()
@@ -209,7 +226,7 @@ class OwnRay:
             return
         if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", _TOKEN_PATH)):
             return
-        path = self.folder / "auth_token"
+        path = self.folder / _TOKEN
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32))
         os.environ[_TOKEN_PATH] = str(path)

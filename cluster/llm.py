@@ -1,9 +1,10 @@
 """``LLM``: offline batched inference in this process."""
 
 import itertools
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,16 @@ from cluster.prompts import (
     checked_priority,
     one_for_each,
     refuse_arguments,
+    requests_of,
     text_prompts,
 )
 from cluster.replica import default_sampling, engine_config, open_checkpoint, start_replica
 from engine.chat import load_template
+from engine.collector import Collector
 from engine.config import EMBEDDED_MODEL
 from engine.errors import EngineError, RequestError
 from engine.log import get_logger
-from engine.output import RequestText
 from engine.outputs import RequestOutput
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import load_transformers
@@ -62,6 +63,7 @@ class LLM:
         self._chat_template = None if template is None else load_template(template)
         self.engine = start_replica(self.config, checkpoint, self.tokenizer)
         self._request_ids = itertools.count()
+        self._random = random.Random(self.config.model.seed)  # for requests that bring no seed
         log.info("Ready in %.2f s", time.perf_counter() - started)
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -152,49 +154,39 @@ class LLM:
     ) -> list[RequestOutput]:
         params = one_for_each(sampling_params, self._defaults, len(prompts))
         priority = checked_priority(priority, self.config.scheduler.scheduling_policy, len(prompts))
-        texts: dict[str, RequestText] = {}
+        ids = map(str, self._request_ids)
+        requests = requests_of(
+            self.tokenizer, prompts, params, priority, timeout, ids, self._random
+        )
+        collectors: dict[str, Collector] = {}
         with interrupts_held() as check_interrupt:
             try:
-                for number, (text, ids) in enumerate(prompts):
+                for number, request in enumerate(requests):
                     try:
-                        request = self._request(ids, params[number], priority[number], timeout)
                         metrics = self.engine.add(request)
                     except RequestError as error:
                         raise type(error)(f"prompt {number}: {error}") from None
-                    texts[request.request_id] = RequestText(request, text, self.tokenizer, metrics)
+                    text, id = prompts[number][0], request.request_id
+                    collectors[id] = Collector(request, text, self.tokenizer, metrics)
                     check_interrupt()
                 with PromptBar(len(prompts), use_tqdm) as bar:
-                    self._drive(texts, bar, check_interrupt)
+                    self._drive(collectors, bar, check_interrupt)
             finally:  # a wrong prompt, an interrupt: nothing of this call goes on
-                for request_id in texts:
-                    self.engine.abort(request_id)
-        return [text.output for text in texts.values()]
-
-    def _request(
-        self, ids: list[int], sampling: SamplingParams, priority: int, timeout: float | None
-    ) -> Request:
-        return Request(
-            request_id=str(next(self._request_ids)),
-            prompt_token_ids=ids,
-            sampling=sampling,
-            bad_words=tuple(map(tuple, self.tokenizer.bad_words_ids(sampling.bad_words))),
-            priority=priority,
-            timeout=timeout,
-        )
+                for id in collectors:
+                    self.engine.abort(id)
+        return [collector.output for collector in collectors.values()]
 
     def _drive(
-        self, texts: dict[str, RequestText], bar: PromptBar, check_interrupt: Callable[[], None]
+        self, collectors: dict[str, Collector], bar: PromptBar, check_interrupt: Callable[[], None]
     ) -> None:
-        unfinished = len(texts)
+        unfinished = len(collectors)
         while unfinished:
             check_interrupt()
-            for delta in self.engine.step():
-                text = texts[delta.request_id]
-                _, stopped = text.take(delta)
-                if stopped is not None:
-                    self.engine.stop_at_text(delta.request_id, delta.index)
-                if text.output.finished:
+            for id, outcome in self.engine.step():
+                collector = collectors[id]
+                taken = collector.take([outcome], partial(self.engine.stop_at_text, id))
+                if taken and collector.output.finished:
                     unfinished -= 1
-                    bar.finished(text.output)
+                    bar.finished(collector.output)
             if unfinished and not self.engine.has_work:
                 raise EngineError(f"{unfinished} requests are unfinished but nothing can run")

@@ -1,7 +1,7 @@
 """``EngineLoop``: a thread that owns an engine, and ``LocalClient``, a client in its process.
 
 Between two steps the thread takes in whatever clients sent, and after each it hands every client
-all that the step brought for it in one ``Batch``. Nothing waits for a timer: it sleeps only when
+all that the step brought for it in one ``Update``. Nothing waits for a timer: it sleeps only when
 there is nothing to do, and wakes at once.
 """
 
@@ -16,26 +16,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from cluster.client import EngineInfo, EngineLoad
+from cluster.attempts import Attempt, AttemptTable
+from cluster.client import EngineInfo, EngineLoad, Sink
 from cluster.messages import (
     Ask,
-    Batch,
     Cancel,
     Command,
     Drain,
     EndRequests,
-    Entry,
     Refused,
     StopAtText,
     Submit,
     Times,
+    Update,
 )
-from cluster.streams import Stream, StreamTable
-from engine.engine import Delta, Engine
+from engine.continuation import Continuation
+from engine.engine import Engine
 from engine.errors import EngineError, QueueFull, RequestError
 from engine.log import get_logger
+from engine.outcome import StepOutcomes
 from engine.outputs import RequestMetrics
-from engine.request import Request
+from engine.sequence import Sequence
 from engine.stats import Metric
 
 log = get_logger("engine")
@@ -52,8 +53,8 @@ MOST_LOGPROBS_AT_ONCE = 1 << 22
 class Peer(Protocol):
     """A client as the loop sees it."""
 
-    def deliver(self, batch: Batch) -> None:
-        """Take a batch; called in the loop's thread, and must not wait."""
+    def deliver(self, update: Update) -> None:
+        """Take an update; called in the loop's thread, and must not wait."""
         ...
 
 
@@ -61,7 +62,7 @@ class Peer(Protocol):
 class _Client:
     peer: Peer
     requests: dict[int, "_Request"] = field(default_factory=dict)
-    batch: Batch | None = None  # what the next delivery brings
+    update: Update | None = None  # what the next delivery brings
     logprobs: int = 0  # that its requests may bring, as ``MOST_LOGPROBS_AT_ONCE`` counts them
 
 
@@ -73,6 +74,8 @@ class _Request:
     metrics: RequestMetrics
     unfinished: set[int]
     logprobs: int
+    moves: int
+    begun: bool = False
     has_token: bool = False
 
 
@@ -80,25 +83,31 @@ class EngineLoop:
     """Runs an engine in a thread of its own from ``start`` to ``stop``.
 
     The engine, and every method that is not said to be thread-safe, belongs to that thread.
-    ``on_failure`` is called once, in the thread, when the engine cannot go on.
+    ``on_failure`` is called once, in the thread, when the engine cannot go on; ``on_leaving`` when
+    it was told to leave and has nothing left to do.
     """
 
     def __init__(
-        self, engine: Engine, on_failure: Callable[[str], None] = lambda cause: None
+        self,
+        engine: Engine,
+        on_failure: Callable[[str], None] = lambda cause: None,
+        on_leaving: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine = engine
         self.failure: str | None = None
         self._on_failure = on_failure
+        self._on_leaving = on_leaving
         self._clients: dict[Peer, _Client] = {}
         self._requests: dict[str, _Request] = {}
-        self._changed: list[_Client] = []  # those with a batch
+        self._changed: list[_Client] = []  # those with an update
         self._load_time = 0.0
         self._step_since: float | None = None  # when the step that runs now began
-        self._draining = False
+        self._draining = self._leaving = False
         self._stopping = False
         self._idle = threading.Event()
         self._idle.set()
         self._load = self._measure()
+        engine.on_begin = self._tell_begun
         self._posted: deque[Callable[[], None]] = deque()
         self._at_end: list[Callable[[], None]] = []
         self._sleeping = False
@@ -155,24 +164,30 @@ class EngineLoop:
 
     @property
     def step_seconds(self) -> float:
-        """How long the step that runs now has been running; 0 if none does."""
+        """How long the step that runs now has been running; 0 if none does, or the engine's
+        workers are started again."""
         since = self._step_since
         return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def recovering(self) -> bool:
+        """Whether the engine's workers are started again."""
+        return self._load.recovering
 
     # ---- for peers, in the thread ----
 
     def join(self, peer: Peer) -> None:
         """A client comes; it gets a figure of the load at once."""
         client = self._clients[peer] = _Client(peer)
-        self._batch(client).load = self._measure()
+        self._update_of(client).load = self._measure()
         if self.failure is not None:
-            self._batch(client).failure = self.failure
+            self._update_of(client).failure = self.failure
 
     def leave(self, peer: Peer) -> None:
         """A client is gone: so are its requests."""
         client = self._clients.pop(peer, None)
         if client is not None:
-            client.batch = None
+            client.update = None
             for request in list(client.requests.values()):
                 self._end(request)
 
@@ -186,12 +201,13 @@ class EngineLoop:
             return
         if isinstance(command, Drain):
             self._start_drain()
+            self._leaving |= command.leave
             return
         if isinstance(command, EndRequests):
             self._end_requests(command.cause)
             return
         if isinstance(command, Ask):
-            self._batch(client).answers.append((command.number, self.engine.metrics()))
+            self._update_of(client).answers.append((command.number, self.engine.metrics()))
             return
         request = client.requests.get(command.number)
         if request is None:
@@ -210,10 +226,11 @@ class EngineLoop:
                 busy = self.engine.has_work and self.failure is None
                 self._poll(0.0 if busy else self._patience())
                 self._flush()  # who was queued or refused hears of it before a long step
+                if self._leaving and not self._requests:
+                    self._leaving = False
+                    self._on_leaving()
                 if self.failure is None and not self._stopping:
                     self._step()
-                elif self.failure is None:
-                    self._check()
                 self._push_load()
                 self._flush()
         except Exception as error:  # a mistake of ours; nothing may hang for it
@@ -243,67 +260,63 @@ class EngineLoop:
             return 0.0
         return max(0.001, self._load_time + LOAD_AT_LEAST - time.monotonic())
 
-    def _check(self) -> None:
-        """Notice a worker that died while there was nothing to do."""
-        try:
-            self.engine.check()
-        except EngineError as error:
-            self._fail(str(error))
-
     def _step(self) -> None:
         """Run a step if there is work; without any, see that the workers still live."""
-        deltas: list[Delta] = []
         try:
-            if self.engine.has_work:
-                self._step_since = time.monotonic()
-                deltas = self.engine.step()
+            self.engine.check()
+            if not self.engine.has_work:
+                return
+            if self.engine.recovering:
+                self._push_load(at_once=True)
+                self._flush()
             else:
-                self.engine.check()
+                self._step_since = time.monotonic()
+            outcomes = self.engine.step()
         except Exception as error:
             self._fail(str(error) if isinstance(error, EngineError) else repr(error))
             return
         finally:
             self._step_since = None
-        for delta in deltas:
-            self._deliver(delta)
+        self._deliver(outcomes)
 
-    def _deliver(self, delta: Delta) -> None:
-        request = self._requests.get(delta.request_id)
-        if request is None:
-            return
-        batch = self._batch(request.client)
-        if not request.has_token and delta.token is not None:
-            request.has_token = True
-            batch.times.append(_times(request))
-        if (
-            delta.index == 0
-            and delta.finish_reason is None
-            and delta.logprobs is None
-            and delta.prompt_logprobs is None
-            and delta.token is not None
-        ):
-            batch.numbers.append(request.number)
-            batch.tokens.append(delta.token)
-            return
-        batch.entries.append(
-            Entry(
-                request.number,
-                delta.index,
-                delta.token,
-                delta.logprobs,
-                delta.prompt_logprobs,
-                delta.finish_reason,
-                delta.stop_reason,
-            )
-        )
-        if delta.finish_reason is not None:
-            self._finished(request, delta.index)
+    def _tell_begun(self, sequences: list[Sequence]) -> None:
+        """Have clients know what runs before a step that may be the last one."""
+        for seq in sequences:
+            request = self._requests.get(seq.request_id)
+            if request is not None and not request.begun:
+                request.begun = True
+                self._update_of(request.client).begun.append(request.number)
+        self._flush()
+
+    def _deliver(self, outcomes: StepOutcomes) -> None:
+        columns = zip(outcomes.sequences, outcomes.positions, outcomes.tokens, strict=True)
+        for seq, position, token in columns:
+            request = self._requests.get(seq.request_id)
+            if request is not None:
+                update = request.client.update or self._update_of(request.client)
+                if not request.has_token:
+                    self._first_token(request)
+                update.completions.append(request.number + seq.index)
+                update.positions.append(position)
+                update.tokens.append(token)
+        for seq, outcome in outcomes.others:
+            request = self._requests.get(seq.request_id)
+            if request is not None:
+                if outcome.tokens and not request.has_token:
+                    self._first_token(request)
+                self._update_of(request.client).outcomes.append((request.number, outcome))
+                if outcome.finish_reason is not None:
+                    self._finished(request, outcome.index)
+
+    def _first_token(self, request: _Request) -> None:
+        request.has_token = True
+        self._update_of(request.client).times.append(_times(request))
 
     def _submit(self, client: _Client, command: Submit) -> None:
         number, request = command.number, command.request
         if not request.client:  # a program of its own
             request = replace(request, client=f"connection {id(client)}")
-        batch = self._batch(client)
+        update = self._update_of(client)
         try:
             if self.failure is not None:
                 raise EngineError(self.failure)
@@ -311,25 +324,34 @@ class EngineLoop:
                 raise EngineError("the engine is draining: it takes no further requests")
             if number in client.requests:
                 raise RequestError(f"request number {number} is in use")
+            before = self._requests.get(request.request_id)
+            if before is not None and before.moves < request.moves:
+                self._end(before)  # its client has lost it here, and comes again
             logprobs = self._logprobs_of(client, request)
             metrics = self.engine.add(request)
         except (RequestError, EngineError) as error:
-            batch.refused.append(Refused(number, type(error).__name__, str(error)))
+            update.refused.append(Refused(number, type(error).__name__, str(error)))
             return
         except Exception as error:  # a mistake of ours: one request must not take the others along
             log.exception("Request %s could not be queued", request.request_id)
             cause = f"{type(error).__name__}: {error}"
-            batch.refused.append(Refused(number, "EngineError", cause))
+            update.refused.append(Refused(number, "EngineError", cause))
             return
         record = _Request(
-            client, number, request.request_id, metrics, set(range(request.sampling.n)), logprobs
+            client,
+            number,
+            request.request_id,
+            metrics,
+            set(request.unfinished),
+            logprobs,
+            request.moves,
         )
         client.logprobs += logprobs
         client.requests[number] = self._requests[request.request_id] = record
         self._idle.clear()
-        batch.accepted.append(number)
+        update.accepted.append(number)
 
-    def _logprobs_of(self, client: _Client, request: Request) -> int:
+    def _logprobs_of(self, client: _Client, request: Continuation) -> int:
         """The log-probabilities that a request may bring, of positions with more than a few.
 
         Raises RequestError if they are too many, QueueFull if they are for now.
@@ -367,14 +389,14 @@ class EngineLoop:
         """End every client's requests with an error."""
         for client in self._clients.values():
             if client.requests:
-                self._batch(client).failure = cause
+                self._update_of(client).ended = cause
             for request in list(client.requests.values()):
                 self._end(request)
 
     def _finished(self, request: _Request, index: int) -> None:
         request.unfinished.discard(index)
         if not request.unfinished:
-            self._batch(request.client).times.append(_times(request))
+            self._update_of(request.client).times.append(_times(request))
             self._forget(request)
 
     def _forget(self, request: _Request) -> None:
@@ -394,7 +416,7 @@ class EngineLoop:
     def _fail(self, cause: str, told: bool = True) -> None:
         self.failure = cause
         for client in self._clients.values():
-            self._batch(client).failure = cause
+            self._update_of(client).failure = cause
             client.requests.clear()
             client.logprobs = 0
         self._requests.clear()
@@ -405,22 +427,22 @@ class EngineLoop:
 
     # ---- what goes out ----
 
-    def _batch(self, client: _Client) -> Batch:
-        if client.batch is None:
-            client.batch = Batch()
+    def _update_of(self, client: _Client) -> Update:
+        if client.update is None:
+            client.update = Update()
             self._changed.append(client)
-        return client.batch
+        return client.update
 
-    def _push_load(self) -> None:
+    def _push_load(self, at_once: bool = False) -> None:
         """Give every client the load where it has changed, and now and then as a sign of life."""
         now = time.monotonic()
-        if now - self._load_time < LOAD_EVERY and self.engine.has_work:
+        if not at_once and now - self._load_time < LOAD_EVERY and self.engine.has_work:
             return  # what has become idle says so at once
         load = self._measure()
         if load != self._load or now - self._load_time >= LOAD_AT_LEAST:
             self._load, self._load_time = load, now
             for client in self._clients.values():
-                self._batch(client).load = load
+                self._update_of(client).load = load
 
     def _measure(self) -> EngineLoad:
         scheduler = self.engine.scheduler
@@ -430,14 +452,15 @@ class EngineLoop:
             waiting_tokens=scheduler.waiting_tokens,
             free_blocks=scheduler.kv.device.num_free,
             draining=self._draining,
+            recovering=self.engine.recovering,
         )
 
     def _flush(self) -> None:
         changed, self._changed = self._changed, []
         for client in changed:
-            batch, client.batch = client.batch, None
-            if batch is not None:
-                client.peer.deliver(batch)
+            update, client.update = client.update, None
+            if update is not None:
+                client.peer.deliver(update)
 
 
 def _times(request: _Request) -> Times:
@@ -463,7 +486,7 @@ class LocalClient:
         self.info = info
         self._loop = loop
         self._asyncio = asyncio.get_running_loop()
-        self._table = StreamTable(lambda command: loop.post(lambda: loop.take(self, command)))
+        self._table = AttemptTable(lambda command: loop.post(lambda: loop.take(self, command)))
         loop.post(lambda: loop.join(self))
 
     @classmethod
@@ -485,8 +508,8 @@ class LocalClient:
     def healthy(self) -> bool:
         return self._loop.alive and self._loop.step_seconds < self.info.step_timeout
 
-    async def submit(self, request: Request) -> Stream:
-        return await self._table.submit(request)
+    async def submit(self, request: Continuation, sink: Sink) -> Attempt:
+        return await self._table.submit(request, sink)
 
     async def stats(self) -> list[Metric]:
         return await self._table.stats()
@@ -495,6 +518,6 @@ class LocalClient:
         """Stop the loop and its engine."""
         await asyncio.to_thread(self._loop.stop)
 
-    def deliver(self, batch: Batch) -> None:
+    def deliver(self, update: Update) -> None:
         with contextlib.suppress(RuntimeError):  # the asyncio loop was closed
-            self._asyncio.call_soon_threadsafe(self._table.receive, batch)
+            self._asyncio.call_soon_threadsafe(self._table.receive, update)

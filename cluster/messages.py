@@ -1,16 +1,15 @@
 """What an engine and its clients say to each other.
 
-Arrays on the wire, not maps: a step's tokens for one client are two lists of integers in one
-``Batch``. Only what is no plain token (log-probabilities, an end, another completion than the
-first) takes a record of its own.
+Arrays on the wire, not maps: a step's tokens for one client are three lists of integers in one
+``Update``. Only what is no plain token (log-probabilities, an end) takes a record of its own.
+A request that a client calls ``number`` has its completions under that and the next numbers.
 """
 
 import msgspec
 
 from cluster.client import EngineInfo, EngineLoad
-from engine.plan import TokenLogprobs
-from engine.request import Request
-from engine.sequence import FinishReason
+from engine.continuation import Continuation
+from engine.outcome import Outcome
 from engine.stats import Metric
 
 
@@ -18,7 +17,7 @@ class Submit(msgspec.Struct, array_like=True, tag=1):
     """Queue a request; ``number`` is the client's name for it."""
 
     number: int
-    request: Request
+    request: Continuation
 
 
 class StopAtText(msgspec.Struct, array_like=True, tag=2):
@@ -35,7 +34,10 @@ class Cancel(msgspec.Struct, array_like=True, tag=3):
 
 
 class Drain(msgspec.Struct, array_like=True, tag=4):
-    """Admit nothing any longer; what is queued or runs goes on to its end."""
+    """Admit nothing any longer; what is queued or runs goes on elsewhere or, where nobody takes
+    it, to its end. ``leave``: the engine's process ends then."""
+
+    leave: bool = False
 
 
 class EndRequests(msgspec.Struct, array_like=True, tag=6):
@@ -51,18 +53,6 @@ class Ask(msgspec.Struct, array_like=True, tag=5):
 
 
 Command = Submit | StopAtText | Cancel | Drain | EndRequests | Ask
-
-
-class Entry(msgspec.Struct, array_like=True):
-    """A ``Delta`` of a request that is more than a plain token."""
-
-    number: int
-    index: int
-    token: int | None
-    logprobs: TokenLogprobs | None
-    prompt_logprobs: tuple[int, list[TokenLogprobs]] | None
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None
 
 
 class Times(msgspec.Struct, array_like=True):
@@ -84,29 +74,34 @@ class Refused(msgspec.Struct, array_like=True):
     message: str
 
 
-class Hello(msgspec.Struct, array_like=True, tag=1):
+class Greeting(msgspec.Struct, array_like=True, tag=1):
     """The first message of an engine to a client."""
 
     info: EngineInfo
     load: EngineLoad
 
 
-class Batch(msgspec.Struct, array_like=True, tag=2):
+class Update(msgspec.Struct, array_like=True, tag=2):
     """All that a step, or the commands before it, brought for one client.
 
-    ``numbers`` and ``tokens``: the next token of the first completion of each of these requests.
-    ``failure``: the client's requests have ended, for this cause; nothing follows. An engine that
-    goes on can be connected to again.
+    ``completions``, ``positions`` and ``tokens``: the next token of each of these completions.
+    ``outcomes``: what is more than that, by the number of the request.
+    ``begun``: requests that the next step runs, which this engine has not run before.
+    ``ended``: the client's requests have ended for this cause, and are not to be tried elsewhere.
+    ``failure``: the engine cannot go on; nothing follows.
     """
 
-    numbers: list[int] = []
+    completions: list[int] = []
+    positions: list[int] = []
     tokens: list[int] = []
-    entries: list[Entry] = []
+    outcomes: list[tuple[int, Outcome]] = []
     accepted: list[int] = []
+    begun: list[int] = []
     refused: list[Refused] = []
     times: list[Times] = []
     answers: list[tuple[int, list[Metric]]] = []
     load: EngineLoad | None = None
+    ended: str | None = None
     failure: str | None = None
 
 
@@ -116,4 +111,4 @@ class AtWork(msgspec.Struct, array_like=True, tag=3):
     step_seconds: float
 
 
-Message = Hello | Batch | AtWork
+Report = Greeting | Update | AtWork

@@ -1,10 +1,12 @@
 """What ``LLM`` and the handles take: prompts, chats and sampling parameters, one or many."""
 
+import random
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.chat import check_variables
+from engine.continuation import SYSTEM_RANDOM, Continuation, begin
 from engine.errors import RequestError
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
@@ -94,6 +96,30 @@ def chat_prompts(
         )
         prompts.append(tokenizer.encode_chat(text))
     return prompts
+
+
+def requests_of(
+    tokenizer: Tokenizer,
+    prompts: Sequence[Tokenized],
+    sampling: Sequence[SamplingParams],
+    priorities: Sequence[int],
+    timeout: float | None,
+    request_ids: Iterator[str],
+    draw: random.Random = SYSTEM_RANDOM,
+) -> list[Continuation]:
+    """A request for each prompt; those without a seed get theirs from ``draw``."""
+    return [
+        begin(
+            next(request_ids),
+            ids,
+            params,
+            bad_words=tokenizer.bad_words_ids(params.bad_words),
+            priority=priority,
+            timeout=timeout,
+            draw=draw,
+        )
+        for (_, ids), params, priority in zip(prompts, sampling, priorities, strict=True)
+    ]
 
 
 def one_for_each(

@@ -117,8 +117,6 @@ def start_replica(
         capacity,
         granted,
         eos_token_ids=tuple(sorted(i for i in eos if i is not None)),
-        steps_ahead=executor.steps_ahead,
-        pipelined=executor.pipelined,
     )
 
 
@@ -159,6 +157,7 @@ def _start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineI
         default_sampling=defaults,
         recommended_max_tokens=defaults.max_tokens if says_length else None,
         step_timeout=config.parallel.step_timeout,
+        failover=config.failover,
         chat_options=options.chat,
         batch_invariant=engine.facts.batch_invariant,
     )

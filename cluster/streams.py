@@ -1,18 +1,35 @@
-"""The client's side of requests in flight: what arrives in batches, handed out by request."""
+"""One request, wherever it runs: engines may be lost under it, or leave, and it goes on.
+
+All that it takes to go on is known here: the request, the tokens that came, the time that it has.
+So when an engine is lost, the request is a continuation, which another engine takes, or the one
+that replaces it. Tokens have positions, by which nothing is given twice and a gap is seen.
+"""
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from array import array
+from collections.abc import Coroutine, Iterable
+from dataclasses import replace
+from typing import Any, Protocol
 
-from cluster.client import EngineLoad
-from cluster.messages import Ask, Batch, Cancel, Command, StopAtText, Submit, Times
-from engine import errors
-from engine.engine import Delta
+from cluster.attempts import Attempt
+from cluster.client import Sink
+from cluster.messages import Times
+from engine.config import FailoverConfig
+from engine.continuation import Continuation
+from engine.engine import died_with
+from engine.errors import EngineError, QueueFull
+from engine.log import get_logger
+from engine.outcome import Outcome
 from engine.outputs import RequestMetrics
-from engine.request import Request
 from engine.sequence import FinishReason
-from engine.stats import Metric
+
+log = get_logger("streams")
+
+AGAIN = 0.05  # seconds between two looks for an engine that takes what has lost its own
+LEAVE_AGAIN = 0.5  # and for one that takes what had better leave its own
+SIGN = 2.0  # seconds of waiting for an engine after which a reader is told
 
 
 async def settled(works: Iterable[Coroutine[Any, Any, None]]) -> None:
@@ -22,193 +39,273 @@ async def settled(works: Iterable[Coroutine[Any, Any, None]]) -> None:
             raise result
 
 
-class Stream:
-    """A ``RequestStream``. It belongs to one asyncio loop and has one reader."""
+class Route(Protocol):
+    """Who knows the engines."""
 
-    def __init__(self, table: "StreamTable", number: int, request: Request) -> None:
+    async def admit(self, request: Continuation, sink: Sink, leaving: bool = False) -> Attempt:
+        """Queue a request at the engine that suits it. ``leaving``: it has one that it would leave,
+        and shall not wait.
+
+        Raises RequestError if an engine says that it could never run, QueueFull if all have too
+        many, and EngineError (Unavailable) if none is there.
+        """
+        ...
+
+    def moved(self, cause: str, seconds: float) -> None:
+        """A request went on elsewhere; so many seconds later it got its next token. ``cause`` is
+        lost, drained or recovering."""
+        ...
+
+
+class Stream:
+    """A request's outcomes as they come, until every completion has a finish reason.
+
+    Belongs to one asyncio loop, has one reader, and must be started. ``metrics`` fills as they
+    come; the last ones complete it.
+    """
+
+    def __init__(self, request: Continuation, route: Route, policy: FailoverConfig) -> None:
         self.request_id = request.request_id
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
-        self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._table = table
-        self._number = number
-        self._unfinished = set(range(request.sampling.n))
-        self._ready: list[Delta] = []
-        self._failure: str | None = None
+        self._request = request
+        self._route = route
+        self._policy = policy
+        self._attempt: Attempt | None = None
+        self._tokens = [array("i", request.output(i)) for i in range(request.sampling.n)]
+        self._unfinished = set(request.unfinished)
+        self._ready: list[Outcome] = []
+        self._moves, self._deaths = request.moves, request.deaths
+        self._lost_at = 0.0  # when it lost its engine, if no token has come since
+        self._cause = ""  # of that, for metrics
+        self._why = ""  # and in words
+        self._leave_at = math.inf  # when to look for another engine than the one it has
+        self._error: EngineError | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    async def start(self) -> "Stream":
+        """Queue it. Raises as ``Route.admit`` does; the stream then has nothing."""
+        self._attempt = await self._route.admit(self._request, self)
+        return self
 
     def __aiter__(self) -> "Stream":
         return self
 
-    async def __anext__(self) -> list[Delta]:
+    async def __anext__(self) -> list[Outcome]:
+        """All that is ready, at least one outcome; or none, as a sign that the request still waits
+        for an engine to go on at.
+
+        Raises EngineError, naming the cause, if none is there in time.
+        """
+        sign = time.monotonic() + SIGN
         while not self._ready:
-            if self._failure is not None:
-                raise errors.EngineError(self._failure)
+            if self._error is not None:
+                raise self._error
             if not self._unfinished:
                 raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            if self._attempt is None:
+                await self._go_on()
+                if self._attempt is None and time.monotonic() >= sign:
+                    return []
+            elif time.monotonic() >= self._leave_at:
+                await self._try_to_leave(self._attempt)
+            else:
+                await self._wait()
         ready, self._ready = self._ready, []
         return ready
 
     def stop_at_text(self, index: int) -> None:
         """End one completion whose text reached a stop string; its stream gives no more."""
         if index in self._unfinished:
-            self._ready = [delta for delta in self._ready if delta.index != index]
-            self._table.send(StopAtText(self._number, index))
+            self._ready = [outcome for outcome in self._ready if outcome.index != index]
+            if self._attempt is not None:
+                self._attempt.stop_at_text(index)
             self._end(index)
 
     def cancel(self) -> None:
-        """End the request now; its completions end with the reason ``abort``."""
-        if self._unfinished and self._failure is None:
-            self._table.send(Cancel(self._number))
-            for index in sorted(self._unfinished):
-                delta = Delta(self.request_id, index, finish_reason=FinishReason.ABORT)
-                self._ready.append(delta)
-                self._end(index)
+        """End the request now and free all that it holds; its completions end with ``abort``.
+        Harmless when it has ended."""
+        if self._attempt is not None:
+            self._attempt.cancel()
+            self._attempt = None
+        if self._error is None:
+            self._finish(FinishReason.ABORT)
 
-    # ---- for the table ----
+    # ---- what an attempt brings ----
 
-    def put(self, delta: Delta) -> None:
-        if delta.index in self._unfinished:
-            self._ready.append(delta)
-            if delta.finish_reason is not None:
-                self._end(delta.index)
-            elif self._waiter is not None:
-                self._wake()
+    def put_times(self, attempt: Attempt, times: Times) -> None:
+        metrics, sent = self.metrics, attempt.sent_at
+        if metrics.first_scheduled_time is None and times.queued is not None:
+            metrics.first_scheduled_time = sent + times.queued
+            metrics.num_cached_tokens = times.cached_tokens
+        if metrics.first_token_time is None and times.first_token is not None:
+            metrics.first_token_time = sent + times.first_token
+        if times.finished is not None:
+            metrics.finished_time = sent + times.finished
+            metrics.num_preemptions += times.preemptions
 
-    def fail(self, cause: str) -> None:
-        """Raise EngineError at the reader, after the deltas that came before."""
-        self._failure = cause
-        if not self.admitted.done():
-            self.admitted.set_exception(errors.EngineError(cause))
-            self.admitted.exception()  # it may be that nobody waits for it any longer
+    def put_token(self, attempt: Attempt, index: int, position: int, token: int) -> None:
+        tokens = self._tokens[index]
+        if position != len(tokens) or index not in self._unfinished:
+            self._check_position(attempt, index, position)
+            return
+        tokens.append(token)
+        if not attempt.proven or self._lost_at:
+            self._note_token(attempt)
+        if self._ready:
+            self._add(Outcome(index, position, [token]))
+        else:
+            self._ready.append(Outcome(index, position, [token]))
+        if self._waiter is not None:
+            self._wake()
+
+    def put(self, attempt: Attempt, outcome: Outcome) -> None:
+        index = outcome.index
+        if index not in self._unfinished or not self._check_position(
+            attempt, index, outcome.position
+        ):
+            return
+        known = len(self._tokens[index]) - outcome.position
+        if known:
+            outcome.position += known
+            outcome.tokens = outcome.tokens[known:]
+            outcome.logprobs = outcome.logprobs and outcome.logprobs[known:]
+        self._tokens[index].extend(outcome.tokens)
+        if outcome.tokens:
+            self._note_token(attempt)
+        self._add(outcome)
+        if outcome.finish_reason is not None:
+            self._end(index)
         self._wake()
+
+    def lost(self, attempt: Attempt, cause: str) -> None:
+        if attempt is not self._attempt:
+            return
+        self._attempt = None
+        self._deaths += attempt.begun
+        self._moves += 1
+        self._lost_at = self._lost_at or time.monotonic()
+        self._cause, self._why, self._leave_at = "lost", cause, math.inf
+        if not self._policy.max_failovers:
+            self._error = EngineError(cause)
+        elif self._deaths > self._policy.max_failovers:
+            self._finish(FinishReason.ERROR, died_with(self.request_id, self._deaths))
+        self._wake()
+
+    def ended(self, attempt: Attempt, cause: str) -> None:
+        if attempt is self._attempt:
+            self._attempt = None
+            self._error = EngineError(cause)
+            self._wake()
+
+    def asked_to_leave(self, attempt: Attempt) -> None:
+        if attempt is self._attempt and self._leave_at == math.inf:
+            self._leave_at = 0.0
+            self._wake()
+
+    # ---- inside ----
+
+    def _continuation(self) -> Continuation:
+        now = time.monotonic()
+        arrival, left = self.metrics.arrival_time, self._request.time_left
+        return replace(
+            self._request,
+            outputs=tuple(
+                tokens.tolist() if index in self._unfinished else None
+                for index, tokens in enumerate(self._tokens)
+            ),
+            time_left=None if left is None else max(0.0, arrival + left - now),
+            age=self._request.age + now - arrival,
+            moves=self._moves,
+            deaths=self._deaths,
+        )
+
+    async def _go_on(self) -> None:
+        """Look for an engine, once; after the last look, end."""
+        now = time.monotonic()
+        left = self._request.time_left
+        if left is not None and now >= self.metrics.arrival_time + left:
+            self._finish(FinishReason.ABORT, "timeout")
+            return
+        try:
+            self._attempt = await self._route.admit(self._continuation(), self)
+        except (QueueFull, EngineError):
+            if now >= self._lost_at + self._policy.failover_timeout:
+                self._error = EngineError(self._why)
+                return
+            await asyncio.sleep(AGAIN)
+
+    async def _try_to_leave(self, attempt: Attempt) -> None:
+        """Go on at an engine that takes requests, if there is one; what the old one brings until
+        then is taken all the same."""
+        self._leave_at = math.inf
+        if attempt.load.admits:
+            return  # it does again
+        request = replace(self._continuation(), moves=self._moves + 1)
+        try:
+            found = await self._route.admit(request, self, leaving=True)
+        except (QueueFull, EngineError):
+            self._leave_at = time.monotonic() + LEAVE_AGAIN
+            return
+        if self._attempt is attempt:
+            self._cause = "drained" if attempt.load.draining else "recovering"
+            self._lost_at = time.monotonic()
+            attempt.cancel()
+        elif self._attempt is not None or not self._unfinished:
+            found.cancel()  # it ended meanwhile
+            return
+        self._attempt, self._moves = found, request.moves
+        for index in set(request.unfinished) - self._unfinished:
+            found.stop_at_text(index)
+
+    def _check_position(self, attempt: Attempt, index: int, position: int) -> bool:
+        """Whether an outcome follows on what is there. What was there already is nothing new, but
+        where something is missing the attempt is worth nothing."""
+        if position > len(self._tokens[index]):
+            attempt.cancel()
+            self.lost(attempt, f"request {self.request_id} lacks tokens from its engine")
+            return False
+        return True
+
+    def _note_token(self, attempt: Attempt) -> None:
+        if not attempt.proven:
+            attempt.prove()
+            self._deaths = 0
+        if self._lost_at:
+            self._route.moved(self._cause, time.monotonic() - self._lost_at)
+            self._lost_at = 0.0
+
+    def _add(self, outcome: Outcome) -> None:
+        """Make it ready: one for each completion."""
+        for ready in self._ready:
+            if ready.index == outcome.index:
+                ready.add(outcome)
+                return
+        self._ready.append(outcome)
+
+    def _finish(self, reason: FinishReason, why: str | None = None) -> None:
+        for index in sorted(self._unfinished):
+            outcome = Outcome(index, len(self._tokens[index]), [])
+            outcome.finish_reason, outcome.stop_reason = reason, why
+            self._add(outcome)
+            self._end(index)
 
     def _end(self, index: int) -> None:
         self._unfinished.discard(index)
         if not self._unfinished:
+            if self._attempt is not None:
+                self._attempt.done()
             if self.metrics.finished_time is None:
                 self.metrics.finished_time = time.monotonic()
-            self._table.forget(self._number)
         self._wake()
+
+    async def _wait(self) -> None:
+        self._waiter = waiter = asyncio.get_running_loop().create_future()
+        if self._leave_at == math.inf:
+            await waiter
+        else:
+            await asyncio.wait((waiter,), timeout=max(0.0, self._leave_at - time.monotonic()))
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
-
-
-class StreamTable:
-    """The requests of one client by number. ``send`` takes a command to the engine.
-
-    All of it runs in the client's asyncio loop.
-    """
-
-    def __init__(self, send: Callable[[Command], None]) -> None:
-        self.send = send
-        self.load = EngineLoad(0, 0, 0, 0)
-        self.failure: str | None = None
-        self._streams: dict[int, Stream] = {}
-        self._questions: dict[int, asyncio.Future[list[Metric]]] = {}
-        self._next = 0
-
-    async def submit(self, request: Request) -> Stream:
-        """Send a request and wait until the engine has queued it.
-
-        Raises RequestError, PromptTooLong or QueueFull if it refuses, EngineError if it is gone.
-        """
-        if self.failure is not None:
-            raise errors.EngineError(self.failure)
-        number = self._next
-        self._next += 1
-        stream = Stream(self, number, request)
-        self._streams[number] = stream
-        self.send(Submit(number, request))
-        try:
-            await stream.admitted
-        except asyncio.CancelledError:
-            stream.cancel()
-            raise
-        return stream
-
-    async def stats(self) -> list[Metric]:
-        """Ask the engine for its metrics. Raises EngineError if it is gone."""
-        if self.failure is not None:
-            raise errors.EngineError(self.failure)
-        number = self._next
-        self._next += 1
-        answer: asyncio.Future[list[Metric]] = asyncio.get_running_loop().create_future()
-        self._questions[number] = answer
-        self.send(Ask(number))
-        try:
-            return await answer
-        finally:
-            del self._questions[number]
-
-    def receive(self, batch: Batch) -> None:
-        """Hand out what came."""
-        if batch.load is not None:
-            self.load = batch.load
-        streams = self._streams
-        for number in batch.accepted:
-            stream = streams.get(number)
-            if stream is not None and not stream.admitted.done():
-                stream.admitted.set_result(None)
-        for refused in batch.refused:
-            stream = streams.pop(refused.number, None)
-            if stream is not None and not stream.admitted.done():
-                stream.admitted.set_exception(getattr(errors, refused.error)(refused.message))
-        for times in batch.times:
-            stream = streams.get(times.number)
-            if stream is not None:
-                _fill(stream.metrics, times)
-        for number, token in zip(batch.numbers, batch.tokens, strict=True):
-            stream = streams.get(number)
-            if stream is not None:
-                stream.put(Delta(stream.request_id, 0, token))
-        for entry in batch.entries:
-            stream = streams.get(entry.number)
-            if stream is not None:
-                stream.put(
-                    Delta(
-                        stream.request_id,
-                        entry.index,
-                        entry.token,
-                        entry.logprobs,
-                        entry.prompt_logprobs,
-                        entry.finish_reason,
-                        entry.stop_reason,
-                    )
-                )
-        for number, metrics in batch.answers:
-            answer = self._questions.get(number)
-            if answer is not None and not answer.done():
-                answer.set_result(metrics)
-        if batch.failure is not None:
-            self.fail(batch.failure)
-
-    def forget(self, number: int) -> None:
-        self._streams.pop(number, None)
-
-    def fail(self, cause: str) -> None:
-        """The engine is gone: every stream raises EngineError with the cause."""
-        if self.failure is None:
-            self.failure = cause
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.fail(cause)
-        for answer in self._questions.values():
-            if not answer.done():
-                answer.set_exception(errors.EngineError(cause))
-
-
-def _fill(metrics: RequestMetrics, times: Times) -> None:
-    start = metrics.arrival_time
-    if times.queued is not None:
-        metrics.first_scheduled_time = start + times.queued
-    if times.first_token is not None:
-        metrics.first_token_time = start + times.first_token
-    if times.finished is not None:
-        metrics.finished_time = start + times.finished
-    metrics.num_cached_tokens = times.cached_tokens
-    metrics.num_preemptions = times.preemptions

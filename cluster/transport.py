@@ -26,15 +26,15 @@ from typing import cast
 
 import msgspec
 
-from cluster.client import EngineInfo, EngineLoad
+from cluster.attempts import Attempt, AttemptTable
+from cluster.client import EngineInfo, EngineLoad, Sink
 from cluster.loop import EngineLoop
-from cluster.messages import AtWork, Batch, Command, Drain, EndRequests, Hello, Message
-from cluster.streams import Stream, StreamTable
+from cluster.messages import AtWork, Command, Drain, EndRequests, Greeting, Report, Update
 from engine import wire
 from engine.addresses import address_family, host_port
+from engine.continuation import Continuation
 from engine.errors import EngineError
 from engine.log import get_logger
-from engine.request import Request
 from engine.stats import Metric
 
 log = get_logger("transport")
@@ -173,9 +173,9 @@ class Server:
             self._posted.popleft()()
 
     def _beat(self) -> None:
-        """Where a step keeps the loop from writing, say that all is well."""
+        """Where a step, or starting workers again, keeps the loop from writing, say so."""
         seconds = self._loop.step_seconds
-        if seconds >= BEAT:
+        if seconds >= BEAT or self._loop.recovering:
             data = _frame(AtWork(seconds))
             for connection in self.clients:
                 connection.send(data)
@@ -219,7 +219,7 @@ class Server:
             raise ValueError("its first message is not the key")
         del self._strangers[connection]
         self.clients.add(connection)
-        return _frame(Hello(self._info, self._loop.load))
+        return _frame(Greeting(self._info, self._loop.load))
 
     def forget(self, connection: "_Connection") -> None:
         """A connection has been closed."""
@@ -254,8 +254,8 @@ class _Connection:
         self._unsent = bytearray()
         self._open = True
 
-    def deliver(self, batch: Batch) -> None:
-        self.send(_frame(batch))
+    def deliver(self, update: Update) -> None:
+        self.send(_frame(update))
 
     def ready(self, events: int) -> None:
         """The socket can be read or written; in the server's thread."""
@@ -348,15 +348,15 @@ class _Connection:
 
 
 class RemoteClient(asyncio.Protocol):
-    """An ``EngineClient`` of an engine in another process; make it with ``connect``."""
+    """An ``EngineClient`` of an engine in another process; make it with ``open``."""
 
     info: EngineInfo
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._table = StreamTable(self._send)
+        self._table = AttemptTable(self._send)
         self._reader = _Reader(MOST_BYTES)
-        self._decoder: wire.Decoder[Message] = wire.Decoder(Message)
+        self._decoder: wire.Decoder[Report] = wire.Decoder(Report)
         self._transport: asyncio.Transport | None = None
         self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._heard = self._checked = time.monotonic()
@@ -364,7 +364,7 @@ class RemoteClient(asyncio.Protocol):
         self._watch: asyncio.TimerHandle | None = None
 
     @classmethod
-    async def connect(cls, address: str, timeout: float = 10.0) -> "RemoteClient":
+    async def open(cls, address: str, timeout: float = 10.0) -> "RemoteClient":
         """Connect to a ``Server.address``. Raises EngineError if nothing answers there."""
         host, port, key = address.split()
         loop = asyncio.get_running_loop()
@@ -392,15 +392,20 @@ class RemoteClient(asyncio.Protocol):
     def healthy(self) -> bool:
         return self._table.failure is None  # one that hangs is let go
 
-    async def submit(self, request: Request) -> Stream:
-        return await self._table.submit(request)
+    async def submit(self, request: Continuation, sink: Sink) -> Attempt:
+        return await self._table.submit(request, sink)
 
     async def stats(self) -> list[Metric]:
         return await self._table.stats()
 
     def drain(self) -> None:
-        """Have the engine admit nothing any longer; ``load`` says when it is done."""
+        """Have the engine admit nothing any longer, and its clients take what it has elsewhere, if
+        there is another; ``load`` says when it is done."""
         self._send(Drain())
+
+    def leave(self) -> None:
+        """``drain``, and have the engine's process end when it has nothing left."""
+        self._send(Drain(leave=True))
 
     def end_requests(self, cause: str) -> None:
         """Have the engine end all that it still has, of every client, for this cause."""
@@ -464,7 +469,7 @@ class RemoteClient(asyncio.Protocol):
             for piece in self._reader.take(data):
                 message = self._decoder.decode(piece)
                 self._step_seconds = 0.0
-                if isinstance(message, Batch):
+                if isinstance(message, Update):
                     self._table.receive(message)
                 elif isinstance(message, AtWork):
                     self._step_seconds = message.step_seconds

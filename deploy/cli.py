@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from deploy import bench_serve, chat, replay, serve_command
+from deploy import bench_serve, chat, control, replay, serve_command
 from deploy.options import (
     Declared,
     add_model_option,
@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate, parser=generate)
 
     serve_command.add_command(commands)
+    control.add_commands(commands)
     chat.add_commands(commands)
 
     bench = commands.add_parser("bench", help="measure speed")

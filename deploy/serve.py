@@ -50,7 +50,7 @@ class Router:
     """An ingress replica: validates, tokenizes, picks an engine, makes text, writes the stream."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: RouterConfig, application: str, engine: Any
+        self, config: RouterConfig, application: str, engines: Any
     ) -> None:
         _keep_to_loopback()
         self._engines = Engines(application)
@@ -79,7 +79,7 @@ class Router:
                 await part.close()
 
 
-class Engine:
+class EngineReplica:
     """An engine replica. Serve replaces it when it fails or hangs."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -110,28 +110,41 @@ def build(options: Mapping[str, Any]) -> serve.Application:
     Raises ConfigError. It must run where the files that the options name are.
     """
     settings = Settings.from_options({k.replace("-", "_"): v for k, v in options.items()})
-    router = settings.router
-    stop_seconds = router.shutdown_timeout + STOP_BUFFER
+    return ingress_application(settings, engine_application(settings))
+
+
+def engine_application(settings: Settings) -> serve.Application:
+    """The engines alone."""
     engine = serve.deployment(
         name="Engine",
-        num_replicas=router.num_replicas,
-        max_ongoing_requests=MOST_AT_ONCE,
-        graceful_shutdown_timeout_s=stop_seconds,
-        graceful_shutdown_wait_loop_s=0.1,
-        health_check_period_s=HEALTH_PERIOD,
-        health_check_timeout_s=HEALTH_TIMEOUT,
+        num_replicas=settings.router.num_replicas,
         max_constructor_retry_count=2,
         ray_actor_options=needed(settings.engine),
-    )(Engine)
+        **_common(settings),
+    )(EngineReplica)
+    return engine.bind(dict(settings.options), APPLICATION)
+
+
+def ingress_application(
+    settings: Settings, engines: serve.Application | None = None
+) -> serve.Application:
+    """The ingress, which finds engines wherever they are; and perhaps ``engines`` with it."""
+    router = settings.router
     ingress = serve.deployment(
         name="Router",
         num_replicas=router.num_ingress_replicas,
-        max_ongoing_requests=MOST_AT_ONCE,
-        graceful_shutdown_timeout_s=stop_seconds,
-        graceful_shutdown_wait_loop_s=0.1,
-        health_check_period_s=HEALTH_PERIOD,
-        health_check_timeout_s=HEALTH_TIMEOUT,
         ray_actor_options={"num_cpus": 0},
+        **_common(settings),
     )(Router)
     with_keys = dataclasses.replace(router, api_key=router.keys(), api_key_file=None)
-    return ingress.bind(with_keys, APPLICATION, engine.bind(dict(settings.options), APPLICATION))
+    return ingress.bind(with_keys, APPLICATION, engines)
+
+
+def _common(settings: Settings) -> dict[str, Any]:
+    return {
+        "max_ongoing_requests": MOST_AT_ONCE,
+        "graceful_shutdown_timeout_s": settings.router.shutdown_timeout + STOP_BUFFER,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "health_check_period_s": HEALTH_PERIOD,
+        "health_check_timeout_s": HEALTH_TIMEOUT,
+    }

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import ctypes
-import dataclasses
 import http.client
 import logging
 import os
@@ -97,14 +96,17 @@ class _Server:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._start_serve()
         with waiting_for(log, "Serve to take the application"):
-            from deploy.serve import APPLICATION, build
+            from deploy.engine_set import EngineSet
+            from deploy.serve import APPLICATION, ingress_application
 
             self._deployed = True
-            target = build(self._settings.options)
+            engines = EngineSet(self._settings.options)
+            ingress = ingress_application(self._settings)
             serve.run_many(
-                [serve.RunTarget(target, name=APPLICATION, route_prefix="/")],
+                [serve.RunTarget(ingress, APPLICATION, route_prefix="/"), engines.target()],
                 wait_for_applications_running=False,
             )
+            engines.save()
         self._may_serve = True
         self._wait_until_ready()
         self._ready = True
@@ -207,9 +209,10 @@ class _Server:
         pem = _tls_pem(router.ssl_certfile, router.ssl_keyfile)
         os.environ.update(serve_environment.on_this_machine(router, self._files, pem))
         self._ray = OwnRay(self._files)
-        import ray
+        self._files.note({"ray": self._ray.address, "port": str(router.port)})
+        from deploy.engine_set import check_room
 
-        _check_room(self._settings, ray.cluster_resources())  # type: ignore[no-untyped-call]
+        check_room(self._settings)
 
     def _start_serve(self) -> None:
         from ray import serve
@@ -253,10 +256,14 @@ class _Server:
 
         Raises EngineError if it fails, or ``--startup-timeout`` is over.
         """
+        from deploy.engine_set import EngineSet, application_runs
+        from deploy.serve import APPLICATION
+
         timeout = self._settings.router.startup_timeout
         deadline = self._started + timeout
+        engines = EngineSet(self._settings.options).application
         with waiting_for(log, "the engines to be ready"):
-            while not _application_runs():
+            while not (application_runs(engines) and application_runs(APPLICATION)):
                 if time.monotonic() > deadline:
                     raise EngineError(f"no engine is ready within startup_timeout ({timeout:g} s)")
                 time.sleep(0.1)
@@ -315,12 +322,14 @@ class _Server:
         from ray import serve
 
         from cluster.directory import Directory
+        from deploy.engine_set import EngineSet
         from deploy.serve import APPLICATION
 
         if self._own_serve:
             _end_serve()
         elif self._deployed:
             serve.delete(APPLICATION)
+            serve.delete(EngineSet.found().application)
         if self._deployed:
             Directory(APPLICATION).clear()
 
@@ -376,22 +385,6 @@ async def _drain_engines(engines: "Engines", deadline: float, look: bool) -> boo
             looking.cancel()
 
 
-def _application_runs() -> bool:
-    """Whether Serve says so. Raises EngineError, with the causes, if it gave up."""
-    from ray import serve
-    from ray.serve.schema import ApplicationStatus
-
-    from deploy.serve import APPLICATION
-
-    found = serve.status().applications.get(APPLICATION)
-    if found is None:
-        return False
-    if found.status == ApplicationStatus.DEPLOY_FAILED:
-        causes = [d.message for d in found.deployments.values() if d.message]
-        raise EngineError("\n".join(["the server did not start", *(causes or [found.message])]))
-    return bool(found.status == ApplicationStatus.RUNNING)
-
-
 def _end_serve() -> None:
     """As ``serve.shutdown``, which has Ray say that a task of it failed and will be retried."""
     import ray
@@ -433,25 +426,6 @@ def _serve_port() -> int | None:
     except RayServeException:
         return None
     return None if client is None else int(client.http_config.port)
-
-
-def _check_room(settings: Settings, there: dict[str, float]) -> None:
-    """Raises ConfigError if this machine has not what the engines ask for: Serve would wait."""
-    from cluster.engine_actor import needed
-
-    parallel, router = settings.engine.parallel, settings.router
-    need = needed(settings.engine)
-    if parallel.world_size > 1:  # its workers ask, not the engine; see RayLauncher
-        alone = dataclasses.replace(parallel, tensor_parallel_size=1, pipeline_parallel_size=1)
-        need = needed(dataclasses.replace(settings.engine, parallel=alone))
-    count = router.num_replicas * parallel.world_size
-    for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-        if need.get(key, 0) * count > there.get(name, 0):
-            raise ConfigError(
-                f"{router.num_replicas} engines of {parallel.world_size} workers need"
-                f" {need[key] * count:g} {name}; this machine has {there.get(name, 0):g}"
-                " (--worker-cpus and --worker-gpus say what a worker asks for)"
-            )
 
 
 def _check_port(host: str, port: int) -> None:

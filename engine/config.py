@@ -259,6 +259,23 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class FailoverConfig:
+    """What becomes of requests when an engine, or one of its workers, is lost."""
+
+    max_failovers: int = option(
+        2,
+        "engines that a request may outlive in a row without a new token, while they ran it; then"
+        " it ends with an error, as it may be what ends them; 0 ends it with the first",
+        least=0,
+    )
+    failover_timeout: float = option(
+        300.0,
+        "seconds that a request which has lost its engine waits for one to go on at",
+        least=0,
+    )
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is shown."""
 
@@ -279,6 +296,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = SchedulerConfig()
     device: DeviceConfig = DeviceConfig()
     parallel: ParallelConfig = ParallelConfig()
+    failover: FailoverConfig = FailoverConfig()
     log: LogConfig = LogConfig()
 
     @classmethod

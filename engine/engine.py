@@ -1,84 +1,57 @@
-"""The engine: requests in, token deltas out, one step at a time.
+"""The engine: continuations in, outcomes out, one step at a time.
 
 It owns no thread and no text. ``add`` queues a request, ``step`` plans and runs one step and
-returns what it brought, ``abort`` ends a request at any moment.
+returns what it brought, ``abort`` ends a request at any moment. When its executor fails it starts
+that again, and whatever it had goes on from its tokens.
 """
 
 import heapq
 import math
-import random
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.choice import check_choice
 from engine.config import EngineConfig
+from engine.continuation import Continuation
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from engine.executor import Capacity, Executor, ModelFacts, PendingResult
 from engine.kv import KVBlocks
+from engine.log import get_logger
+from engine.outcome import Outcome, StepOutcomes, end_of
 from engine.outputs import RequestMetrics
-from engine.plan import TokenLogprobs
+from engine.plan import StepResult
 from engine.preempt import Costs
-from engine.request import Request
-from engine.scheduler import Progress, Scheduler
+from engine.scheduler import Scheduler
 from engine.sequence import FinishReason, Sequence
 from engine.stats import EngineStats, Metric, SequenceTimes
 from engine.stats_scheduler import cache_metric, invariance_metric, scheduler_metrics
 
-_MASK64 = 2**64 - 1
 MOST_BAD_WORD_TOKENS = 1 << 16  # of a request; each word takes as much room as the longest
 
-
-@dataclass(slots=True)
-class Delta:
-    """What a step brought for one completion of a request.
-
-    ``prompt_logprobs`` is (position of the first entry, entries); entries of a preempted prompt
-    may come twice, the same.
-    """
-
-    request_id: str
-    index: int
-    token: int | None = None
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: tuple[int, list[TokenLogprobs]] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
+log = get_logger("engine")
 
 
 @dataclass(slots=True)
 class _Active:
-    """A request that is not finished."""
+    """A request that is not finished. ``sequences`` and ``times`` are by index."""
 
-    sequences: list[Sequence]
+    sequences: dict[int, Sequence]
     metrics: RequestMetrics
     unfinished: int = field(init=False)
-    times: list[SequenceTimes] = field(init=False)
+    times: dict[int, SequenceTimes] = field(init=False)
 
     def __post_init__(self) -> None:
         self.unfinished = len(self.sequences)
-        self.times = [SequenceTimes(seq.prompt_len) for seq in self.sequences]
-
-
-def child_seed(seed: int, index: int) -> int:
-    """The seed of completion ``index`` of a request; the first one's is the request's own.
-
-    One round of splitmix64 (Steele, Lea and Flood, 2014) for each child.
-    """
-    if index == 0:
-        return seed & _MASK64
-    z = (seed + index * 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
+        self.times = {i: SequenceTimes(seq.prompt_len) for i, seq in self.sequences.items()}
 
 
 class Engine:
     """Queues, plans, and runs steps on an executor that ``load`` and ``reserve`` made ready.
 
-    ``steps_ahead`` steps are planned and started before the result of the oldest is there. With
-    ``pipelined`` the steps in flight have no sequence in common, as the stages of a pipeline need;
-    without it the executor feeds a sequence its last sampled token itself.
+    ``on_begin`` is told which sequences a step is about to run that these workers have not run
+    before, so that it is known whom to suspect if the step is the last one.
     """
 
     def __init__(
@@ -89,8 +62,6 @@ class Engine:
         capacity: Capacity,
         max_model_len: int,
         eos_token_ids: tuple[int, ...] = (),
-        steps_ahead: int = 0,
-        pipelined: bool = False,
     ) -> None:
         self.config = config
         self.executor = executor
@@ -98,20 +69,24 @@ class Engine:
         self.capacity = capacity
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
-        self.steps_ahead = steps_ahead
+        self.on_begin: Callable[[list[Sequence]], None] = lambda begun: None
         kv = KVBlocks(
             capacity.num_device_blocks,
             capacity.num_cpu_blocks,
             capacity.block_size,
             config.cache.enable_prefix_caching,
         )
-        batches = steps_ahead + 1 if pipelined else 1
-        self.scheduler = Scheduler(config.scheduler, kv, Costs(capacity.costs), batches)
+        batches = executor.steps_ahead + 1 if executor.pipelined else 1
+        alone_from = max(1, min(2, config.failover.max_failovers))
+        costs = Costs(capacity.costs)
+        self.scheduler = Scheduler(config.scheduler, kv, costs, batches, alone_from)
         self._active: dict[str, _Active] = {}
         self._deadlines: list[tuple[float, str, _Active]] = []  # a heap; some have finished
         self._pending: deque[tuple[int, PendingResult]] = deque()  # with the step's tokens
-        self._random = random.Random(config.model.seed)
         self._failure: str | None = None
+        self._lost: str | None = None  # why the executor is to be started again
+        self._restarts = 0  # since the last step that gave a result
+        self._ended: list[tuple[Sequence, Outcome]] = []  # that the next step tells of
         self.stats = EngineStats(max_model_len)
 
     # ---- requests ----
@@ -120,7 +95,7 @@ class Engine:
     def num_unfinished(self) -> int:
         return len(self._active)
 
-    def add(self, request: Request) -> RequestMetrics:
+    def add(self, request: Continuation) -> RequestMetrics:
         """Queue a request; its times will appear in the value returned.
 
         Raises RequestError (naming what is wrong), PromptTooLong if it could never run, and
@@ -133,19 +108,11 @@ class Engine:
             self.stats.rejected[type(error).__name__] += 1
             raise
 
-    def _add(self, request: Request) -> RequestMetrics:
+    def _add(self, request: Continuation) -> RequestMetrics:
         sampling = request.sampling
         if request.request_id in self._active:
             raise RequestError(f"request_id {request.request_id!r} is running already")
-        priority = request.priority
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise RequestError(f"priority must be an integer, got {priority!r}")
-        timeout = request.timeout
-        number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-        if timeout is not None and not (number and 0 <= timeout < math.inf):
-            raise RequestError(
-                f"timeout must be a number of seconds of at least 0, got {timeout!r}"
-            )
+        _check_values(request)
         max_total = self._admissible(request)
         sampling.check_vocabulary(self.facts.vocab_size)
         eos = () if sampling.ignore_eos else self.eos_token_ids
@@ -158,47 +125,43 @@ class Engine:
             if asked is not None and most != -1 and count > most:
                 raise RequestError(f"{name} must be at most max_logprobs ({most}), got {asked}")
         self._check_bad_words(request)
-        self._check_queue(request)
-        seed = self._random.getrandbits(64) if sampling.seed is None else sampling.seed
-        sequences = [
-            Sequence(
-                request.request_id,
-                request.prompt_token_ids,
-                sampling,
-                index=index,
-                seed=child_seed(seed, index),
+        if not request.moves:
+            self._check_queue(request)
+        sequences = {
+            index: Sequence(
+                request,
+                index,
                 max_total=max_total,
                 stop_ids=stop_ids,
-                bad_words=request.bad_words,
-                priority=request.priority,
-                client=request.client,
+                runs_ahead=not self.executor.pipelined,
             )
-            for index in range(sampling.n)
-        ]
+            for index in request.unfinished
+        }
         now = time.monotonic()
         active = _Active(sequences, RequestMetrics(arrival_time=now))
         self._active[request.request_id] = active
-        if timeout is not None:
-            heapq.heappush(self._deadlines, (now + timeout, request.request_id, active))
-        for seq in sequences:
+        if request.time_left is not None:
+            deadline = now + request.time_left
+            heapq.heappush(self._deadlines, (deadline, request.request_id, active))
+        for seq in sequences.values():
             self.scheduler.add(seq)
-        self.stats.added(sampling.n, sampling.max_tokens)
+        self.stats.added(request)
         return active.metrics
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown and finished ones are left alone."""
         active = self._active.get(request_id)
         if active:
-            for seq in active.sequences:
-                self._finish(active, seq, FinishReason.ABORT)
+            for seq in active.sequences.values():
+                self._finish(seq, FinishReason.ABORT)
 
     def stop_at_text(self, request_id: str, index: int) -> None:
         """End one completion whose text reached a stop string."""
         active = self._active.get(request_id)
         if active:
-            self._finish(active, active.sequences[index], FinishReason.STOP)
+            self._finish(active.sequences[index], FinishReason.STOP)
 
-    def _admissible(self, request: Request) -> int:
+    def _admissible(self, request: Continuation) -> int:
         """The most tokens that the request may come to."""
         prompt, sampling = request.prompt_token_ids, request.sampling
         if not len(prompt):
@@ -224,10 +187,13 @@ class Engine:
                 f"prompt ({len(prompt)} tokens) and max_tokens ({sampling.max_tokens}) need room"
                 f" for {max_total - 1} tokens; the KV cache holds {room}"
             )
+        longest = max((len(request.output(index)) for index in request.unfinished), default=0)
+        if len(prompt) + longest >= max_total:
+            raise RequestError(f"outputs: a completion has all of its {longest} tokens already")
         return max_total
 
     @staticmethod
-    def _check_bad_words(request: Request) -> None:
+    def _check_bad_words(request: Continuation) -> None:
         count, longest = len(request.bad_words), max(map(len, request.bad_words), default=0)
         if count * longest > MOST_BAD_WORD_TOKENS:
             raise RequestError(
@@ -235,7 +201,7 @@ class Engine:
                 f" be at most {MOST_BAD_WORD_TOKENS}"
             )
 
-    def _check_queue(self, request: Request) -> None:
+    def _check_queue(self, request: Continuation) -> None:
         limits, scheduler = self.config.scheduler, self.scheduler
         most = limits.max_queued_requests
         if most is not None and scheduler.num_waiting + request.sampling.n > most:
@@ -252,81 +218,98 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._active or self._pending)
+        return bool(self._active or self._pending or self.recovering)
 
-    def step(self) -> list[Delta]:
-        """Plan and start steps, up to ``steps_ahead`` before the oldest result, and take that.
+    @property
+    def recovering(self) -> bool:
+        """Whether the next step will only start the executor again, which may take long."""
+        return self._lost is not None
 
-        Raises EngineError if the executor failed: every request then ended with an error.
+    def step(self) -> StepOutcomes:
+        """Plan and start steps, as far ahead of the oldest result as pays, and take that.
+
+        If the executor fails, what it ran is queued again, and the next step starts it again.
+        Raises EngineError if it fails for good: every request then ended with an error.
         """
         self.check()
-        deltas = self._expire()
+        self._expire()
+        outcomes = StepOutcomes()
         try:
-            while len(self._pending) <= self.steps_ahead:
-                plan = self.scheduler.plan()
-                if plan is None:
-                    break
-                self._pending.append((plan.num_tokens, self.executor.run(plan)))
-            if not self._pending:
-                return deltas
-            num_tokens, pending = self._pending.popleft()
-            result = pending.result()
+            if self._lost is not None:
+                self._restart(self._lost)
+            elif (found := self._run()) is not None:
+                outcomes = self._take(*found)
         except Exception as error:
             named = isinstance(error, EngineError)
-            self._failure = str(error) if named else f"{type(error).__name__}: {error}"
-            raise EngineError(f"the engine failed: {self._failure}") from error
+            self._lose(str(error) if named else f"{type(error).__name__}: {error}")
         except BaseException as error:  # an interrupt in the middle of a step: it is half done
             self._failure = f"{type(error).__name__} during a step"
             raise
-        now = time.monotonic()
-        for progress in self.scheduler.apply(result):
-            deltas.append(self._delta(progress, now))
-        self.stats.step(num_tokens, result.seconds, now)
-        return deltas
+        if self._failure is not None:
+            raise EngineError(f"the engine failed: {self._failure}")
+        outcomes.others += self._ended
+        self._ended = []
+        return outcomes
 
-    def _delta(self, progress: Progress, now: float) -> Delta:
-        seq = progress.seq
+    def _run(self) -> tuple[int, StepResult] | None:
+        """The oldest result with its number of tokens, after the steps ahead of it were started."""
+        while len(self._pending) <= self.executor.steps_ahead:
+            plan = self.scheduler.plan()
+            if plan is None:
+                break
+            if begun := self.scheduler.take_begun():
+                self.on_begin(begun)
+            self._pending.append((plan.num_tokens, self.executor.run(plan)))
+        if not self._pending:
+            return None
+        num_tokens, pending = self._pending.popleft()
+        return num_tokens, pending.result()
+
+    def _take(self, num_tokens: int, result: StepResult) -> StepOutcomes:
+        outcomes = self.scheduler.apply(result)
+        now = time.monotonic()
+        for seq in outcomes.sequences:
+            self._note_tokens(seq, 1, now)
+        for seq, outcome in outcomes.others:
+            self._note_tokens(seq, len(outcome.tokens), now)
+            if outcome.finish_reason is not None:
+                self._retire(seq)
+        self._restarts = 0
+        self.stats.step(num_tokens, result.seconds, now)
+        return outcomes
+
+    def _note_tokens(self, seq: Sequence, count: int, now: float) -> None:
         active = self._active[seq.request_id]
         metrics = active.metrics
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time = seq.scheduled_time
             metrics.num_cached_tokens = seq.cached_tokens
-        if progress.token is not None:
+        if count:
             if metrics.first_token_time is None:
                 metrics.first_token_time = now
                 self.stats.prompt(seq.prompt_len, seq.cached_tokens)
             self.stats.token(active.times[seq.index], metrics, now)
-        delta = Delta(
-            seq.request_id,
-            seq.index,
-            progress.token,
-            progress.logprobs,
-            progress.prompt_logprobs,
-        )
-        if seq.finished:
-            delta.finish_reason, delta.stop_reason = seq.finish_reason, seq.stop_reason
-            self._retire(active, seq)
-        return delta
 
-    def _expire(self) -> list[Delta]:
-        deltas: list[Delta] = []
+    def _expire(self) -> None:
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
-            _, request_id, active = heapq.heappop(self._deadlines)
-            for seq in active.sequences:
+            _, _, active = heapq.heappop(self._deadlines)
+            for seq in active.sequences.values():
                 if not seq.finished:
-                    self._finish(active, seq, FinishReason.ABORT)
-                    reason = FinishReason.ABORT
-                    deltas.append(
-                        Delta(request_id, seq.index, finish_reason=reason, stop_reason="timeout")
-                    )
-        return deltas
+                    seq.stop_reason = "timeout"
+                    self._end(seq, FinishReason.ABORT)
 
-    def _finish(self, active: _Active, seq: Sequence, reason: FinishReason) -> None:
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        """End a sequence, and have its client told with the next outcomes."""
+        self._finish(seq, reason)
+        self._ended.append((seq, end_of(seq)))
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         if not seq.finished:
             self.scheduler.finish(seq, reason)
-            self._retire(active, seq)
+            self._retire(seq)
 
-    def _retire(self, active: _Active, seq: Sequence) -> None:
+    def _retire(self, seq: Sequence) -> None:
+        active = self._active[seq.request_id]
         active.unfinished -= 1
         active.metrics.num_preemptions += seq.num_preemptions
         now = time.monotonic()
@@ -335,18 +318,53 @@ class Engine:
         self.stats.ended(times, active.metrics, reason, seq.num_preemptions, now)
         if active.unfinished == 0:
             active.metrics.finished_time = now
-            self.stats.request_ended(active.times)
+            self.stats.request_ended(list(active.times.values()))
             del self._active[seq.request_id]
 
+    # ---- failures ----
+
     def check(self) -> None:
-        """Raise EngineError, naming the cause, if the engine or its executor cannot go on."""
-        if self._failure is None:
+        """Raise EngineError, naming the cause, if the engine cannot go on; notice if its executor
+        has to be started again."""
+        if self._failure is None and self._lost is None:
             try:
                 self.executor.check()
             except EngineError as error:
-                self._failure = str(error)
+                self._lose(str(error))
         if self._failure is not None:
             raise EngineError(f"the engine failed earlier: {self._failure}")
+
+    def _lose(self, cause: str) -> None:
+        """The executor failed: queue what it ran, end what may be to blame."""
+        self._pending.clear()
+        self.scheduler.lose_workers()
+        most = self.config.failover.max_failovers
+        sequences = [seq for active in self._active.values() for seq in active.sequences.values()]
+        for seq in sequences:
+            if seq.deaths > most and not seq.finished:
+                seq.stop_reason = died_with(seq.request_id, seq.deaths)
+                self._end(seq, FinishReason.ERROR)
+        if not most or self._restarts > most:  # and not one step came of it
+            self._failure = cause
+        self._lost = cause
+
+    def _restart(self, cause: str) -> None:
+        log.warning(
+            "The workers failed (%s): starting them again for %d requests",
+            cause.partition("\n")[0],
+            len(self._active),
+        )
+        started = time.monotonic()
+        self._restarts += 1
+        try:
+            self.executor.restart()
+        except Exception as error:
+            self._failure = f"{cause}; and they do not start again: {error}"
+            return
+        self._lost = None
+        seconds = time.monotonic() - started
+        self.stats.restarts.observe(seconds)
+        log.info("The workers run again, after %.1f s", seconds)
 
     def metrics(self) -> list[Metric]:
         """What was counted so far, and what is now."""
@@ -357,13 +375,28 @@ class Engine:
             invariance_metric(self.facts.batch_invariant),
         ]
 
-    # ---- the prefix cache ----
-
-    def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix, in both tiers."""
-        self.scheduler.kv.device.forget_all()
-        self.scheduler.kv.cpu.forget_all()
-
     def stop(self) -> None:
         """Release what the executor holds."""
         self.executor.stop()
+
+
+def died_with(request_id: str, deaths: int) -> str:
+    """What is said of a request that may be what ends engines."""
+    return (
+        f"request {request_id} was running when the engine failed, {deaths} times in a row: it is"
+        " not tried again"
+    )
+
+
+def _check_values(request: Continuation) -> None:
+    priority = request.priority
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise RequestError(f"priority must be an integer, got {priority!r}")
+    timeout = request.time_left
+    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not (number and 0 <= timeout < math.inf):
+        raise RequestError(f"timeout must be a number of seconds of at least 0, got {timeout!r}")
+    if len(request.outputs) not in (0, request.sampling.n) or not request.unfinished:
+        raise RequestError(
+            f"outputs must be of {request.sampling.n} completions, one of them not ended"
+        )

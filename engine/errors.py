@@ -7,6 +7,7 @@
     │   ├── PromptTooLong                its tokens do not fit the model or the KV cache
     │   └── QueueFull                    too many requests wait already
     └── EngineError        (RuntimeError) the engine itself failed
+        └── Unavailable                  no engine takes requests now
 
 What a user did wrong is also a ``ValueError``. An error inside one running request (NaN logits)
 is not raised: the request ends with ``finish_reason="error"`` and the engine goes on.
@@ -50,3 +51,11 @@ class QueueFull(RequestError):
 
 class EngineError(MantaError, RuntimeError):
     """The engine cannot go on."""
+
+
+class Unavailable(EngineError):
+    """No engine takes requests now. ``code`` is starting, or draining."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code

@@ -43,7 +43,18 @@ class PendingResult(Protocol):
 
 
 class Executor(Protocol):
-    """Four verbs, and a question. Plans run in the order in which they are given."""
+    """Five verbs, and questions. Plans run in the order in which they are given.
+
+    ``steps_ahead``: how many steps it pays to plan before a result. ``pipelined``: steps in flight
+    must have no sequence in common, as the stages of a pipeline need; else it feeds a sequence its
+    last sampled token itself.
+    """
+
+    @property
+    def steps_ahead(self) -> int: ...
+
+    @property
+    def pipelined(self) -> bool: ...
 
     def load(self) -> ModelFacts: ...
 
@@ -55,6 +66,13 @@ class Executor(Protocol):
 
     def check(self) -> None:
         """Raise EngineError, naming the cause, if it can run nothing more; takes no time."""
+        ...
+
+    def restart(self) -> None:
+        """After a failure: start again with as many blocks, which hold nothing, and no plans.
+
+        Raises EngineError if it cannot.
+        """
         ...
 
     def stop(self) -> None: ...

@@ -6,11 +6,12 @@ temporary folder of any length.
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.errors import ConfigError
@@ -22,6 +23,7 @@ MOST_CHARACTERS = 107 - len(_LONGEST_SOCKET)
 _PREFIX = "manta-"
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 _LOCK = "lock"
+_NOTE = "note.json"
 _HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
 
 
@@ -113,6 +115,22 @@ class RunFolder:
             except ConfigError:
                 self.remove()
                 raise
+
+    def note(self, values: Mapping[str, str]) -> None:
+        """Say of this process what others of this user may want to know."""
+        path = self._folder / _NOTE
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(dict(values)))
+
+    @staticmethod
+    def notes() -> dict[Path, dict[str, str]]:
+        """What the processes that run have said, by their folders."""
+        found = {}
+        for path in sorted(_temporary().glob(f"{_PREFIX}*/{_NOTE}")):
+            with contextlib.suppress(OSError, ValueError):
+                if path.stat().st_uid == os.geteuid():
+                    found[path.parent] = json.loads(path.read_text())
+        return found
 
     def remove(self) -> None:
         """Remove it with all that it holds."""

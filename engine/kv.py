@@ -42,10 +42,14 @@ class KVBlocks:
     ) -> None:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self.device = BlockPool(num_device_blocks)
-        self.cpu = BlockPool(num_cpu_blocks)
         self.promote = True  # set by the scheduler: copying in is cheaper than computing
         self.stats = KVStats()
+        self._sizes = num_device_blocks, num_cpu_blocks
+        self.clear()
+
+    def clear(self) -> None:
+        """Nobody holds a block, and none holds anything: at the start, and with new workers."""
+        self.device, self.cpu = map(BlockPool, self._sizes)
         self._cells: list[tuple[int, int, int]] = []
         self._out: list[tuple[int, int]] = []
         self._in: list[tuple[int, int]] = []

@@ -75,3 +75,17 @@ class RequestOutput:
     @property
     def finished(self) -> bool:
         return all(output.finish_reason is not None for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a stream brings for one completion: new text, its tokens, and at the end why it ended.
+
+    ``text`` may be empty while a character or a stop string could still be incomplete.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None

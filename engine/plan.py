@@ -51,10 +51,9 @@ class Copies:
 
     out: Ints = field(default_factory=pairs)  # device block to CPU block
     in_: Ints = field(default_factory=pairs)  # CPU block to device block
-    within: Ints = field(default_factory=pairs)  # device block to device block
 
     def __bool__(self) -> bool:
-        return bool(len(self.out) or len(self.in_) or len(self.within))
+        return bool(len(self.out) or len(self.in_))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +105,14 @@ class CopyTimes:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of a plan: for each row that wanted a token, in row order.
+    """What came of a plan: tokens in row order. A row may yield none, one or several.
 
     ``seconds`` is what one rank computed for, without copies. ``copied`` are the copies that
     ended since the result before, of this step or an earlier one.
     """
 
     step: int
-    slots: Ints  # [n]
+    rows: Ints  # [n]: which row of the plan each token is of
     tokens: Ints  # [n]
     failed: NDArray[np.bool_]  # [n]: the logits were not finite; the token means nothing
     logprobs: dict[int, TokenLogprobs]  # by index into ``tokens``, where asked for

@@ -53,11 +53,12 @@ def replay(schedule: ScheduleLog, executor: Executor) -> Replay:
 def _compare(
     plan: StepPlan, expected: StepResult, got: StepResult, names: list[str]
 ) -> Difference | None:
+    rows = expected.rows.tolist()
     positions = (plan.starts + plan.counts)[plan.wants == 1].tolist()
     theirs, mine = _values(expected), _values(got)
     for i, (a, b) in enumerate(zip(theirs, mine, strict=True)):
         if a != b:
-            return Difference(plan.step, int(expected.slots[i]), names[i], positions[i], a, b)
+            return Difference(plan.step, int(plan.slots[rows[i]]), names[i], positions[i], a, b)
     return None
 
 

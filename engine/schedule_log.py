@@ -22,7 +22,7 @@ from engine.executor import Capacity, Executor, ModelFacts, PendingResult
 from engine.log import get_logger
 from engine.plan import StepPlan, StepResult
 
-FORMAT = b"manta schedule log 1\n"
+FORMAT = b"manta schedule log 2\n"
 _HEADER, _PLAN, _RESULT = 0, 1, 2
 _frame = struct.Struct("<IB")
 T = TypeVar("T")
@@ -50,6 +50,14 @@ class RecordingExecutor:
         self.path, self._file = _create(path)
         self._write(_HEADER, header, FORMAT)
 
+    @property
+    def steps_ahead(self) -> int:
+        return self._executor.steps_ahead
+
+    @property
+    def pipelined(self) -> bool:
+        return self._executor.pipelined
+
     def load(self) -> ModelFacts:
         return self._executor.load()
 
@@ -62,6 +70,9 @@ class RecordingExecutor:
 
     def check(self) -> None:
         self._executor.check()
+
+    def restart(self) -> None:
+        self._executor.restart()
 
     def stop(self) -> None:
         self._executor.stop()

@@ -9,6 +9,7 @@ running sequences are spread over several ``batches`` that are in flight at once
 common; only the chunks of a prompt, whose tokens are all known, follow each other without waiting.
 """
 
+import enum
 import heapq
 import itertools
 import operator
@@ -17,12 +18,11 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from engine.blocks import blocks_for
 from engine.config import SchedulerConfig
 from engine.kv import KVBlocks, Prefix
-from engine.plan import Admit, StepPlan, StepResult, TokenLogprobs, ints
+from engine.outcome import Outcome, StepOutcomes, end_of
+from engine.plan import Admit, StepPlan, StepResult, ints
 from engine.preempt import Costs
 from engine.sequence import FinishReason, Sequence, State
 from engine.shares import FairShares
@@ -30,6 +30,9 @@ from engine.stats import MOST_PRIORITIES
 
 AGEING_SECONDS = 30.0  # waiting this long counts as much as one step of priority
 LEAST_CHUNK = 256  # tokens of prefill below which a pipeline gains nothing from smaller chunks
+NOT_FINITE = (
+    "the model's output was not finite, or bad_words left no token of allowed_token_ids to choose"
+)
 CHUNKS = 4  # of prefill for each stage of a pipeline, so that filling and draining it cost little
 
 
@@ -42,6 +45,7 @@ class SchedulerStats:
     preemptions_swap: int = 0
     preemptions_recompute: int = 0
     recomputed_tokens: int = 0
+    moved_tokens: int = 0  # computed again as an engine or its workers were lost, or left
     preempted: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and priority
 
     def preemption(self, kind: str, priority: int) -> None:
@@ -52,19 +56,17 @@ class SchedulerStats:
         self.preempted[key] += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What one step brought for one sequence."""
+class _Kind(enum.Enum):
+    """What a row of a plan is."""
 
-    seq: Sequence
-    token: int | None = None
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: tuple[int, list[TokenLogprobs]] | None = None  # first position, entries
+    PREFILL = "prefill"  # of tokens that were known when its sequence was admitted
+    DECODE = "decode"  # of the token that was sampled last
 
 
 @dataclass(slots=True)
 class _Row:
     seq: Sequence
+    kind: _Kind
     start: int
     count: int
     wants: bool
@@ -80,6 +82,7 @@ class _Draft:
     prefill_tokens: int = 0
     rows: list[_Row] = field(default_factory=list)
     admits: list[Admit] = field(default_factory=list)
+    begun: list[Sequence] = field(default_factory=list)  # those that these workers run first here
     promised: int = 0  # blocks that running prefills will still need
     victims: list[tuple[int, int, float, int, Sequence]] | None = None  # a heap, once it is needed
     preempted: bool = False
@@ -91,12 +94,18 @@ _order = operator.attrgetter("order")
 class Scheduler:
     """One for each model replica. Sequences are added once and end in ``apply`` or ``finish``.
 
-    ``batches`` is how many disjoint batches are in flight at once; with 1 a sequence may have any
-    number of steps in flight.
+    ``batches`` is how many disjoint batches are in flight at once; with 1 a sequence that may run
+    ahead of its results may have any number of steps in flight. A sequence that was running in
+    ``alone_from`` failures in a row begins while no other of that kind does.
     """
 
     def __init__(
-        self, config: SchedulerConfig, kv: KVBlocks, costs: Costs, batches: int = 1
+        self,
+        config: SchedulerConfig,
+        kv: KVBlocks,
+        costs: Costs,
+        batches: int = 1,
+        alone_from: int = 2,
     ) -> None:
         self.config = config
         self.kv = kv
@@ -112,7 +121,9 @@ class Scheduler:
         self._shares = FairShares() if config.scheduling_policy == "fair" else None
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._released: list[int] = []  # slots; free at once, as a plan releases before it admits
+        self._alone_from = alone_from
         self._in_flight: deque[_Draft] = deque()
+        self._begun: list[Sequence] = []  # since the last ``take_begun``
         self._step = 0
         kv.promote = costs.promotion_pays(kv.block_size)
 
@@ -132,21 +143,45 @@ class Scheduler:
         return (seq for _, _, seq in self._waiting if seq.state is State.WAITING)
 
     def add(self, seq: Sequence) -> None:
-        """Queue a new sequence."""
-        arrival = next(self._arrivals)
+        """Queue a new sequence, in the place of its age."""
+        arrival = time.monotonic() - seq.request.age
         if self.config.scheduling_policy == "priority":
             # Ageing as a constant: waiting longer and having arrived earlier are the same.
-            seq.order = seq.priority + time.monotonic() / AGEING_SECONDS
+            seq.order = seq.request.priority + arrival / AGEING_SECONDS
         elif self._shares is not None:
-            seq.order = self._shares.arrive(seq.client, seq.max_total)
+            seq.order = self._shares.arrive(seq.request.client, seq.max_total)
         else:
-            seq.order = float(arrival)
+            seq.order = arrival
         self._enqueue(seq)
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence now, whatever its state; every block that it holds is freed."""
         if not seq.finished:
             self._finish(seq, reason)
+
+    def take_begun(self) -> list[Sequence]:
+        """The sequences that these workers run for the first time in the plans since the last
+        call."""
+        begun, self._begun = self._begun, []
+        return begun
+
+    def lose_workers(self) -> None:
+        """New workers take the place of the ones that there were: whoever ran, or had blocks, is
+        queued again in its old place, to be computed from its tokens."""
+        for seq in [*self.running, *self.waiting()]:
+            if seq.state is State.RUNNING:
+                seq.lose_workers()
+                self.num_running -= 1
+                self._enqueue(seq)
+            else:
+                self._dequeue(seq)
+                seq.lose_workers()
+                self.num_waiting += 1
+                self.waiting_tokens += seq.known
+        self.kv.clear()
+        self._running, self._released, self._begun = [], [], []
+        self._free_slots = list(range(self.config.max_num_seqs - 1, -1, -1))
+        self._in_flight.clear()
 
     def _enqueue(self, seq: Sequence) -> None:
         seq.state = State.WAITING
@@ -189,6 +224,7 @@ class Scheduler:
             copies=copies,
         )
         self._released = []
+        self._begun += draft.begun
         self._in_flight.append(draft)
         self._step += 1
         self.stats.steps += 1
@@ -199,34 +235,32 @@ class Scheduler:
         decodes, prefills = [], []
         self._running = self.running
         for seq in self._running:
-            need = seq.known - seq.computed
-            if need > 1:
+            if seq.computed < seq.prefill_end:
                 prefills.append(seq)
-            elif need and seq.known < seq.max_total:  # else all of its tokens are planned
+                continue
+            planned = not seq.computed < seq.known < seq.max_total  # all of its tokens
+            if not planned and (seq.runs_ahead or not seq.pending):
                 decodes.append(seq)
         for seq in self._batch(decodes):
-            self._run(draft, seq, 1)
+            self._run(draft, seq, _Kind.DECODE, 1)
         draft.victims = None
         if self.batches > 1 and self.config.enable_chunked_prefill:
             draft.budget = min(draft.budget, self._prefill_share(prefills))
         for seq in prefills:  # after the decodes: a long prompt never holds them up
             if draft.budget and seq.state is State.RUNNING:
-                self._run(draft, seq, min(seq.known - seq.computed, draft.budget))
+                count = min(seq.prefill_end - seq.computed, draft.budget)
+                self._run(draft, seq, _Kind.PREFILL, count)
         draft.promised = sum(
             blocks_for(seq.known, self.kv.block_size) - len(seq.blocks) for seq in prefills
         )
 
     def _batch(self, decodes: list[Sequence]) -> list[Sequence]:
-        """Of the decoding sequences those that this plan takes.
-
-        In a pipeline: those that have no token on its way, and no more than an even share, which
-        leaves the next batch its own.
-        """
+        """Of the decoding sequences those that this plan takes: in a pipeline no more than an even
+        share of all that decode, which leaves the next batch its own."""
         if self.batches == 1:
             return decodes
-        share = -(-len(decodes) // self.batches)
-        ready = (seq for seq in decodes if not seq.pending)
-        return list(itertools.islice(ready, share))
+        decoding = sum(seq.computed >= seq.prefill_end for seq in self._running)
+        return decodes[: -(-decoding // self.batches)]
 
     def _prefill_share(self, prefills: list[Sequence]) -> int:
         """Tokens of prefill for this plan of a pipeline, so that every stage has some to do."""
@@ -234,7 +268,7 @@ class Scheduler:
         tokens += self.waiting_tokens + sum(draft.prefill_tokens for draft in self._in_flight)
         return max(LEAST_CHUNK, -(-tokens // (self.batches * CHUNKS)))
 
-    def _run(self, draft: _Draft, seq: Sequence, count: int) -> None:
+    def _run(self, draft: _Draft, seq: Sequence, kind: _Kind, count: int) -> None:
         """Add a row for a running sequence, preempting others, or itself, if blocks run out."""
         if seq.state is not State.RUNNING:  # preempted by one before it
             return
@@ -245,19 +279,19 @@ class Scheduler:
                 self._preempt(draft, victim)
                 if victim is seq:
                     return
-        self._add_row(draft, seq, count)
+        self._add_row(draft, seq, kind, count)
 
-    def _add_row(self, draft: _Draft, seq: Sequence, count: int) -> None:
+    def _add_row(self, draft: _Draft, seq: Sequence, kind: _Kind, count: int) -> None:
         start = seq.computed
         seq.computed = end = start + count
         wants = end == seq.known and end < seq.max_total
         seq.planned_in = draft.step
-        draft.rows.append(_Row(seq, start, count, wants))
+        draft.rows.append(_Row(seq, kind, start, count, wants))
         draft.budget -= count
         draft.tokens += count
         if wants:
             seq.pending += 1
-        if count > 1:
+        if kind is _Kind.PREFILL:
             draft.prefill_tokens += count
             self.kv.publish(seq)  # what this step writes, later rows of it may already share
 
@@ -265,6 +299,8 @@ class Scheduler:
         while draft.budget and self._free_slots:
             seq = self._head()
             if seq is None or seq.pending:  # its last tokens are still on the workers
+                return
+            if seq.deaths >= self._alone_from and self._unproven():
                 return
             known = seq.known
             prefix = Prefix()
@@ -299,14 +335,26 @@ class Scheduler:
             if self._shares is not None:
                 self._shares.serve(seq.order)
             self.stats.recomputed_tokens += max(0, seq.lost_tokens - seq.computed)
-            seq.lost_tokens = 0
+            self.stats.moved_tokens += max(0, seq.moved_tokens - seq.computed)
+            seq.lost_tokens = seq.moved_tokens = 0
         draft.admits.append(seq.admit())
         self.num_running += 1
         self._running.append(seq)
+        seq.prefill_end = seq.known
+        if not seq.begun:
+            seq.begun = True
+            draft.begun.append(seq)
         count = min(seq.known - seq.computed, draft.budget)
         grown = self.kv.grow(seq, seq.computed + count)
         assert grown, "admission counted the blocks"
-        self._add_row(draft, seq, count)
+        self._add_row(draft, seq, _Kind.PREFILL, count)
+
+    def _unproven(self) -> bool:
+        """Whether one runs already that may be what ends engines."""
+        return any(
+            seq.deaths >= self._alone_from and not seq.proven and seq.state is State.RUNNING
+            for seq in self._running
+        )
 
     # ---- preemption ----
 
@@ -339,7 +387,7 @@ class Scheduler:
     def _loss(self, seq: Sequence) -> tuple[int, int]:
         """The order in which sequences give way: (priority, tokens that nobody else keeps)."""
         lost = max(0, seq.computed - self.kv.num_shared(seq) * self.kv.block_size)
-        return (-seq.priority if self.config.scheduling_policy == "priority" else 0), lost
+        return (-seq.request.priority if self.config.scheduling_policy == "priority" else 0), lost
 
     def _swap_pays(self, seq: Sequence) -> bool:
         """Whether to preempt ``seq`` by swapping, rather than recomputing."""
@@ -354,12 +402,12 @@ class Scheduler:
         draft.preempted = True
         if self._swap_pays(seq) and self.kv.swap_out(seq):
             self.stats.preemptions_swap += 1
-            self.stats.preemption("swap", seq.priority)
+            self.stats.preemption("swap", seq.request.priority)
         else:
             self.kv.release(seq)
             seq.lost_tokens, seq.computed = seq.computed, 0
             self.stats.preemptions_recompute += 1
-            self.stats.preemption("recompute", seq.priority)
+            self.stats.preemption("recompute", seq.request.priority)
         seq.num_preemptions += 1
         self._leave(seq)
         self._enqueue(seq)
@@ -376,52 +424,60 @@ class Scheduler:
         else:
             self._dequeue(seq)
         if self._shares is not None:
-            self._shares.give_back(seq.client, seq.max_total - len(seq.tokens))
+            self._shares.give_back(seq.request.client, seq.max_total - len(seq.tokens))
         self.kv.release(seq)
         seq.state = State.FINISHED
         seq.finish_reason = reason
 
     # ---- results ----
 
-    def apply(self, result: StepResult) -> list[Progress]:
-        """Take in a step's result; the progress of each sequence that got something from it.
-
-        Tokens of sequences that ended meanwhile are discarded.
-        """
+    def apply(self, result: StepResult) -> StepOutcomes:
+        """Take in a step's result; what it brought for the sequences that have not ended."""
         draft = self._in_flight.popleft()
         assert draft.step == result.step, f"step {result.step} came back for step {draft.step}"
         self._observe(draft, result)
-        progress = []
-        tokens, failed = result.tokens.tolist(), result.failed
-        any_failed = bool(np.any(failed))
-        i = 0
-        for number, row in enumerate(draft.rows):
+        outcomes = StepOutcomes()
+        prompts = dict(result.prompt_logprobs)  # by row
+        any_failed = bool(result.failed.any())
+        pairs = zip(result.rows.tolist(), result.tokens.tolist(), strict=True)
+        for i, (number, token) in enumerate(pairs):
+            row = draft.rows[number]
             seq = row.seq
-            token = logprobs = prompt = None
-            bad = False
-            if row.wants:
-                token, logprobs = tokens[i], result.logprobs.get(i)
-                bad = any_failed and bool(failed[i])
-                i += 1
-            if bad:
-                self.kv.withdraw(seq)  # it was published when it was planned
-            if seq.finished:
+            if any_failed and result.failed[i]:
+                self._fail(seq, outcomes)
+            if seq.state is State.FINISHED:
                 continue
-            if number in result.prompt_logprobs:
-                prompt = (row.start + 1, result.prompt_logprobs[number])
-            if bad:
-                self._finish(seq, FinishReason.ERROR)
-                progress.append(Progress(seq))
+            position = len(seq.tokens) - seq.prompt_len
+            seq.pending -= 1
+            seq.proven = True
+            seq.tokens.append(token)
+            if seq.state is State.RUNNING:
+                self.kv.publish(seq)
+            self._end_if_done(seq, token)
+            logprobs, entries = result.logprobs.get(i), prompts.pop(number, None)
+            if logprobs is None and entries is None and seq.state is not State.FINISHED:
+                outcomes.add(seq, position, token)
                 continue
-            if token is not None:
-                seq.pending -= 1
-                seq.tokens.append(token)
-                if seq.state is State.RUNNING:
-                    self.kv.publish(seq)
-                self._end_if_done(seq, token)
-            if token is not None or prompt is not None:
-                progress.append(Progress(seq, token, logprobs, prompt))
-        return progress
+            outcome = Outcome(seq.index, position, [token])
+            outcome.logprobs = None if logprobs is None else [logprobs]
+            outcome.prompt_logprobs = None if entries is None else [(row.start + 1, entries)]
+            outcome.finish_reason, outcome.stop_reason = seq.finish_reason, seq.stop_reason
+            outcomes.others.append((seq, outcome))
+        for number, entries in prompts.items():
+            row = draft.rows[number]
+            if not row.seq.finished:
+                outcome = Outcome(row.seq.index, len(row.seq.tokens) - row.seq.prompt_len, [])
+                outcome.prompt_logprobs = [(row.start + 1, entries)]
+                outcomes.others.append((row.seq, outcome))
+        return outcomes
+
+    def _fail(self, seq: Sequence, outcomes: StepOutcomes) -> None:
+        """Logits of the sequence were not finite."""
+        self.kv.withdraw(seq)  # it was published when it was planned
+        if not seq.finished:
+            seq.stop_reason = NOT_FINITE
+            self._finish(seq, FinishReason.ERROR)
+            outcomes.others.append((seq, end_of(seq)))
 
     def _end_if_done(self, seq: Sequence, token: int) -> None:
         if token in seq.stop_ids:

@@ -2,13 +2,12 @@
 
 import enum
 from array import array
-from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from engine.blocks import ROOT, BlockHash, hash_block
+from engine.continuation import Continuation, child_seed
 from engine.plan import Admit, Ints
-from engine.sampling_params import SamplingParams
 
 
 class State(enum.Enum):
@@ -37,42 +36,39 @@ class Sequence:
     """
 
     __slots__ = (
-        "request_id", "index", "tokens", "prompt_len", "max_total", "sampling", "seed", "stop_ids",
-        "bad_words", "order", "priority", "client", "state", "finish_reason", "stop_reason", "slot",
-        "computed", "pending", "blocks", "swapped", "published", "planned_in", "cached_tokens",
-        "scheduled_time", "lost_tokens", "num_preemptions", "_hashes",
+        "request", "request_id", "index", "tokens", "prompt_len", "max_total", "sampling", "seed",
+        "stop_ids", "order", "runs_ahead", "state", "finish_reason", "stop_reason", "slot",
+        "prefill_end", "computed", "pending", "blocks", "swapped", "published", "planned_in",
+        "cached_tokens", "scheduled_time", "lost_tokens", "moved_tokens", "num_preemptions",
+        "deaths", "begun", "proven", "_hashes",
     )  # fmt: skip
 
     def __init__(
         self,
-        request_id: str,
-        prompt: Seq[int],
-        sampling: SamplingParams,
-        *,
+        request: Continuation,
         index: int = 0,
-        seed: int = 0,
+        *,
         max_total: int,
         stop_ids: tuple[int, ...] = (),
-        bad_words: tuple[tuple[int, ...], ...] = (),
-        priority: int = 0,
-        client: str = "",
+        runs_ahead: bool = True,
     ) -> None:
-        self.request_id = request_id
+        self.request = request
+        self.request_id = request.request_id
         self.index = index
-        self.tokens = array("i", prompt)
-        self.prompt_len = len(prompt)
+        self.tokens = array("i", request.prompt_token_ids)
+        self.prompt_len = len(self.tokens)
+        self.tokens.extend(request.output(index))
         self.max_total = max_total  # most tokens of prompt and output
-        self.sampling = sampling
-        self.seed = seed
+        self.sampling = request.sampling
+        self.seed = child_seed(request.seed, index)
         self.stop_ids = stop_ids
-        self.bad_words = bad_words
-        self.priority = priority
-        self.client = client
+        self.runs_ahead = runs_ahead  # whether it may be planned before its last result is there
         self.order: float = 0.0  # the scheduler's queue key
         self.state = State.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.slot = -1
+        self.prefill_end = 0  # tokens known when it was admitted: a row of those is a prefill
         self.computed = 0
         self.pending = 0
         self.blocks: list[int] = []  # device blocks, by index
@@ -82,7 +78,11 @@ class Sequence:
         self.cached_tokens = 0  # prompt tokens found in the prefix cache at first admission
         self.scheduled_time: float | None = None  # of the first admission
         self.lost_tokens = 0  # computed tokens given up by the last recompute preemption
+        self.moved_tokens = len(self.tokens) if request.moves else 0  # that were computed before
         self.num_preemptions = 0
+        self.deaths = request.deaths  # see ``Continuation``
+        self.begun = False  # whether these workers have run it
+        self.proven = False  # and it has a new token of them
         self._hashes: list[BlockHash] = []
 
     def __repr__(self) -> str:
@@ -102,6 +102,16 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.state is State.FINISHED
+
+    def lose_workers(self) -> None:
+        """The workers that ran it are gone: all it has are its tokens."""
+        self.moved_tokens = max(self.computed, self.moved_tokens)
+        if self.begun:
+            self.deaths = 1 if self.proven else self.deaths + 1
+        self.begun = self.proven = False
+        self.slot = self.planned_in = -1
+        self.computed = self.pending = self.published = 0
+        self.blocks, self.swapped = [], []
 
     @property
     def wants_cache(self) -> bool:
@@ -125,7 +135,7 @@ class Sequence:
             sampling=self.sampling,
             seed=self.seed,
             stop_ids=self.stop_ids,
-            bad_words=self.bad_words,
+            bad_words=self.request.bad_words,
             name=f"{self.request_id}/{self.index}",
         )
 

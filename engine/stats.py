@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.continuation import Continuation
 from engine.outputs import RequestMetrics
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -104,6 +105,7 @@ class EngineStats:
     cached_tokens: int = 0
     generation_tokens: int = 0
     corrupted: int = 0
+    moved_in: int = 0
     finished: Counter[str] = field(default_factory=Counter)  # by reason
     rejected: Counter[str] = field(default_factory=Counter)  # by error
 
@@ -116,6 +118,7 @@ class EngineStats:
         self.request_computed_tokens = Histogram(tokens)
         self.request_n = Histogram((1, 2, 5, 10, 20))
         self.request_preemptions = Histogram(COUNTS)
+        self.restarts = Histogram(REQUEST_SECONDS)
         self.step_tokens = Histogram(STEP_TOKENS)
         self.step_seconds = Histogram(TOKEN_SECONDS)
         self.first_token = Histogram(FIRST_TOKEN_SECONDS)
@@ -131,11 +134,12 @@ class EngineStats:
 
     # ---- what the engine tells ----
 
-    def added(self, n: int, max_tokens: int | None) -> None:
+    def added(self, request: Continuation) -> None:
         """A request was queued."""
-        self.request_n.observe(n)
-        if max_tokens is not None:
-            self.request_max_tokens.observe(max_tokens)
+        self.moved_in += request.moves > 0
+        self.request_n.observe(request.sampling.n)
+        if request.sampling.max_tokens is not None:
+            self.request_max_tokens.observe(request.sampling.max_tokens)
 
     def token(self, times: SequenceTimes, metrics: RequestMetrics, now: float) -> None:
         """A completion got a token."""
@@ -223,6 +227,11 @@ class EngineStats:
                 "admission_rejections", "Requests refused, by error.", "reason", self.rejected,
                 ("QueueFull", "PromptTooLong", "RequestError"),
             ),
+            counter(
+                "requests_taken_over", "Requests that came from an engine that was lost or left.",
+                self.moved_in,
+            ),
+            self.restarts.metric("worker_restart_seconds", "Starting failed workers again."),
             self.step_tokens.metric(
                 "iteration_tokens_total", "Prompt tokens computed and tokens generated in a step."
             ),

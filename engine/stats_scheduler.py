@@ -48,6 +48,11 @@ def scheduler_metrics(scheduler: Scheduler, capacity: Capacity) -> list[Metric]:
             stats.recomputed_tokens,
         ),
         counter(
+            "moved_tokens",
+            "Tokens computed again because an engine or its workers were lost, or left.",
+            stats.moved_tokens,
+        ),
+        counter(
             "swapped_out_bytes",
             "KV bytes copied to CPU blocks for preempted sequences.",
             kv.stats.swapped_out_blocks * block,

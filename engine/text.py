@@ -7,8 +7,8 @@ Text once given is never changed. So half a character is held back, and, without
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from engine.pieces import ByteDecoder
 from engine.sampling_params import SamplingParams
+from engine.token_bytes import ByteDecoder
 from engine.tokenizer import Tokenizer
 
 
@@ -24,7 +24,7 @@ class Detokenizer(Protocol):
 
 
 class ByteDetokenizer:
-    """By bytes, for the tokenizers that ``engine.pieces`` covers.
+    """By bytes, for the tokenizers that ``engine.token_bytes`` covers.
 
     Where SentencePiece's byte tokens are not UTF-8, each wrong byte is U+FFFD, as SentencePiece has
     it. (tokenizers also takes back the right characters beside it, which a stream has shown.)
@@ -34,12 +34,12 @@ class ByteDetokenizer:
         self, decoder: ByteDecoder, context_ids: Sequence[int], skip_special_tokens: bool
     ) -> None:
         self._decoder = decoder
-        self._pieces = decoder.shown if skip_special_tokens else decoder.pieces
-        self._begun, at_start = decoder.unfinished(context_ids, self._pieces)
+        self._bytes = decoder.shown if skip_special_tokens else decoder.all
+        self._begun, at_start = decoder.unfinished(context_ids, self._bytes)
         self._strip = at_start and decoder.strips_first_space
 
     def push(self, ids: Sequence[int]) -> str:
-        data = self._begun + b"".join(map(self._pieces.__getitem__, ids))
+        data = self._begun + b"".join(map(self._bytes.__getitem__, ids))
         return self._text(data, final=False)
 
     def finish(self) -> str:

@@ -157,8 +157,8 @@ class Tokenizer:
         """
         byte_decoder = self.backend.byte_decoder
         if byte_decoder is not None:
-            begun, _ = byte_decoder.unfinished(context, byte_decoder.pieces)
-            pieces = [byte_decoder.pieces[i] for i in ids]
+            begun, _ = byte_decoder.unfinished(context, byte_decoder.all)
+            pieces = [byte_decoder.all[i] for i in ids]
             return [TokenText(byte_decoder.text(begun + piece)[0], piece) for piece in pieces]
         before = list(context[-8:])
         skip = len(self.decode(before))

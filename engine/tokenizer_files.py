@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from engine.errors import CheckpointError
 from engine.folders import cache_folders, settle_hub_cache
-from engine.pieces import ByteDecoder, byte_decoder
+from engine.token_bytes import ByteDecoder, byte_decoder
 
 if TYPE_CHECKING:
     import tokenizers

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cluster.handle import AsyncEngineHandle as AsyncEngineHandle
     from cluster.handle import EngineHandle as EngineHandle
-    from cluster.handle import Piece as Piece
     from cluster.handle import connect as connect
     from cluster.handle import connect_async as connect_async
     from cluster.handle import start_engine as start_engine
     from cluster.handle import stop_engine as stop_engine
     from cluster.llm import LLM as LLM
+    from deploy.engine_set import scale as scale
     from engine.errors import CheckpointError as CheckpointError
     from engine.errors import ConfigError as ConfigError
     from engine.errors import EngineError as EngineError
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from engine.errors import PromptTooLong as PromptTooLong
     from engine.errors import QueueFull as QueueFull
     from engine.errors import RequestError as RequestError
+    from engine.errors import Unavailable as Unavailable
     from engine.outputs import CompletionOutput as CompletionOutput
     from engine.outputs import Logprob as Logprob
+    from engine.outputs import Piece as Piece
     from engine.outputs import RequestOutput as RequestOutput
     from engine.sampling_params import SamplingParams as SamplingParams
 
@@ -39,9 +41,10 @@ _HOMES = {
     "connect": "cluster.handle",
     "connect_async": "cluster.handle",
     "stop_engine": "cluster.handle",
+    "scale": "deploy.engine_set",
     "EngineHandle": "cluster.handle",
     "AsyncEngineHandle": "cluster.handle",
-    "Piece": "cluster.handle",
+    "Piece": "engine.outputs",
     "SamplingParams": "engine.sampling_params",
     "RequestOutput": "engine.outputs",
     "CompletionOutput": "engine.outputs",
@@ -50,6 +53,7 @@ _HOMES = {
     "ConfigError": "engine.errors",
     "CheckpointError": "engine.errors",
     "RequestError": "engine.errors",
+    "Unavailable": "engine.errors",
     "PromptTooLong": "engine.errors",
     "QueueFull": "engine.errors",
     "EngineError": "engine.errors",

@@ -12,16 +12,17 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from cluster.loop import FEW_LOGPROBS
-from engine.engine import Delta
-from engine.outputs import CompletionOutput, RequestOutput
+from engine.outcome import Outcome
+from engine.outputs import CompletionOutput, Piece, RequestOutput
 from engine.sampling_params import SamplingParams
 from router.errors import ApiError
-from router.generation import Generation, Piece, Prompt, merged
+from router.generation import Generation, Prompt, merged
 from router.responses import PromptTokensDetails, Usage
 from router.schema import Sampling
 from router.service import ServedModel, Service
 
 DONE = b"data: [DONE]\n\n"
+WAITING = b": the engine was lost; the answer goes on at another as soon as there is one\n\n"
 to_json = msgspec.json.Encoder().encode
 
 
@@ -81,16 +82,16 @@ class Answer(ABC):
 
     async def complete(self, generations: list[Generation]) -> bytes:
         """The body of the whole answer, when it is there."""
-        async for generation, deltas in merged(generations):
-            await self._take(generation, deltas)
+        async for generation, outcomes in merged(generations):
+            await self._take(generation, outcomes)
         if self.sampling.logprobs is None and self.sampling.prompt_logprobs is None:
             return self.whole(generations)
         return await self.service.off_loop(self.whole, generations)
 
-    async def _take(self, generation: Generation, deltas: list[Delta]) -> list[Piece]:
+    async def _take(self, generation: Generation, outcomes: list[Outcome]) -> list[Piece]:
         if not self._heavy:
-            return generation.take(deltas)
-        taken = await self.service.off_loop(generation.read, deltas)
+            return generation.take(outcomes)
+        taken = await self.service.off_loop(generation.read, outcomes)
         generation.settle(taken)
         return taken.pieces
 
@@ -101,14 +102,17 @@ class Answer(ABC):
         self._head, self._tail = self._frame()
         unfinished = sum(len(generation.output.outputs) for generation in generations)
         spent = 0.0
-        async for generation, deltas in merged(generations):
+        async for generation, outcomes in merged(generations):
+            if not outcomes:
+                yield WAITING
+                continue
             started = time.perf_counter()
-            pieces = await self._take(generation, deltas)
+            pieces = await self._take(generation, outcomes)
             if self._heavy:
                 data = await self.service.off_loop(self._chunks, generation, pieces)
             else:
                 data = self._chunks(generation, pieces)
-            unfinished -= sum(piece.output.finish_reason is not None for piece in pieces)
+            unfinished -= sum(piece.finish_reason is not None for piece in pieces)
             if not unfinished:
                 data += self._end(generations) + DONE
             spent += time.perf_counter() - started
@@ -136,9 +140,9 @@ class Answer(ABC):
         return b"".join(self._chunk(generation, piece) for piece in pieces)
 
     def _chunk(self, generation: Generation, piece: Piece) -> bytes:
-        output = piece.output
-        finished = output.finish_reason is not None
-        if len(output.token_ids) == piece.start and not finished:
+        output = generation.output.outputs[piece.index]
+        finished = piece.finish_reason is not None
+        if not piece.token_ids and not finished:
             return b""  # log-probabilities of the prompt
         choice = generation.first_choice + output.index
         opening = b""
@@ -196,8 +200,8 @@ def check(output: CompletionOutput) -> None:
     if output.finish_reason == "error":
         raise ApiError(
             500,
-            "the request ended with an error: the model's output was not finite, or its bad_words"
-            " left no token of allowed_token_ids to choose",
+            f"the request ended with an error: {output.stop_reason}",
             type="server_error",
             code="generation_failed",
+            headers={"x-should-retry": "false"},  # it would end so again
         )

@@ -26,7 +26,7 @@ REMEMBERED = 1 << 16  # hashes
 
 
 @dataclass(slots=True)
-class _Engine:
+class _Backlog:
     """What this process has under way at one engine."""
 
     sequences: int = 0
@@ -38,7 +38,7 @@ class Ticket:
     """A request's place with an engine: tell when it got its first token, and when it ended."""
 
     client: EngineClient
-    _engine: _Engine
+    _engine: _Backlog
     _sequences: int
     _queued: int
     _ended: bool = field(default=False)
@@ -62,12 +62,17 @@ class Balancer:
     def __init__(self, remembered: int = REMEMBERED) -> None:
         self._remembered = remembered
         self._holders: OrderedDict[bytes, set[str]] = OrderedDict()  # by hash, engine ids
-        self._engines: dict[str, _Engine] = {}
+        self._engines: dict[str, _Backlog] = {}
 
     def choose(
-        self, prompt: Sequence[int], sequences: int, engines: Sequence[EngineClient]
+        self,
+        prompt: Sequence[int],
+        sequences: int,
+        engines: Sequence[EngineClient],
+        known: int = 0,
     ) -> Ticket:
-        """The engine, of at least one, for ``sequences`` completions of a prompt."""
+        """The engine, of at least one, for ``sequences`` completions of a prompt. ``known``: tokens
+        of these that are there already, and are to be computed again."""
         hashes = list(_chain(prompt, engines[0].info.block_size))
         ids = [engine.info.engine_id for engine in engines]
         cached = self._cached(hashes, ids)
@@ -76,14 +81,15 @@ class Balancer:
 
         def cost(engine: EngineClient) -> tuple[float, bytes]:
             id = engine.info.engine_id
-            tokens = len(prompt) - cached[id] + self._backlog(engine, len(prompt), sequences)
+            tokens = len(prompt) - cached[id]
+            tokens += self._backlog(engine, len(prompt) + known, sequences)
             return tokens - PREFERENCE * (id == preferred), scores[id]
 
         chosen = min(engines, key=cost)
         id = chosen.info.engine_id
         self._remember(hashes, id)
-        own = self._engines.setdefault(id, _Engine())
-        queued = len(prompt) - cached[id]
+        own = self._engines.setdefault(id, _Backlog())
+        queued = len(prompt) - cached[id] + known
         own.sequences += sequences
         own.queued_tokens += queued
         return Ticket(chosen, own, sequences, queued)
@@ -91,7 +97,7 @@ class Balancer:
     def _backlog(self, engine: EngineClient, prompt: int, sequences: int) -> int:
         """What is before a request at an engine. The engine's own figures are of all ingress
         processes, but a step old; this process's are of now."""
-        load, own = engine.load, self._engines.get(engine.info.engine_id, _Engine())
+        load, own = engine.load, self._engines.get(engine.info.engine_id, _Backlog())
         active = max(load.running + load.waiting, own.sequences)
         waiting = max(load.waiting_tokens, own.queued_tokens)
         short = prompt + waiting - load.free_blocks * engine.info.block_size

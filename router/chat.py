@@ -8,10 +8,11 @@ from msgspec import UNSET
 
 from engine.chat import check_variables
 from engine.errors import RequestError
+from engine.outputs import CompletionOutput, Piece
 from engine.sampling_params import SamplingParams
 from router.answers import Answer, check, to_json
 from router.errors import ApiError, field_of, wrong
-from router.generation import Generation, Piece, Prompt
+from router.generation import Generation, Prompt
 from router.logprobs import chat_logprobs, prompt_logprobs
 from router.parameters import refuse_contradictions, room_for_output, sampling_of
 from router.parsing import ChoiceStream, Parsing, form_of, parsing_of, whole_message
@@ -205,24 +206,20 @@ class ChatAnswer(Answer):
         return ChatChoice(
             index=index,
             message=message,
-            logprobs=self._shown(Piece(output, 0, "")),
+            logprobs=self._shown(output, output.token_ids),
             finish_reason=reason,  # type: ignore[arg-type]
             stop_reason=output.stop_reason,
             token_ids=output.token_ids if self.return_ids else None,
         )
 
-    def _shown(self, piece: Piece) -> ChatLogprobs | None:
-        count, output = self.sampling.logprobs, piece.output
+    def _shown(self, output: CompletionOutput, token_ids: list[int]) -> ChatLogprobs | None:
+        """Those of the last tokens of an output."""
+        count = self.sampling.logprobs
         if count is None:
             return None
         assert output.logprobs is not None
-        return chat_logprobs(
-            output.token_ids[piece.start :],
-            output.logprobs[piece.start :],
-            count,
-            self.model.tokenizer,
-            self.as_ids,
-        )
+        positions = output.logprobs[len(output.logprobs) - len(token_ids) :]
+        return chat_logprobs(token_ids, positions, count, self.model.tokenizer, self.as_ids)
 
     def _opening(self, generation: Generation, choice: int) -> bytes:
         part = to_json(ChatChunkChoice(index=choice, delta=ChatDelta(self._role, "")))
@@ -248,19 +245,19 @@ class ChatAnswer(Answer):
         return self._streams[choice]
 
     def _full(self, generation: Generation, piece: Piece, choice: int) -> bytes:
-        output = piece.output
-        finished, reason = output.finish_reason is not None, output.finish_reason
+        output = generation.output.outputs[piece.index]
+        finished, reason = piece.finish_reason is not None, piece.finish_reason
         if self._parsing is None:
             delta = ChatDelta(content=piece.text) if piece.text or not finished else ChatDelta()
         else:
-            delta, reason = self._stream(choice).last(piece.text, output)
+            delta, reason = self._stream(choice).last(piece.text, reason)
         part = ChatChunkChoice(
             index=choice,
             delta=delta,
-            logprobs=self._shown(piece),
+            logprobs=self._shown(output, piece.token_ids),
             finish_reason=reason,  # type: ignore[arg-type]
             stop_reason=output.stop_reason if finished else UNSET,
-            token_ids=output.token_ids[piece.start :] if self.return_ids else UNSET,
+            token_ids=piece.token_ids if self.return_ids else UNSET,
         )
         return to_json(part)
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from engine.outputs import CompletionOutput, PositionLogprobs
+from engine.outputs import CompletionOutput, Piece, PositionLogprobs
 from engine.sampling_params import SamplingParams
 from engine.text import detokenizer
 from engine.tokenizer import Tokenizer
 from router.answers import Answer, check, to_json
 from router.errors import wrong
-from router.generation import Generation, Piece, Prompt
+from router.generation import Generation, Prompt
 from router.logprobs import completion_logprobs, prompt_logprobs
 from router.offsets import TextOffsets
 from router.parameters import refuse_contradictions, room_for_output, sampling_of
@@ -206,8 +206,10 @@ class CompletionAnswer(Answer):
         ) % (choice, to_json(text))
 
     def _full(self, generation: Generation, piece: Piece, choice: int) -> bytes:
-        opening = self._detailed and piece.start == 0
-        part = self._part(generation, piece.output, piece.start, piece.text, opening)
+        output = generation.output.outputs[piece.index]
+        start = len(output.token_ids) - len(piece.token_ids)
+        opening = self._detailed and start == 0
+        part = self._part(generation, output, start, piece.text, opening)
         return to_json(part)
 
     def length(self, output: CompletionOutput) -> int:

@@ -5,7 +5,7 @@ import re
 import msgspec
 from starlette.responses import Response
 
-from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
+from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError, Unavailable
 from engine.log import get_logger
 from router.schema import ChatRequest, CompletionRequest
 
@@ -115,6 +115,8 @@ def _answer(error: BaseException) -> ApiError:
         return wrong(str(error), "prompt", "context_length_exceeded")
     if isinstance(error, RequestError):
         return wrong(str(error), field_of(str(error)))
+    if isinstance(error, Unavailable):
+        return unavailable(str(error), error.code)
     if isinstance(error, EngineError):
         cause = _PLACE.sub("", str(error).partition("\n")[0])
         return unavailable(cause.removesuffix(":"), "engine_unavailable")

@@ -1,14 +1,13 @@
-"""Prompts on their way through an engine: tokens come, text is made of them."""
+"""Prompts on their way through engines: tokens come, text is made of them."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from cluster.client import RequestStream
-from engine.engine import Delta
-from engine.output import RequestText
-from engine.outputs import CompletionOutput
-from router.balance import Ticket
+from cluster.streams import Stream
+from engine.collector import Collector
+from engine.outcome import Outcome
+from engine.outputs import Piece
 
 
 @dataclass
@@ -17,15 +16,6 @@ class Prompt:
 
     ids: list[int]
     text: str | None = None
-
-
-@dataclass(slots=True)
-class Piece:
-    """What one wake-up brought for one completion. Its new tokens are those from ``start`` on."""
-
-    output: CompletionOutput
-    start: int
-    text: str
 
 
 @dataclass(slots=True)
@@ -42,66 +32,45 @@ class Generation:
     ``first_choice`` is the index in the answer of the first of its completions.
     """
 
-    def __init__(
-        self, text: RequestText, stream: RequestStream, ticket: Ticket, first_choice: int
-    ) -> None:
+    def __init__(self, collector: Collector, stream: Stream, first_choice: int) -> None:
         self.stream = stream
         self.first_choice = first_choice
-        self.output = text.output
-        self._text = text
-        self._ticket = ticket
+        self.output = collector.output
+        self._collector = collector
 
-    def take(self, deltas: list[Delta]) -> list[Piece]:
-        """Take in what is ready: one piece for each completion that it belongs to."""
-        taken = self.read(deltas)
-        self.settle(taken)
-        return taken.pieces
+    def take(self, outcomes: list[Outcome]) -> list[Piece]:
+        """Take in what is ready: the pieces of it."""
+        return self._collector.take(outcomes, self.stream.stop_at_text)
 
-    def read(self, deltas: list[Delta]) -> Taken:
-        """The first half of ``take``, which only makes text; any thread may run it."""
-        pieces: dict[int, Piece] = {}
+    def read(self, outcomes: list[Outcome]) -> Taken:
+        """``take`` without telling the engine of stop strings; any thread may run it."""
         stopped: list[int] = []
-        for delta in deltas:
-            output = self.output.outputs[delta.index]
-            if output.finish_reason is not None:
-                continue  # it was on its way when a stop string ended the completion
-            piece = pieces.get(delta.index)
-            if piece is None:
-                pieces[delta.index] = piece = Piece(output, len(output.token_ids), "")
-            text, stop = self._text.take(delta)
-            piece.text += text
-            if stop is not None:
-                stopped.append(delta.index)
-        return Taken(list(pieces.values()), stopped)
+        return Taken(self._collector.take(outcomes, stopped.append), stopped)
 
     def settle(self, taken: Taken) -> None:
-        """The second half, in the event loop: the engine hears of stop strings."""
-        self._ticket.started()
+        """The rest of ``take``, in the event loop."""
         for index in taken.stopped:
             self.stream.stop_at_text(index)
-        if all(output.finish_reason is not None for output in self.output.outputs):
-            self._ticket.ended()  # though the client may be slow to read
 
     def end(self) -> None:
         """Leave nothing of it behind in the engine."""
         self.stream.cancel()
-        self._ticket.ended()
 
 
 async def merged(
     generations: list[Generation],
-) -> AsyncIterator[tuple[Generation, list[Delta]]]:
-    """What is ready of several generations, as it comes."""
+) -> AsyncIterator[tuple[Generation, list[Outcome]]]:
+    """What is ready of several generations, as it comes; see ``Stream`` for what is nothing."""
     if len(generations) == 1:
-        async for deltas in generations[0].stream:
-            yield generations[0], deltas
+        async for outcomes in generations[0].stream:
+            yield generations[0], outcomes
         return
-    ready: asyncio.Queue[tuple[Generation, list[Delta] | BaseException | None]] = asyncio.Queue()
+    ready: asyncio.Queue[tuple[Generation, list[Outcome] | BaseException | None]] = asyncio.Queue()
 
     async def read(generation: Generation) -> None:
         try:
-            async for deltas in generation.stream:
-                ready.put_nowait((generation, deltas))
+            async for outcomes in generation.stream:
+                ready.put_nowait((generation, outcomes))
             ready.put_nowait((generation, None))
         except Exception as error:
             ready.put_nowait((generation, error))

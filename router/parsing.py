@@ -118,10 +118,9 @@ class ChoiceStream:
         """What further text adds; None if nothing yet."""
         return self._delta(self._parser.push(text))
 
-    def last(self, text: str, output: CompletionOutput) -> tuple[ChatDelta, str | None]:
-        """What further text adds, an end perhaps, and why it ended."""
+    def last(self, text: str, reason: str | None) -> tuple[ChatDelta, str | None]:
+        """What further text adds, and an end for ``reason`` if that is one; the client's reason."""
         parts = self._parser.push(text)
-        reason = output.finish_reason
         if reason is not None:
             parts += self._parser.finish(cut=reason != "stop")
         delta = self._delta(parts) or ChatDelta()

@@ -20,18 +20,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import ParamSpec, TypeVar
 
-from cluster.client import EngineClient, EngineInfo, RequestStream
-from cluster.streams import settled
+from cluster.attempts import Attempt
+from cluster.client import EngineClient, EngineInfo, Sink
+from cluster.streams import Stream, settled
 from engine.chat import load_template
-from engine.errors import EngineError, QueueFull
-from engine.output import RequestText
-from engine.request import Request
+from engine.collector import Collector
+from engine.continuation import Continuation, begin
+from engine.errors import EngineError, QueueFull, Unavailable
 from engine.sampling_params import SamplingParams
 from engine.stats import Metric
 from engine.tokenizer import Tokenizer
-from router.balance import Balancer, Ticket
+from router.balance import Balancer
 from router.config import RouterConfig
-from router.errors import ApiError, too_long, unavailable
+from router.errors import ApiError, too_long
 from router.generation import Generation, Prompt
 from router.metrics import scrape
 from router.rendering import Renderer
@@ -136,14 +137,14 @@ class Service:
         return max(1, min(MOST_RETRY_AFTER, math.ceil(left)))
 
     def _admitting(self) -> list[EngineClient]:
-        return [engine for engine in self.engines if engine.healthy and not engine.load.draining]
+        return [engine for engine in self.engines if engine.healthy and engine.load.admits]
 
     # ---- the model ----
 
     async def model(self, name: str | None = None) -> ServedModel:
         """The model, under the name that a request gives.
 
-        Raises ApiError: 404 for another name, 503 while no engine is there.
+        Raises ApiError 404 for another name, Unavailable while no engine is there.
         """
         model = self._model
         if model is None or not any(map(model.fits, self._admitting())):
@@ -164,7 +165,7 @@ class Service:
             if model is not None and (not engines or any(map(model.fits, engines))):
                 return model
             if not engines:
-                raise unavailable("no engine is ready yet", "starting")
+                raise Unavailable("no engine is ready yet", "starting")
             self._model = await asyncio.to_thread(self._resolve, engines[0].info)
             return self._model
 
@@ -188,12 +189,12 @@ class Service:
     # ---- requests ----
 
     def check_admission(self) -> None:
-        """Raises ApiError 503 while draining."""
+        """Raises Unavailable while draining."""
         if self.draining:
             raise _draining()
 
     async def check_drain(self) -> None:
-        """Raises ApiError 503 if no engine will admit a request that is yet to be complete."""
+        """Raises Unavailable if no engine will admit a request that is yet to be complete."""
         self.check_admission()
         engines = await self.reachable()
         if engines and all(engine.load.draining for engine in engines):
@@ -272,18 +273,19 @@ class Service:
         started: list[Generation] = []
 
         async def start(number: int, prompt: Prompt) -> None:
-            request = Request(
-                request_id=uuid.uuid4().hex,
-                prompt_token_ids=prompt.ids,
-                sampling=sampling,
+            request = begin(
+                uuid.uuid4().hex,
+                prompt.ids,
+                sampling,
                 bad_words=bad_words,
                 priority=priority,
                 client=client,
                 timeout=self.config.request_timeout,
             )
-            ticket, stream = await self._submit(model, request)
-            text = RequestText(request, prompt.text, model.tokenizer, stream.metrics, streaming)
-            started.append(Generation(text, stream, ticket, number * sampling.n))
+            route = _Route(self, model)
+            stream = await Stream(request, route, model.info.failover).start()
+            text = Collector(request, prompt.text, model.tokenizer, stream.metrics, streaming)
+            started.append(Generation(text, stream, number * sampling.n))
 
         try:
             await settled(start(number, prompt) for number, prompt in enumerate(prompts))
@@ -293,12 +295,20 @@ class Service:
                 generation.end()
             self._observe(started)
 
-    async def _submit(self, model: ServedModel, request: Request) -> tuple[Ticket, RequestStream]:
-        """Queue a request with the engine that suits it, or the next if that one will not."""
-        engines = await self.reachable()
-        refusal: Exception = unavailable("no engine is ready yet", "starting")
+    async def admit(
+        self, model: ServedModel, request: Continuation, sink: Sink, look: bool
+    ) -> Attempt:
+        """Queue a request with the engine that suits it, or the next if that one will not.
+
+        ``look``: whether to look around, if no engine takes requests. Raises RequestError and
+        EngineError; Unavailable if none does.
+        """
+        engines = await self.reachable() if look else []
+        refusal: Exception = Unavailable("no engine is ready yet", "starting")
         if any(engine.load.draining for engine in engines):
             refusal = _draining()
+        elif any(engine.load.recovering for engine in engines):
+            refusal = Unavailable("the engine's workers are started again", "starting")
         tried: set[str] = set()
         while True:
             candidates = [
@@ -308,13 +318,17 @@ class Service:
             ]
             if not candidates:
                 raise refusal
-            n = request.sampling.n
-            ticket = self.balancer.choose(request.prompt_token_ids, n, candidates)
+            known = sum(map(len, filter(None, request.outputs)))
+            ticket = self.balancer.choose(
+                request.prompt_token_ids, len(request.unfinished), candidates, known
+            )
             tried.add(ticket.client.info.engine_id)
             patience = ADMISSION_PATIENCE if len(candidates) > 1 else None
             try:
                 async with asyncio.timeout(patience):
-                    return ticket, await ticket.client.submit(request)
+                    attempt = await ticket.client.submit(request, sink)
+                attempt.place = ticket
+                return attempt
             except TimeoutError:  # it may hang; submit has taken the request back
                 ticket.ended()
             except QueueFull as error:
@@ -357,8 +371,22 @@ def _refuse_far_longer(tokenizer: Tokenizer, texts: list[str], most: int, param:
             raise too_long(most, f"{len(text)} characters, which are more tokens than that", param)
 
 
-def _draining() -> ApiError:
-    return unavailable("the server is shutting down", "draining")
+def _draining() -> Unavailable:
+    return Unavailable("the server is shutting down", "draining")
+
+
+@dataclass(frozen=True)
+class _Route:
+    """To the engines of one model."""
+
+    service: Service
+    model: ServedModel
+
+    async def admit(self, request: Continuation, sink: Sink, leaving: bool = False) -> Attempt:
+        return await self.service.admit(self.model, request, sink, look=not leaving)
+
+    def moved(self, cause: str, seconds: float) -> None:
+        self.service.stats.moved(cause, seconds)
 
 
 def engines_by_id(engines: Collection[EngineClient]) -> Iterator[EngineClient]:

@@ -18,6 +18,10 @@ STAGES = {
     "first_token": "arrival at the engine to first token",
     "stream": "tokens to text and chunks, all of a request's",
 }
+CAUSES = ("lost", "drained", "recovering")  # of a move
+MOVE_SECONDS = (
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
+)  # fmt: skip
 SECONDS = (
     0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
     0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
@@ -30,11 +34,16 @@ class RouterStats:
     def __init__(self) -> None:
         self._stages = {stage: Histogram(SECONDS) for stage in STAGES}
         self.answers: Counter[tuple[str, str, str]] = Counter()  # by method, route, status
+        self._moves: dict[str, Histogram] = {cause: Histogram(MOVE_SECONDS) for cause in CAUSES}
         self.in_flight = 0  # answers that are not all sent
 
     def observe(self, stage: str, seconds: float) -> None:
         """A request spent so long in a stage."""
         self._stages[stage].observe(seconds)
+
+    def moved(self, cause: str, seconds: float) -> None:
+        """A request went on at another engine; its next token came so much later."""
+        self._moves[cause].observe(seconds)
 
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
@@ -68,6 +77,28 @@ class RouterStats:
                 "HTTP answers; status 499 is a client that went.",
                 ("method", "handler", "status"),
                 answers,
+            ),
+            Metric(
+                "failover_seconds",
+                "histogram",
+                "Time from the loss of a request's engine, or from leaving it, to its next token.",
+                ("cause",),
+                tuple(
+                    Sample((cause,), histogram.sum, tuple(histogram.counts))
+                    for cause, histogram in self._moves.items()
+                ),
+                MOVE_SECONDS,
+            ),
+            Metric(
+                "requests_moved",
+                "counter",
+                "Requests that went on at another engine: theirs was lost, drained, or started its"
+                " workers again.",
+                ("cause",),
+                tuple(
+                    Sample((cause,), sum(histogram.counts))
+                    for cause, histogram in self._moves.items()
+                ),
             ),
             gauge("router_requests_in_flight", "Requests under way.", self.in_flight),
         ]

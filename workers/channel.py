@@ -283,6 +283,6 @@ class SocketChannel:
         self._socket.close()
 
 
-def connect(host: str, port: int, timeout: float = 30.0) -> SocketChannel:
+def open_channel(host: str, port: int, timeout: float = 30.0) -> SocketChannel:
     """A channel to a listening socket. Raises OSError."""
     return SocketChannel(socket.create_connection((host, port), timeout))

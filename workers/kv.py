@@ -56,15 +56,11 @@ class KVCache:
         self.num_measured = min(64, num_device_blocks, num_cpu_blocks)
 
     def copy(self, copies: Copies) -> None:
-        """Carry out a plan's copies: out, then in, then within the device."""
+        """Carry out a plan's copies: out, then in."""
         if len(copies.out):
             self._tiers.copy_out(copies.out)
         if len(copies.in_):
             self._tiers.copy_in(copies.in_)
-        if len(copies.within):
-            pairs = torch.from_numpy(copies.within).long().to(self.layers[0].device)
-            for layer in self.layers:
-                layer[pairs[:, 1]] = layer[pairs[:, 0]]
 
     def copied(self) -> CopyTimes:
         """The copies between the tiers that ended since the last call."""

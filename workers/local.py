@@ -13,8 +13,8 @@ class LocalExecutor:
     """Runs plans on a worker in this process and thread."""
 
     def __init__(self, config: EngineConfig, path: Path, progress: Progress | None = None) -> None:
+        self._config, self._path, self._progress = config, path, progress
         self._worker = Worker(config, path)
-        self._progress = progress
 
     @property
     def steps_ahead(self) -> int:
@@ -25,13 +25,21 @@ class LocalExecutor:
         return self._worker.load(self._progress)
 
     def reserve(self) -> Capacity:
-        return self._worker.reserve(self._worker.measure())
+        self._blocks = self._worker.measure()
+        return self._worker.reserve(self._blocks)
 
     def run(self, plan: StepPlan) -> Pending:
         return self._worker.run(plan)
 
     def check(self) -> None:
         """It fails only when it runs."""
+
+    def restart(self) -> None:
+        """A new worker with as many blocks."""
+        del self._worker  # its memory first
+        self._worker = Worker(self._config, self._path)
+        self._worker.load()
+        self._worker.reserve(self._blocks)
 
     @property
     def pipelined(self) -> bool:

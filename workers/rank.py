@@ -27,8 +27,8 @@ from workers.channel import (
     RingReceiver,
     RingSender,
     Sender,
-    connect,
     rings_work,
+    open_channel,
 )
 from workers.checkpoint import resolve
 from workers.distributed import Grid, join
@@ -67,12 +67,12 @@ class _Executor:
             except OSError:
                 pass  # another container or user: a socket will do
         hello = Report(hello=Hello(call.token, rank, os.getpid(), own_host, path))
-        self._control = connect(call.host, call.port)
+        self._control = open_channel(call.host, call.port)
         self.report(hello)
         if ring is not None:
             self.plans, self.results = ring, results
         else:
-            self.plans = self.results = steps = connect(call.host, call.port)
+            self.plans = self.results = steps = open_channel(call.host, call.port)
             steps.send(wire.encode(hello))
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._over = False
@@ -144,11 +144,12 @@ def _take_place(executor: _Executor, rank: int, cpus: float | None) -> Worker:
     worker = Worker(setup.config, _checkpoint(setup), device, ranks, neighbours)
     facts = worker.load(lambda name, count: executor.report(Report(read=count)))
     executor.report(Report(facts=facts))
-    assert executor.order().measure
-    executor.report(Report(blocks=worker.measure()))
-    blocks = executor.order().reserve
-    assert blocks is not None
-    executor.report(Report(capacity=worker.reserve(blocks)))
+    order = executor.order()
+    if order.measure:
+        executor.report(Report(blocks=worker.measure()))
+        order = executor.order()
+    assert order.reserve is not None
+    executor.report(Report(capacity=worker.reserve(order.reserve)))
     return worker
 
 

@@ -116,7 +116,7 @@ class Pending:
             tokens, failed, logprobs = host.tokens, host.failed, host.logprobs
         return StepResult(
             step=self.plan.step,
-            slots=self.plan.slots[self.plan.wants == 1],
+            rows=ints(np.flatnonzero(self.plan.wants)) if self.sampled is not None else ints(),
             tokens=tokens,
             failed=failed,
             logprobs=logprobs,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.continuation import begin
 from engine.errors import CheckpointError, ConfigError, PromptTooLong, RequestError
-from engine.request import Request
 from manta import LLM, SamplingParams
 from tests.support.tiny_llm import assert_idle, start_llm
 from tests.support.tiny_tokenizer import save_tokenizer
@@ -323,7 +323,7 @@ def test_logits_that_become_not_finite_end_a_completion_that_has_begun(poisoned)
 
 
 def test_the_engine_refuses_what_llm_would_not_send(llm):
-    request = Request(request_id="twice", prompt_token_ids=[3], sampling=GREEDY)
+    request = begin(request_id="twice", prompt_token_ids=[3], sampling=GREEDY)
     llm.engine.add(request)
     with pytest.raises(RequestError, match="request_id 'twice' is running already"):
         llm.engine.add(request)

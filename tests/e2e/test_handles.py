@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -253,17 +254,31 @@ def engine_pid():
     )
 
 
-def test_an_engine_that_is_killed_is_named_in_every_driver(engine):
+def test_an_engine_that_is_killed_comes_again_and_its_requests_go_on(engine):
     """The last that uses it."""
+    sampling = SamplingParams(max_tokens=1500, ignore_eos=True, seed=5, temperature=1, logprobs=1)
+    expected = engine.generate(["Hello", "The sky"], sampling)
     others = drivers(2, 1500)
-    until(lambda: value(engine, "num_requests_running") == 2)
-    os.kill(engine_pid(), signal.SIGKILL)
+    pid = engine_pid()
+    done = threading.Event()
+
+    def strike():
+        until(lambda: value(engine, "num_requests_running") == 4)
+        os.kill(pid, signal.SIGKILL)
+        done.set()
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    found = engine.generate(["Hello", "The sky"], sampling)
+    thread.join()
+    assert done.is_set() and [one.outputs for one in found] == [one.outputs for one in expected]
     for other in others:
-        out, _ = other.communicate(timeout=PATIENCE)
-        assert "is gone: its connection broke" in out
+        assert other.communicate(timeout=PATIENCE)[0] == "length\n"
+    assert engine_pid() != pid
+    manta.stop_engine("shared")
+    assert _free("shared")
     with pytest.raises(EngineError, match="is gone"):
         engine.generate("Hello", GREEDY)
-    until(lambda: _free("shared"))
 
 
 def _free(name):

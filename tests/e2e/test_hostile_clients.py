@@ -50,7 +50,9 @@ def answered(served: Served) -> bool:
 
 def test_only_the_clients_port_is_open_to_other_machines(served: Served) -> None:
     found = list(listeners(served.process.pid))
-    assert {"haproxy", "raylet", "ray::ServeReplica:manta:Engine"} <= {one.process for one in found}
+    assert {"haproxy", "raylet", "ray::ServeReplica:manta-engines-0:Engine"} <= {
+        one.process for one in found
+    }
     open_to_all = {(one.process, one.port) for one in found if not one.on_loopback}
     assert {process for process, _ in open_to_all} == {"haproxy"}
     assert ("haproxy", served.port) in open_to_all

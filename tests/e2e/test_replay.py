@@ -15,9 +15,9 @@ import pytest
 
 from deploy.cli import main
 from engine import wire
+from engine.continuation import begin
 from engine.errors import ConfigError
 from engine.plan import StepPlan, StepResult
-from engine.request import Request
 from engine.schedule_log import FORMAT, ScheduleLog
 from manta import LLM, SamplingParams
 from tests.support.tiny_llm import start_llm
@@ -49,7 +49,7 @@ def log(checkpoint, tokenizer, tmp_path_factory):
             temperature=1.0, max_tokens=rng.randint(20, 90), seed=number, n=1 + number % 2,
             logprobs=2 if number % 3 == 0 else None,
         )  # fmt: skip
-        engine.add(Request(request_id=f"r{number}", prompt_token_ids=prompt, sampling=sampling))
+        engine.add(begin(request_id=f"r{number}", prompt_token_ids=prompt, sampling=sampling))
     steps = 0
     while engine.has_work:
         steps += 1
@@ -57,9 +57,9 @@ def log(checkpoint, tokenizer, tmp_path_factory):
         engine.scheduler.config = replace(engine.scheduler.config, preemption_mode=mode)
         if steps % 25 == 0:
             engine.abort(f"r{steps // 25 + 4}")
-        for delta in engine.step():
-            if delta.token is not None:
-                outputs.setdefault(delta.request_id, []).append(delta.token)
+        for name, outcome in engine.step():
+            if outcome.tokens:
+                outputs.setdefault(name, []).extend(outcome.tokens)
     stats, kv = engine.scheduler.stats, engine.scheduler.kv.stats
     assert stats.preemptions_swap and stats.preemptions_recompute and kv.prefix_hits
     engine.stop()

@@ -21,7 +21,7 @@ from deploy.ports import free_ports
 from tests.support.served import certificate, gone, left_of
 from tests.support.waiting import PATIENCE, until
 
-PORT = 8123
+(PORT,) = free_ports(1)  # others may test here too
 URL = f"http://127.0.0.1:{PORT}"
 OPTIONS = [
     "--num-ingress-replicas", "2",
@@ -192,37 +192,50 @@ def test_a_client_that_vanishes_frees_its_blocks_in_any_state(server, stream):
 
 def engine_pid(session):
     for entry in left_of(session):
-        if "ServeReplica:manta:Engine" in entry:
+        if "ServeReplica:manta-engines-0:Engine" in entry:
             return int(entry.split()[0])
     raise AssertionError("no engine")
 
 
-def test_an_engine_that_is_killed_is_named_and_replaced(server):
-    process, log, session = server
-    readings = [Reading(max_tokens=1500, seed=i) for i in range(3)]
-    until(lambda: metric("num_requests_running") == 3)
-    os.kill(engine_pid(session), signal.SIGKILL)
-    for reading in readings:
+def answers(streams):
+    """The texts of streams that run at the same time."""
+    for reading in streams:
         reading.thread.join(PATIENCE)
-        assert "is gone" in str(reading.error), reading.error
-    assert httpx.get(f"{URL}/health").status_code == 503
-    wait_ready(process, log)
-    assert httpx.post(f"{URL}/v1/completions", json=body(max_tokens=4)).status_code == 200
+        assert reading.done and reading.error is None, reading.error
+    return [reading.text for reading in streams]
 
 
-def test_an_engine_that_hangs_is_not_healthy_is_named_and_replaced(server):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_or_hangs_is_replaced_and_its_requests_go_on(server, number):
+    """There is no other: they wait for it, streams and whole answers."""
     process, log, session = server
-    reading = Reading(max_tokens=1900)
-    until(lambda: metric("num_requests_running") == 1)
-    stopped = engine_pid(session)
-    os.kill(stopped, signal.SIGSTOP)
-    reading.thread.join(PATIENCE)
-    assert "hangs: its process has said nothing" in str(reading.error), reading.error
-    until(lambda: httpx.get(f"{URL}/health").status_code == 503)  # of either ingress replica
-    wait_ready(process, log)
-    assert httpx.post(f"{URL}/v1/completions", json=body(max_tokens=4)).status_code == 200
-    with contextlib.suppress(ProcessLookupError):  # Serve's shutdown would wait for it
-        os.kill(stopped, signal.SIGKILL)
+    fields = [{"max_tokens": 1500, "seed": i, "temperature": 1} for i in range(3)]
+    expected = answers([Reading(**one) for one in fields])
+    readings = [Reading(**one) for one in fields]
+    whole = []
+    thread = threading.Thread(
+        target=lambda: whole.append(
+            httpx.post(
+                f"{URL}/v1/completions", json=body(ignore_eos=True, **fields[0]), timeout=PATIENCE
+            ).json()
+        )
+    )
+    thread.start()
+    until(lambda: metric("num_requests_running") == 4)
+    engine = engine_pid(session)
+    moved = metric("requests_moved_total", 'cause="lost"')
+    os.kill(engine, number)
+    until(lambda: httpx.get(f"{URL}/health").status_code == 503)
+    assert answers(readings) == expected
+    thread.join(PATIENCE)
+    (answer,) = whole
+    assert answer["choices"][0]["text"] == expected[0]
+    assert answer["usage"]["completion_tokens"] == 1500
+    assert metric("requests_moved_total", 'cause="lost"') == moved + 4
+    assert metric("moved_tokens_total") > 0
+    if number == signal.SIGSTOP:  # Serve's shutdown would wait for it
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(engine, signal.SIGKILL)
 
 
 def test_a_port_that_is_taken_is_said_at_once(server):

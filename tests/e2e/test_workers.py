@@ -167,19 +167,28 @@ def test_a_worker_that_fails_ends_the_replica_and_nothing_is_left(
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
 
 
-def test_generate_names_the_cause_and_a_new_replica_starts_at_once(start) -> None:
-    llm = start(tensor_parallel_size=2)
-    expected = tokens(llm)
+@pytest.mark.parametrize(
+    ("number", "shape"),
+    [(signal.SIGKILL, (2, 1)), (signal.SIGKILL, (1, 2)), (signal.SIGSTOP, (2, 1))],
+)
+def test_generate_goes_on_when_a_worker_fails(number: signal.Signals, shape, start) -> None:
+    """With other workers, and the same tokens."""
+    llm = start(tensor_parallel_size=shape[0], pipeline_parallel_size=shape[1], max_failovers=2)
+    long = SamplingParams(temperature=1, seed=1, max_tokens=200, ignore_eos=True, logprobs=2)
+
+    def answers() -> list[Any]:
+        outputs = llm.generate(PROMPTS, long, use_tqdm=False)
+        return [(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs]
+
+    expected = answers()
     pids = worker_pids(llm.engine)
-    long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, detokenize=False)
-    threading.Timer(0.05, os.kill, (pids[0], signal.SIGKILL)).start()
-    with pytest.raises(EngineError, match=rf"worker 0 .*pid {pids[0]} on .* died"):
-        for _ in range(100):
-            llm.generate(PROMPTS, long, use_tqdm=False)
+    threading.Timer(0.05, os.kill, (pids[1], number)).start()
+    while not sum(llm.engine.stats.restarts.counts):
+        assert answers() == expected
+    assert not set(pids) & set(worker_pids(llm.engine))
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    llm.engine.stop()
     assert not leftovers(pids)
-    again = start(tensor_parallel_size=2)
-    assert tokens(again) == expected
-    again.engine.stop()
 
 
 def test_a_node_that_goes_takes_the_replica_along(start, cluster) -> None:

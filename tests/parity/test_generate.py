@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from engine.request import Request
+from engine.continuation import begin
 from engine.sampling_params import SamplingParams
 from manta import LLM
 from tests.parity.tiny_models import TINY_MODELS
@@ -106,7 +106,7 @@ def run_staggered(llm: LLM, reference: Reference, rng: random.Random) -> None:
             number = waiting.pop()
             tokens[str(number)] = []
             engine.add(
-                Request(
+                begin(
                     request_id=str(number),
                     prompt_token_ids=reference.prompts[number],
                     sampling=GREEDY,
@@ -114,10 +114,10 @@ def run_staggered(llm: LLM, reference: Reference, rng: random.Random) -> None:
             )
             if rng.random() < 0.1:
                 cancelled.add(str(number))
-        for delta in engine.step():
-            tokens[delta.request_id].append(delta.token)
-            if delta.request_id in cancelled and rng.random() < 0.1:
-                engine.abort(delta.request_id)
+        for name, outcome in engine.step():
+            tokens[name] += outcome.tokens
+            if name in cancelled and rng.random() < 0.1:
+                engine.abort(name)
     for request_id, got in tokens.items():
         expected = reference.tokens[int(request_id)]
         assert got == (expected[: len(got)] if request_id in cancelled else expected)

@@ -11,9 +11,9 @@ import pytest
 
 from cluster.replica import open_checkpoint, start_replica
 from engine.config import EngineConfig
+from engine.continuation import begin
 from engine.engine import Engine
 from engine.plan import TokenLogprobs
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from tests.support.pool import Pool
@@ -113,16 +113,14 @@ def run(
             repetition_penalty=penalty if number % 4 == 1 else 1.0,
         )
         request_id = f"{name}-{number}"
-        engine.add(Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
+        engine.add(begin(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
         collected[request_id] = Collected()
     while engine.has_work:
-        for delta in engine.step():
-            record = collected[delta.request_id]
-            if delta.token is not None:
-                record.tokens.append(delta.token)
-                record.logprobs.append(delta.logprobs)
-            if delta.prompt_logprobs is not None:
-                first, entries = delta.prompt_logprobs
+        for name, outcome in engine.step():
+            record = collected[name]
+            record.tokens += outcome.tokens
+            record.logprobs += outcome.logprobs or ()
+            for first, entries in outcome.prompt_logprobs or ():
                 record.prompt.update(enumerate(entries, first))
     return list(collected.values())
 
@@ -144,9 +142,9 @@ def run_with_cancels(engine: Engine, expected: list[Collected]) -> None:
             number, prompt = prompts.popleft()
             running.append(str(number))
             tokens[str(number)] = []
-            engine.add(Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
-        for delta in engine.step():
-            tokens[delta.request_id].append(delta.token)
+            engine.add(begin(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
+        for name, outcome in engine.step():
+            tokens[name] += outcome.tokens
         started = [name for name in running if 0 < len(tokens[name]) < NEW_TOKENS]
         if prompts and started and rng.random() < 0.3:
             cancelled = rng.choice(started)

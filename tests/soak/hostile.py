@@ -244,9 +244,7 @@ async def watch(found: Hostility) -> None:
 async def attack(served: Served, seconds: float, held: int) -> Hostility:
     """Everything hostile, until the time is over. ``held``: connections of each kind at once."""
     found = Hostility(served, time.monotonic() + seconds, held)
-    engines = {
-        one.port for one in listeners(served.process.pid) if one.process.endswith("manta:Engine")
-    }
+    engines = {one.port for one in listeners(served.process.pid) if one.process.endswith(":Engine")}
     known = requests()
     work: list[Awaitable[None]] = [
         watch(found),

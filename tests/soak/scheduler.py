@@ -1,10 +1,12 @@
 """The scheduler under a random load, driven through the simulated executor.
 
-    python -m tests.soak.scheduler [--requests 100000] [--seed 0]
+    python -m tests.soak.scheduler [--requests 100000] [--seed 0] [--deaths 0.004] [--moves 0.02]
 
 Each run draws its own sizes: blocks, slots, pipeline stages, policy and preemption mode. Requests
 come in bursts, of mixed lengths, some with a common beginning, with n from 1 to 4, priorities,
-clients, deadlines, and cancellation at any moment. Checked of every request: it ends with exactly
+clients, deadlines, and cancellation at any moment. The executor dies now and then, before a step or
+with the steps in flight, and requests leave and come again as continuations. Checked of every
+request: it ends with exactly
 its tokens, or, cancelled, with the first of them; that no row read a wrong or stale block (the
 executor looks at every one); that both pools are empty at the end; and that nothing starved.
 """
@@ -12,15 +14,15 @@ executor looks at every one); that both pools are empty at the end; and that not
 import argparse
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine import scheduler as scheduler_module
 from engine.config import EngineConfig
-from engine.engine import Engine, child_seed
+from engine.continuation import Continuation, begin, child_seed
+from engine.engine import Engine
 from engine.plan import StepPlan
 from engine.preempt import MeasuredCosts
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 from tests.support.simulator import VOCAB, SimulatedExecutor, extend, next_token
 
@@ -42,6 +44,9 @@ class Tally:
     cancelled: int = 0
     expired: int = 0
     failed: int = 0
+    deaths: int = 0
+    moves: int = 0
+    moved_tokens: int = 0
     steps: int = 0
     tokens: int = 0  # that somebody got
     planned_tokens: int = 0
@@ -65,13 +70,14 @@ class Tally:
 class _Open:
     """A request that is under way."""
 
-    request: Request
+    request: Continuation
     seed: int
     arrived: int
     chains: list[int]
-    counts: list[int] = field(default_factory=list)  # tokens so far, of each completion
-    last: list[int] = field(default_factory=list)  # the step of the last one
-    unfinished: int = 0
+    tokens: list[list[int]]  # so far, of each completion
+    last: list[int]  # the step of the last one
+    ended: list[bool]
+    unfinished: int
     cancelled: bool = False
     failed: bool = False
 
@@ -82,10 +88,19 @@ class Load:
     spoilt: the share of steps whose keys and values are not finite. Requests that had to do with
     one end with an error, and nothing of it stays in the prefix cache. (Then none is cancelled:
     of what a cancelled one has computed nobody hears.)
+    deaths: the share of steps with which the executor dies; moves: that of steps before which some
+    requests leave the engine, and come again with what they have.
     """
 
-    def __init__(self, seed: int, num_requests: int, spoilt: float = 0.0) -> None:
-        self.spoilt = spoilt
+    def __init__(
+        self,
+        seed: int,
+        num_requests: int,
+        spoilt: float = 0.0,
+        deaths: float = 0.0,
+        moves: float = 0.0,
+    ) -> None:
+        self.spoilt, self.deaths, self.moves = spoilt, deaths, moves
         self.draw = draw = random.Random(seed)
         self.left = num_requests
         self.tally = Tally()
@@ -104,16 +119,16 @@ class Load:
             max_num_seqs=num_slots, max_num_batched_tokens=draw.choice([128, 256, 512]),
             scheduling_policy=self.policy, preemption_mode=self.mode,
             enable_prefix_caching=draw.random() < 0.85,
+            max_failovers=1000,  # no request is to blame
         )  # fmt: skip
         costs = MeasuredCosts(1e-5, 1e-5, 10 ** draw.uniform(-6.5, -4.5))
         executor = SimulatedExecutor(
             num_blocks, num_cpu_blocks, block_size, num_slots, self.max_model_len, costs,
-            self.pipelined,
+            self.pipelined, self.stages - 1,
         )  # fmt: skip
         self.engine = Engine(
-            self.config, executor, executor.load(), executor.reserve(), self.max_model_len, (),
-            self.stages - 1, self.pipelined,
-        )  # fmt: skip
+            self.config, executor, executor.load(), executor.reserve(), self.max_model_len
+        )
         self.stems = [self.tokens(draw.randint(8, 40)) for _ in range(8)]
         self.last_admitted, self.admitted = -1, set[int]()
         self.run_plan, executor.run = executor.run, self.watch  # type: ignore[method-assign]
@@ -126,9 +141,14 @@ class Load:
         if self.spoilt:
             executor: Any = self.engine.executor
             executor.spoil = self.draw.random() < self.spoilt
+        if self.draw.random() < self.deaths:
+            self.tally.deaths += 1
+            self.last_admitted = -1
+            self.run_plan(plan)
+            raise OSError("killed")
         if self.policy == "fcfs":
             for admit in plan.admits:
-                if len(admit.tokens) == admit.prompt_len:
+                if len(admit.tokens) == admit.prompt_len and not self.moves:
                     number = int(admit.name.split("/")[0])
                     first = number not in self.admitted
                     assert not first or number >= self.last_admitted, "one was overtaken"
@@ -143,6 +163,7 @@ class Load:
             while self.left or self.open:
                 self.arrive()
                 self.cancel()
+                self.move()
                 self.step()
         finally:
             scheduler_module.AGEING_SECONDS = before
@@ -159,7 +180,7 @@ class Load:
             length = draw.choice([draw.randint(1, 10), draw.randint(1, 30), draw.randint(20, 56)])
             prompt = stem[: draw.randint(0, len(stem))] + self.tokens(length)
             number = self.tally.requests
-            request = Request(
+            request = begin(
                 request_id=str(number),
                 prompt_token_ids=prompt,
                 sampling=SamplingParams(
@@ -178,8 +199,9 @@ class Load:
                 chain = extend(chain, token)
             n = request.sampling.n
             self.open[request.request_id] = _Open(
-                request, number, self.tally.steps, [chain] * n, [0] * n, [0] * n, n
-            )
+                request, number, self.tally.steps, [chain] * n, [[] for _ in range(n)], [0] * n,
+                [False] * n, n,
+            )  # fmt: skip
             self.engine.add(request)
             self.tally.requests += 1
             self.left -= 1
@@ -191,26 +213,48 @@ class Load:
             self.tally.cancelled += 1
             del self.open[request_id]
 
+    def move(self) -> None:
+        """Some requests leave, and come again as what they are."""
+        if self.draw.random() >= self.moves:
+            return
+        for name in self.draw.sample(sorted(self.open), min(len(self.open), 20)):
+            under_way = self.open[name]
+            self.engine.abort(name)
+            before = under_way.request
+            under_way.request = replace(
+                before,
+                outputs=tuple(
+                    None if ended else tuple(tokens)
+                    for tokens, ended in zip(under_way.tokens, under_way.ended, strict=True)
+                ),
+                moves=before.moves + 1,
+                age=0.5,
+            )
+            self.engine.add(under_way.request)
+            self.tally.moves += 1
+
     def step(self) -> None:
         self.tally.steps += 1
-        for delta in self.engine.step():
-            under_way, i = self.open[delta.request_id], delta.index
+        for request_id, outcome in self.engine.step():
+            under_way, i = self.open[request_id], outcome.index
             sampling = under_way.request.sampling
-            if delta.token is not None:
-                self.take(under_way, i, delta.token)
-            if delta.finish_reason is None:
+            assert outcome.position == len(under_way.tokens[i]), "some is missing, or comes twice"
+            for token in outcome.tokens:
+                self.take(under_way, i, token)
+            if outcome.finish_reason is None:
                 continue
             under_way.unfinished -= 1
-            if delta.stop_reason == "timeout":
-                assert under_way.request.timeout is not None
+            under_way.ended[i] = True
+            if outcome.stop_reason == "timeout":
+                assert under_way.request.time_left is not None
                 under_way.cancelled = True
-            elif self.spoilt and delta.finish_reason == "error":
+            elif self.spoilt and outcome.finish_reason == "error":
                 under_way.failed = True
             else:
-                assert delta.finish_reason == "length"
-                assert under_way.counts[i] == sampling.max_tokens
+                assert outcome.finish_reason == "length"
+                assert len(under_way.tokens[i]) == sampling.max_tokens
             if not under_way.unfinished:
-                del self.open[delta.request_id]
+                del self.open[request_id]
                 if under_way.failed:
                     self.tally.failed += 1
                 elif under_way.cancelled:
@@ -223,11 +267,11 @@ class Load:
         tally, chain = self.tally, under_way.chains[i]
         assert token == next_token(chain, child_seed(under_way.seed, i)), "a wrong token"
         under_way.chains[i] = extend(chain, token)
-        if under_way.counts[i]:
+        if under_way.tokens[i]:
             tally.longest_gap = max(tally.longest_gap, tally.steps - under_way.last[i])
         else:
             tally.longest_wait = max(tally.longest_wait, tally.steps - under_way.arrived)
-        under_way.counts[i] += 1
+        under_way.tokens[i].append(token)
         under_way.last[i] = tally.steps
         tally.tokens += 1
 
@@ -252,7 +296,7 @@ class Load:
         if self.mode == "recompute":
             assert stats.preemptions_swap == 0
         tally.planned_tokens = stats.planned_tokens
-        tally.recomputed_tokens = stats.recomputed_tokens
+        tally.recomputed_tokens, tally.moved_tokens = stats.recomputed_tokens, stats.moved_tokens
         tally.swaps, tally.recomputes = stats.preemptions_swap, stats.preemptions_recompute
         tally.prefix_hits = kv.stats.prefix_hits
         tally.promoted_blocks = kv.stats.promoted_blocks
@@ -263,10 +307,13 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--runs", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--deaths", type=float, default=0.004)
+    parser.add_argument("--moves", type=float, default=0.02)
     args = parser.parse_args()
     total = Tally()
     for number in range(args.runs):
-        load = Load(args.seed + number, -(-args.requests // args.runs))
+        requests = -(-args.requests // args.runs)
+        load = Load(args.seed + number, requests, deaths=args.deaths, moves=args.moves)
         tally = load.run()
         total.add(tally)
         print(

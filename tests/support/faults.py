@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.continuation import begin
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 from manta import LLM
 
@@ -26,6 +26,7 @@ BASE: dict[str, Any] = {
     "kv_cache_memory_bytes": 8 << 20,
     "swap_space": 0.001,
     "step_timeout": 3.0,
+    "max_failovers": 0,  # a failure is to be seen
     "use_tqdm_on_load": False,
 }
 
@@ -88,7 +89,7 @@ def add_requests(engine: Engine, count: int, prompt: int, output: int) -> None:
     for number in range(count):
         ids = [3 + (number + i) % 100 for i in range(prompt)]
         engine.add(
-            Request(request_id=f"{time.time()}-{number}", prompt_token_ids=ids, sampling=sampling)
+            begin(request_id=f"{time.time()}-{number}", prompt_token_ids=ids, sampling=sampling)
         )
 
 

@@ -6,7 +6,9 @@ steps of so many seconds.
 """
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -31,12 +33,15 @@ class Executor(SimulatedExecutor):
     error: str | None = None
     hang = False
     seconds = STEP_SECONDS
+    poison = -1  # a token of which the process dies
 
     def run(self, plan: Any) -> Any:
         while self.hang:
             time.sleep(0.01)
         if self.error is not None:
             raise OSError(self.error)
+        if any(self.poison in admit.tokens for admit in plan.admits):
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
         return super().run(plan)
 
@@ -49,13 +54,19 @@ def main(
     most_unread: int,
     key_seconds: float,
     most_files: int,
+    max_failovers: int,
+    poison: int,
 ) -> None:
     """Serve until standard input closes."""
     transport.MOST_UNREAD, transport.KEY_SECONDS = most_unread, key_seconds
     config = EngineConfig.from_options(
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=64, preemption_mode="swap"
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=64,
+        preemption_mode="swap",
+        max_failovers=max_failovers,
     )
     executor = Executor(num_blocks, num_cpu_blocks, 4, max_num_seqs, MAX_LEN, None)
+    executor.poison = poison
     engine = Engine(config, executor, executor.load(), executor.reserve(), MAX_LEN)
     loop = EngineLoop(engine)
     info = replace(
@@ -103,9 +114,11 @@ class EngineProcess:
         most_unread: int = transport.MOST_UNREAD,
         key_seconds: float = transport.KEY_SECONDS,
         most_files: int = 0,
+        max_failovers: int = 0,
+        poison: int = -1,
     ) -> None:
         options = [step_timeout, num_blocks, num_cpu_blocks, max_num_seqs, most_unread]
-        options += [key_seconds, most_files]
+        options += [key_seconds, most_files, max_failovers, poison]
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, *map(str, options)],
             stdin=subprocess.PIPE,
@@ -134,4 +147,4 @@ class EngineProcess:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), *map(int, sys.argv[2:6]), float(sys.argv[6]), int(sys.argv[7]))
+    main(float(sys.argv[1]), *map(int, sys.argv[2:6]), float(sys.argv[6]), *map(int, sys.argv[7:]))

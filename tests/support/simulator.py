@@ -78,11 +78,22 @@ class SimulatedExecutor:
         max_model_len: int,
         costs: MeasuredCosts | None = None,
         pipelined: bool = False,
+        steps_ahead: int = 0,
     ) -> None:
         self.pipelined = pipelined
+        self.steps_ahead = steps_ahead
         self.costs = costs or MeasuredCosts(1e-5, 1e-5, 1e-4)
         self.block_size = block_size
         self.max_model_len = max_model_len
+        self.spoil = False  # whether what rows write now is not finite
+        self.steps = 0
+        self._sizes = num_device_blocks, num_cpu_blocks, num_slots
+        self._forget()
+
+    def _forget(self) -> None:
+        """As a worker that has just started."""
+        num_device_blocks, num_cpu_blocks, num_slots = self._sizes
+        block_size, max_model_len = self.block_size, self.max_model_len
         self.device = np.zeros((num_device_blocks, block_size), np.uint64)
         self.cpu = np.zeros((num_cpu_blocks, block_size), np.uint64)
         self.tables = np.full((num_slots, -(-max_model_len // block_size)), -1, np.int32)
@@ -90,10 +101,8 @@ class SimulatedExecutor:
         self.known = np.zeros(num_slots, np.int32)  # tokens that may be fed; 0 is a free slot
         self.seeds = np.zeros(num_slots, np.uint64)
         self.admissions = np.zeros(num_slots, np.int32)  # of each slot so far
-        self.spoil = False  # whether what rows write now is not finite
         self.spoilt = np.zeros((num_device_blocks, block_size), np.bool_)  # cells that are not
         self.spoilt_cpu = np.zeros((num_cpu_blocks, block_size), np.bool_)
-        self.steps = 0
 
     def load(self) -> ModelFacts:
         return ModelFacts("Simulated", VOCAB, self.max_model_len, 0, 0, 0.0, "none", "none")
@@ -116,14 +125,18 @@ class SimulatedExecutor:
         assert self.known[slots].all(), "a cell for a slot that nobody has"
         self.tables[slots, index] = block
         self._copy(plan)
-        slots, tokens, failed = self._rows(plan)
-        late = None
+        tokens, failed = self._rows(plan)
+        rows = ints(np.flatnonzero(plan.wants))
+        slots, late = plan.slots[rows], None
         if self.pipelined:
             late = self.admissions[slots].copy(), slots, tokens
         else:
             self.learn(slots, tokens)
         copied = CopyTimes(len(plan.copies.out), 1e-5, len(plan.copies.in_), 1e-5)
-        return _Done(self, StepResult(plan.step, slots, tokens, failed, {}, {}, 1e-3, copied), late)
+        return _Done(self, StepResult(plan.step, rows, tokens, failed, {}, {}, 1e-3, copied), late)
+
+    def restart(self) -> None:
+        self._forget()
 
     def check(self) -> None:
         pass
@@ -158,9 +171,9 @@ class SimulatedExecutor:
             cpu[out[:, 1]] = device[out[:, 0]]
             device[in_[:, 1]] = cpu[in_[:, 0]]
 
-    def _rows(self, plan: StepPlan) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-        """Write and check every row; the slots that wanted a token, the tokens, and which rows read
-        a cell that is not finite, so that their tokens mean nothing."""
+    def _rows(self, plan: StepPlan) -> tuple[Ints, NDArray[np.bool_]]:
+        """Write and check every row; the tokens that were wanted, and which of these rows read a
+        cell that is not finite, so that their tokens mean nothing."""
         slots, starts, counts, size = plan.slots, plan.starts, plan.counts, self.block_size
         contexts = starts + counts
         assert len(np.unique(slots)) == len(slots), "a slot has two rows"
@@ -188,4 +201,4 @@ class SimulatedExecutor:
         assert (contexts[wants] == self.known[slots[wants]]).all()
         last = self.chains[slots[wants], contexts[wants] - 1] ^ self.seeds[slots[wants]]
         picked = ((last * np.uint64(_PICK)) >> np.uint64(33)) % np.uint64(VOCAB)
-        return slots[wants], ints(picked), spoilt[wants]
+        return ints(picked), spoilt[wants]

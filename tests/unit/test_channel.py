@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from workers.channel import ChannelClosed, RingReceiver, RingSender, SocketChannel, connect
+from workers.channel import ChannelClosed, RingReceiver, RingSender, SocketChannel, open_channel
 
 SIZES = [0, 1, 7, 8, 100, 4000, 4096, 5000, 70_000]  # some larger than the ring
 
@@ -76,7 +76,7 @@ def test_a_closed_ring_leaves_no_file() -> None:
 
 def test_a_socket_keeps_messages_apart_and_tells_of_the_others_end() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        near = connect(*listener.getsockname())
+        near = open_channel(*listener.getsockname())
         far = SocketChannel(listener.accept()[0])
     sent = messages(100)
     thread = threading.Thread(target=lambda: [near.send(message) for message in sent])

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from engine.config import EngineConfig
-from engine.engine import Engine, child_seed
-from engine.errors import PromptTooLong, QueueFull, RequestError
+from engine.continuation import begin, child_seed
+from engine.engine import Engine
+from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from engine.preempt import MeasuredCosts
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 from tests.support.simulator import VOCAB, SimulatedExecutor, foretell
 
@@ -30,12 +30,9 @@ def make_engine(
     config = EngineConfig.from_options(**options)
     executor = SimulatedExecutor(
         num_blocks, num_cpu_blocks, block_size, config.scheduler.max_num_seqs, max_model_len,
-        costs, pipelined,
+        costs, pipelined, steps_ahead,
     )  # fmt: skip
-    return Engine(
-        config, executor, executor.load(), executor.reserve(), max_model_len, (), steps_ahead,
-        pipelined,
-    )  # fmt: skip
+    return Engine(config, executor, executor.load(), executor.reserve(), max_model_len)
 
 
 def drain(engine, outputs=None):
@@ -50,12 +47,11 @@ def drain(engine, outputs=None):
     return outputs
 
 
-def collect(deltas, outputs):
-    for delta in deltas:
-        tokens, _ = outputs.get((delta.request_id, delta.index), ([], None))
-        if delta.token is not None:
-            tokens.append(delta.token)
-        outputs[delta.request_id, delta.index] = (tokens, delta.finish_reason)
+def collect(outcomes, outputs):
+    for request_id, outcome in outcomes:
+        tokens, _ = outputs.get((request_id, outcome.index), ([], None))
+        tokens += outcome.tokens
+        outputs[request_id, outcome.index] = (tokens, outcome.finish_reason)
 
 
 def assert_empty(engine):
@@ -101,7 +97,7 @@ def test_every_request_gets_its_own_tokens_under_pressure(
         num = rng.randint(1, 25)
         seed, n = rng.randrange(2**63), rng.choice([1, 1, 3])
         sampling = SamplingParams(max_tokens=num, seed=seed, n=n)
-        engine.add(Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
+        engine.add(begin(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
         for index in range(n):
             out = foretell(prompt, child_seed(seed, index), num)
             expected[str(number), index] = (out, "length")
@@ -126,7 +122,7 @@ def test_cancelling_at_any_moment_frees_everything(steps_ahead, pipelined):
         if rng.random() < 0.3 and len(alive) < 30:
             prompt, num = random_prompt(rng, rng.randint(1, 60)), rng.randint(1, 30)
             engine.add(
-                Request(
+                begin(
                     request_id=str(number),
                     prompt_token_ids=prompt,
                     sampling=SamplingParams(max_tokens=num, seed=number),
@@ -151,7 +147,7 @@ def test_shared_prefixes_are_computed_once():
     engine = make_engine(num_blocks=64, max_num_batched_tokens=64)
     rng = random.Random(0)
     stem = random_prompt(rng, 40)
-    first = Request(request_id="a", prompt_token_ids=[*stem, 1], sampling=GREEDY)
+    first = begin(request_id="a", prompt_token_ids=[*stem, 1], sampling=GREEDY)
     engine.add(first)
     drain(engine)
     computed = engine.scheduler.stats.planned_tokens
@@ -165,7 +161,7 @@ def test_completions_of_one_prompt_share_its_blocks():
     engine = make_engine(num_blocks=64, max_num_batched_tokens=64)
     prompt = random_prompt(random.Random(0), 33)
     sampling = SamplingParams(n=6, max_tokens=2, seed=5)
-    engine.add(Request(request_id="a", prompt_token_ids=prompt, sampling=sampling))
+    engine.add(begin(request_id="a", prompt_token_ids=prompt, sampling=sampling))
     engine.step()
     assert engine.scheduler.stats.planned_tokens == 33 + 5  # the last token of each
     outputs = drain(engine)
@@ -176,11 +172,11 @@ def test_a_long_prompt_does_not_hold_up_decodes():
     engine = make_engine(num_blocks=64, max_num_batched_tokens=16, max_model_len=256)
     rng = random.Random(0)
     short = SamplingParams(temperature=0, max_tokens=20)
-    engine.add(Request(request_id="s", prompt_token_ids=[1, 2, 3], sampling=short))
+    engine.add(begin(request_id="s", prompt_token_ids=[1, 2, 3], sampling=short))
     engine.step()
-    engine.add(Request(request_id="l", prompt_token_ids=random_prompt(rng, 150), sampling=GREEDY))
+    engine.add(begin(request_id="l", prompt_token_ids=random_prompt(rng, 150), sampling=GREEDY))
     for _ in range(8):  # while the long prompt is prefilled, a token comes at every step
-        assert [d.request_id for d in engine.step()] == ["s"]
+        assert [request_id for request_id, _ in engine.step()] == ["s"]
     drain(engine)
 
 
@@ -189,7 +185,7 @@ def test_priority_runs_first_and_ageing_lets_nobody_starve():
                          max_num_batched_tokens=8)  # fmt: skip
     for request_id, priority in (("low", 5), ("high", -5), ("middle", 0)):
         engine.add(
-            Request(
+            begin(
                 request_id=request_id,
                 prompt_token_ids=[1, 2],
                 sampling=GREEDY,
@@ -198,11 +194,11 @@ def test_priority_runs_first_and_ageing_lets_nobody_starve():
         )
     finished = []
     while engine.has_work:
-        finished += [d.request_id for d in engine.step() if d.finish_reason]
+        finished += [name for name, outcome in engine.step() if outcome.finish_reason]
     assert finished == ["high", "middle", "low"]
     orders = []
     for priority, wait in ((5, 1000.0), (0, 0.0)):
-        request = Request(
+        request = begin(
             request_id=str(priority), prompt_token_ids=[1], sampling=GREEDY, priority=priority
         )
         engine.add(request)
@@ -217,7 +213,7 @@ def test_refusals_name_the_reason_and_leave_the_engine_alive():
                          max_queued_tokens=40)  # fmt: skip
 
     def add(request_id, prompt, sampling=GREEDY):
-        engine.add(Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
+        engine.add(begin(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
 
     with pytest.raises(RequestError, match="prompt must not be empty"):
         add("x", [])
@@ -255,8 +251,8 @@ def test_refusals_name_the_reason_and_leave_the_engine_alive():
 
 def test_a_request_past_its_deadline_is_aborted():
     engine = make_engine()
-    engine.add(Request(request_id="a", prompt_token_ids=[1], sampling=GREEDY, timeout=0.0))
-    engine.add(Request(request_id="b", prompt_token_ids=[1], sampling=GREEDY, timeout=1000.0))
+    engine.add(begin(request_id="a", prompt_token_ids=[1], sampling=GREEDY, timeout=0.0))
+    engine.add(begin(request_id="b", prompt_token_ids=[1], sampling=GREEDY, timeout=1000.0))
     outputs = drain(engine)
     assert outputs["a", 0] == ([], "abort")
     assert outputs["b", 0] == (foretell([1], 0, 8), "length")
@@ -266,7 +262,7 @@ def test_a_request_past_its_deadline_is_aborted():
 def test_max_model_len_ends_a_request():
     engine = make_engine(max_model_len=16)
     sampling = SamplingParams(temperature=0, max_tokens=None, seed=0)
-    engine.add(Request(request_id="a", prompt_token_ids=[1] * 10, sampling=sampling))
+    engine.add(begin(request_id="a", prompt_token_ids=[1] * 10, sampling=sampling))
     assert drain(engine)["a", 0] == (foretell([1] * 10, 0, 6), "length")
 
 
@@ -275,12 +271,12 @@ def test_a_stop_token_ends_a_request_and_overrun_tokens_are_discarded(steps_ahea
     engine = make_engine(steps_ahead=steps_ahead, pipelined=pipelined)
     out = foretell([7, 7], 3, 8)
     sampling = SamplingParams(max_tokens=8, seed=3, stop_token_ids=[out[4]])
-    engine.add(Request(request_id="a", prompt_token_ids=[7, 7], sampling=sampling))
-    deltas = []
+    engine.add(begin(request_id="a", prompt_token_ids=[7, 7], sampling=sampling))
+    outcomes = []
     while engine.has_work:
-        deltas += engine.step()
-    assert [d.token for d in deltas] == out[:5]
-    assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", out[4])
+        outcomes += [outcome for _, outcome in engine.step()]
+    assert [token for outcome in outcomes for token in outcome.tokens] == out[:5]
+    assert (outcomes[-1].finish_reason, outcomes[-1].stop_reason) == ("stop", out[4])
     assert_empty(engine)
 
 
@@ -291,7 +287,7 @@ def test_evicted_prefixes_come_back_from_cpu_blocks():
     for turn in range(2):
         for number, prompt in enumerate(prompts):
             request_id = f"{turn}{number}"
-            engine.add(Request(request_id=request_id, prompt_token_ids=prompt, sampling=GREEDY))
+            engine.add(begin(request_id=request_id, prompt_token_ids=prompt, sampling=GREEDY))
             assert drain(engine)[request_id, 0][0] == foretell(prompt, 0, 8)
     stats = engine.scheduler.kv.stats
     assert stats.demoted_blocks > 0 and stats.promoted_blocks >= 3 * 9
@@ -304,7 +300,7 @@ def test_what_a_failed_request_computed_is_not_shared(steps_ahead, pipelined):
     engine = make_engine(steps_ahead=steps_ahead, pipelined=pipelined, max_num_batched_tokens=16)
     prompt = random_prompt(random.Random(0), 41)
     sampling = SamplingParams(max_tokens=8, seed=0, n=2)
-    request = Request(request_id="failed", prompt_token_ids=prompt, sampling=sampling)
+    request = begin(request_id="failed", prompt_token_ids=prompt, sampling=sampling)
     engine.executor.spoil = True
     engine.add(request)
     assert {reason for _, reason in drain(engine).values()} == {"error"}
@@ -326,11 +322,11 @@ def test_what_a_failed_request_had_from_cpu_blocks_is_not_shared():
     engine = make_engine(num_blocks=16, num_cpu_blocks=64, max_num_batched_tokens=64)
     prompts = [random_prompt(rng, 40) for _ in range(4)]
     for number, prompt in enumerate(prompts):
-        engine.add(Request(request_id=str(number), prompt_token_ids=prompt, sampling=GREEDY))
+        engine.add(begin(request_id=str(number), prompt_token_ids=prompt, sampling=GREEDY))
         drain(engine)
     kv = engine.scheduler.kv
     assert kv.stats.demoted_blocks > 0
-    request = Request(request_id="failed", prompt_token_ids=prompts[0], sampling=GREEDY)
+    request = begin(request_id="failed", prompt_token_ids=prompts[0], sampling=GREEDY)
     engine.executor.spoil = True
     metrics = engine.add(request)
     assert drain(engine)["failed", 0] == ([], "error")
@@ -362,7 +358,7 @@ def test_a_pipeline_has_disjoint_batches_of_even_size(stages):
     for number in range(30):
         prompt, num = random_prompt(rng, rng.randint(1, 20)), rng.randint(20, 60)
         sampling = SamplingParams(max_tokens=num, seed=number)
-        engine.add(Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
+        engine.add(begin(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
         expected[str(number), 0] = (foretell(prompt, number, num), "length")
     outputs, sizes = {}, []
     while engine.has_work:
@@ -382,9 +378,91 @@ def test_the_chunks_of_one_prompt_fill_a_pipeline():
     )  # fmt: skip
     plans = recorded_plans(engine)
     prompt = random_prompt(random.Random(0), 1000)
-    engine.add(Request(request_id="a", prompt_token_ids=prompt, sampling=GREEDY))
+    engine.add(begin(request_id="a", prompt_token_ids=prompt, sampling=GREEDY))
     engine.step()
     # None waits for another's result.
     assert [p.counts.tolist() for p in plans] == [[256], [256], [256], [232]]
     assert [p.wants.tolist() for p in plans] == [[0], [0], [0], [1]]
     assert drain(engine)["a", 0][0] == foretell(prompt, 0, 8)
+
+
+def dies_of(engine, poison):
+    """Have the executor die in each step that begins with a sequence that has this token."""
+    run, executor = engine.executor.run, engine.executor
+
+    def running(plan):
+        result = run(plan)
+        if any(poison in admit.tokens for admit in plan.admits):
+            raise OSError("out of paper")
+        return result
+
+    executor.run = running
+
+
+@pytest.mark.parametrize("steps_ahead, pipelined", AHEAD)
+def test_a_request_that_ends_workers_ends_itself_and_no_other(steps_ahead, pipelined):
+    rng = random.Random(0)
+    engine = make_engine(steps_ahead=steps_ahead, pipelined=pipelined)
+    dies_of(engine, 7)
+    expected = {}
+    for number in range(20):
+        prompt = [8 + rng.randrange(VOCAB - 8) for _ in range(rng.randint(1, 30))]
+        if number == 9:
+            engine.add(begin("bad", [1, 7, 1], GREEDY))
+        engine.add(begin(str(number), prompt, GREEDY))
+        expected[str(number), 0] = (foretell(prompt, 0, 8), "length")
+    outputs = drain(engine)
+    assert outputs.pop(("bad", 0)) == ([], "error")
+    assert outputs == expected
+    assert_empty(engine)
+    assert sum(engine.stats.restarts.counts) == 3
+
+
+def test_workers_that_die_while_all_is_idle_are_started_again():
+    engine = make_engine()
+    engine.executor.check, check = (
+        (lambda: (_ for _ in ()).throw(EngineError("gone"))),
+        (engine.executor.check),
+    )
+    engine.check()
+    assert engine.recovering and engine.has_work
+    engine.executor.check = check
+    assert not list(engine.step()) and not engine.has_work
+    engine.add(begin("a", [1], GREEDY))
+    assert drain(engine)["a", 0] == (foretell([1], 0, 8), "length")
+
+
+def test_workers_that_do_not_start_again_end_the_engine():
+    def restart():
+        raise EngineError("no room for worker 1")
+
+    engine = make_engine()
+    dies_of(engine, 7)
+    engine.executor.restart = restart
+    engine.add(begin("a", [7], GREEDY))
+    with pytest.raises(EngineError, match="out of paper; and they do not start .* worker 1"):
+        for _ in range(3):
+            engine.step()
+    with pytest.raises(EngineError, match="failed earlier: OSError: out of paper"):
+        engine.step()
+
+
+def test_workers_that_fail_in_every_step_end_the_engine():
+    engine = make_engine(max_num_seqs=1)  # so that one by one is to blame
+    for number in range(30):
+        engine.add(begin(str(number), [7], GREEDY))
+    dies_of(engine, 7)
+    with pytest.raises(EngineError, match="out of paper"):
+        for _ in range(30):
+            engine.step()
+    assert engine.num_unfinished > 25
+
+
+def test_a_continuation_that_says_nonsense_is_refused():
+    engine = make_engine()
+    request = begin("a", [1, 2], SamplingParams(n=2, max_tokens=8, seed=0))
+    for outputs in (((1,),), (None, None), ((1, 2), (1,) * 8)):
+        with pytest.raises(RequestError, match="outputs"):
+            engine.add(replace(request, outputs=outputs))
+    engine.add(replace(request, outputs=((), None)))
+    assert list(drain(engine)) == [("a", 0)]

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
+from engine.continuation import begin
 from engine.plan import CopyTimes
 from engine.preempt import MeasuredCosts
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduler import _Draft
 from engine.shares import FairShares
@@ -28,12 +28,17 @@ def test_random_load_with_results_that_are_not_finite(seed):
     assert tally.requests == 300 and tally.finished > 100 and tally.failed > 10
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_random_load_with_deaths_and_moves(seed):
+    tally = Load(3000 + 5 * seed, 300, deaths=0.02, moves=0.05).run()
+    assert tally.requests == 300 and tally.finished > 100
+    assert tally.deaths > 3 and tally.moves > 30 and tally.moved_tokens > 1000
+
+
 def add(engine, request_id, prompt, max_tokens, **options):
     n = options.pop("n", 1)
     sampling = SamplingParams(max_tokens=max_tokens, seed=0, n=n)
-    engine.add(
-        Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, **options)
-    )
+    engine.add(begin(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, **options))
 
 
 def test_who_gives_way_loses_the_least_work():
@@ -128,8 +133,8 @@ def test_a_swapped_sequence_takes_the_cpu_blocks_of_cached_prefixes():
         add(engine, f"{number}", prompt, 40)
     held, outputs = 0, {}
     while engine.has_work:
-        for delta in engine.step():
-            outputs.setdefault(delta.request_id, []).append(delta.token)
+        for name, outcome in engine.step():
+            outputs.setdefault(name, []).extend(outcome.tokens)
         swapped = {block for seq in engine.scheduler.waiting() for block in seq.swapped}
         assert len(swapped) == kv.cpu.num_held
         held = max(held, len(swapped))
@@ -169,9 +174,9 @@ def first_tokens(policy, requests, max_num_seqs=2):
     for name, length, options in requests:
         add(engine, name, random_prompt(rng, length), 4, **options)
     while engine.has_work:
-        for delta in engine.step():
-            if delta.request_id not in order:
-                order.append(delta.request_id)
+        for name, _ in engine.step():
+            if name not in order:
+                order.append(name)
     assert_empty(engine)
     return order
 

@@ -7,21 +7,17 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.loop import LocalClient
-from cluster.streams import Stream, StreamTable
 from engine.chat import load_template
 from engine.config import EMBEDDED_MODEL
-from engine.engine import Delta
-from engine.errors import EngineError
-from engine.output import RequestText
-from engine.request import Request
+from engine.continuation import begin
+from engine.errors import EngineError, Unavailable
 from engine.sampling_params import SamplingParams
-from engine.tokenizer import Tokenizer
-from router.balance import Balancer
 from router.config import RouterConfig
 from router.errors import ApiError, api_error
-from router.generation import Generation, Prompt
+from router.generation import Prompt
 from router.service import Service
 from tests.support.gated import INFO, make_loop
+from tests.support.streams import submit
 from workers.checkpoint import resolve
 
 TOKENIZER = str(resolve(EMBEDDED_MODEL, None, "auto"))
@@ -52,9 +48,10 @@ async def engine_of(service, prompt=(1, 2, 3)):
     """The id of the engine that a request reached."""
     model = await service.model()
     async with service.generations(model, [Prompt(list(prompt))], GREEDY, 0, False) as (one,):
-        async for deltas in one.stream:
-            one.take(deltas)
-        return one._ticket.client.info.engine_id
+        engine = one.stream._attempt.place.client.info.engine_id
+        async for outcomes in one.stream:
+            one.take(outcomes)
+        return engine
 
 
 async def drained(client):
@@ -76,7 +73,7 @@ def test_an_engine_that_drains_does_not_hide_one_that_has_come():
         assert await engine_of(service) == "new"
         engines.remove(new)
         await drained(new)
-        with pytest.raises(ApiError, match="shutting down"):
+        with pytest.raises(Unavailable, match="shutting down"):
             await engine_of(service)
 
     run(scenario, {"engine_id": "old"}, {"engine_id": "new"})
@@ -108,16 +105,14 @@ def test_an_engine_that_hangs_does_not_keep_what_another_can_take(monkeypatch):
 
     async def scenario(hung, well, executor, _):
         service = Service(RouterConfig(), [hung, well])
-        running = await hung.submit(
-            Request(request_id="r", prompt_token_ids=[1, 2, 3], sampling=GREEDY)
-        )
+        running = await submit(hung, begin("r", [1, 2, 3], GREEDY))
         executor.gate.clear()
         await asyncio.sleep(0.1)  # it is in a step by now
         asked = set()
 
-        async def note(request, submit=hung.submit):
+        async def note(request, sink, submit=hung.submit):
             asked.add(request.request_id)
-            return await submit(request)
+            return await submit(request, sink)
 
         hung.submit = note
         prompts = [[i] * 20 for i in range(8)]
@@ -174,24 +169,3 @@ def test_clients_are_not_told_where_an_engine_is():
         answer = api_error(EngineError(cause))
         assert answer.info.message == "worker 1 (stage 0, tensor rank 1) failed"
         assert answer.status == 503 and answer.headers == {"retry-after": "1"}
-
-
-def test_tokens_behind_a_stop_string_make_no_further_piece():
-    """They may have been on their way when it was found; a second end would cut others off."""
-    tokenizer = Tokenizer.load(TOKENIZER)
-
-    async def main():
-        sampling = SamplingParams(stop=["Paris"], max_tokens=50)
-        request = Request(request_id="r", prompt_token_ids=[1], sampling=sampling)
-        stream = Stream(StreamTable(lambda command: None), 0, request)
-        text = RequestText(request, None, tokenizer, stream.metrics, streaming=True)
-        client = type("Engine", (), {"info": INFO, "load": StreamTable(print).load})()
-        ticket = Balancer().choose([1], 1, [client])
-        generation = Generation(text, stream, ticket, 0)
-        ids = tokenizer.encode(["The capital of France is Paris."], False)[0]
-        (piece,) = generation.take([Delta("r", 0, token) for token in ids])
-        assert piece.output.finish_reason == "stop" and piece.text == "The capital of France is "
-        assert generation.take([Delta("r", 0, token) for token in ids]) == []
-        assert piece.output.text == "The capital of France is " and ticket._ended
-
-    asyncio.run(main())

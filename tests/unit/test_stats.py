@@ -3,8 +3,8 @@
 import contextlib
 import random
 
+from engine.continuation import begin
 from engine.errors import PromptTooLong
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.sequence import FinishReason
 from engine.stats import TOKEN_SECONDS, Histogram, token_counts
@@ -42,18 +42,18 @@ def test_counters_add_up_under_pressure():
         prompts[f"r{i}"] = prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]
         sampling = SamplingParams(temperature=1, seed=i, max_tokens=rng.randint(1, 40), n=1 + i % 2)
         engine.add(
-            Request(request_id=f"r{i}", prompt_token_ids=prompt, sampling=sampling, priority=i % 3)
+            begin(request_id=f"r{i}", prompt_token_ids=prompt, sampling=sampling, priority=i % 3)
         )
     with contextlib.suppress(PromptTooLong):
-        engine.add(Request(request_id="x", prompt_token_ids=[1] * 500, sampling=SamplingParams()))
+        engine.add(begin(request_id="x", prompt_token_ids=[1] * 500, sampling=SamplingParams()))
     tokens = finished = steps = 0
     firsts = set()
     while engine.has_work:
-        deltas = engine.step()
+        outcomes = list(engine.step())
         steps += 1
-        tokens += sum(delta.token is not None for delta in deltas)
-        finished += sum(delta.finish_reason is FinishReason.LENGTH for delta in deltas)
-        firsts |= {(d.request_id, d.index) for d in deltas if d.token is not None}
+        tokens += sum(len(outcome.tokens) for _, outcome in outcomes)
+        finished += sum(outcome.finish_reason is FinishReason.LENGTH for _, outcome in outcomes)
+        firsts |= {(name, outcome.index) for name, outcome in outcomes if outcome.tokens}
         if steps == 20:
             engine.abort("r19")
     metrics = by_name(engine)
@@ -87,7 +87,7 @@ def test_tokens_of_steps_are_all_that_requests_took():
     for i, (length, most) in enumerate(((40, 1), (3, 9), (17, 30))):
         prompt = list(range(i, i + length))
         sampling = SamplingParams(max_tokens=most, seed=i)
-        engine.add(Request(request_id=str(i), prompt_token_ids=prompt, sampling=sampling))
+        engine.add(begin(request_id=str(i), prompt_token_ids=prompt, sampling=sampling))
     while engine.has_work:
         engine.step()
     metrics = by_name(engine)
@@ -99,7 +99,7 @@ def test_gauges_say_what_is_now():
     engine = make_engine(num_blocks=64, max_num_seqs=2)
     for i in range(3):
         engine.add(
-            Request(
+            begin(
                 request_id=str(i), prompt_token_ids=[1] * 8, sampling=SamplingParams(max_tokens=9)
             )
         )

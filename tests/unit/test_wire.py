@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from engine import wire
+from engine.continuation import Continuation, begin
 from engine.plan import Admit, Copies, StepPlan, StepResult, TokenLogprobs, ints, pairs
-from engine.request import Request
 from engine.sampling_params import SamplingParams
 
 
@@ -33,7 +33,7 @@ def test_a_plan_comes_back_the_same() -> None:
         assert theirs.dtype == np.int32 and theirs.flags.writeable
         np.testing.assert_array_equal(mine, theirs)
     np.testing.assert_array_equal(read.copies.in_, copies.in_)
-    assert read.copies.within.shape == (0, 2)
+    assert read.copies.out.shape == copies.out.shape
 
 
 def test_a_result_comes_back_the_same() -> None:
@@ -48,10 +48,10 @@ def test_a_result_comes_back_the_same() -> None:
 
 
 def test_a_wrong_value_is_refused_by_its_field() -> None:
-    request = Request(request_id="a", prompt_token_ids=[1], sampling=SamplingParams(top_p=0.5))
+    request = begin(request_id="a", prompt_token_ids=[1], sampling=SamplingParams(top_p=0.5))
     data = wire.encode(request)
-    assert wire.Decoder(Request).decode(data) == request
+    assert wire.Decoder(Continuation).decode(data) == request
     with pytest.raises(msgspec.ValidationError, match=r"top_p"):
-        wire.Decoder(Request).decode(data.replace(b"top_p\xcb?\xe0", b"top_p\xcb?\xf8"))
+        wire.Decoder(Continuation).decode(data.replace(b"top_p\xcb?\xe0", b"top_p\xcb?\xf8"))
     with pytest.raises(msgspec.ValidationError, match="slots"):
         wire.Decoder(StepPlan).decode(wire.encode({"step": 1}))

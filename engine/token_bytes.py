@@ -53,7 +53,7 @@ def _one_mark_per_byte(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("manta-sentencepiece", _one_mark_per_byte)
 
 
-class Pieces(dict[int, bytes]):
+class TokenBytes(dict[int, bytes]):
     """The bytes of each token id, filled on first use; ids outside the vocabulary have none."""
 
     def __init__(self, token_of: Callable[[int], str | None], bytes_of: Callable[[str], bytes]):
@@ -63,14 +63,14 @@ class Pieces(dict[int, bytes]):
 
     def __missing__(self, token_id: int) -> bytes:
         token = self._token_of(token_id)
-        piece = self[token_id] = b"" if token is None else self._bytes_of(token)
-        return piece
+        data = self[token_id] = b"" if token is None else self._bytes_of(token)
+        return data
 
 
 class ByteDecoder:
     """How the tokens of one tokenizer become bytes.
 
-    pieces: bytes of every token. shown: the same, with special tokens empty.
+    all: bytes of every token. shown: the same, with special tokens empty.
     errors: Python's name for what broken UTF-8 becomes.
     strips_first_space: the first space of a text is the tokenizer's own, not the text's.
     """
@@ -79,8 +79,8 @@ class ByteDecoder:
         self, backend: "tokenizers.Tokenizer", bytes_of: Callable[[str], bytes], errors: str,
         strips_first_space: bool,
     ):  # fmt: skip
-        self.pieces = Pieces(backend.id_to_token, bytes_of)
-        self.shown = Pieces(backend.id_to_token, bytes_of)
+        self.all = TokenBytes(backend.id_to_token, bytes_of)
+        self.shown = TokenBytes(backend.id_to_token, bytes_of)
         added = backend.get_added_tokens_decoder()
         self.shown.update({i: b"" for i, token in added.items() if token.special})
         self.errors = errors
@@ -90,11 +90,11 @@ class ByteDecoder:
         """The text of UTF-8 bytes and how many of them it used: all of them if ``final``."""
         return codecs.utf_8_decode(data, self.errors, final)
 
-    def unfinished(self, context_ids: Sequence[int], pieces: Pieces) -> tuple[bytes, bool]:
+    def unfinished(self, context_ids: Sequence[int], known: TokenBytes) -> tuple[bytes, bool]:
         """The bytes of an unfinished character at the end of the context, and if it has no text."""
         tail = b""
         for token_id in reversed(context_ids):
-            tail = pieces[token_id] + tail
+            tail = known[token_id] + tail
             if len(tail) > 3:  # so the first byte of an unfinished character is among them
                 break
         return tail[self.text(tail)[1] :], not tail
