@@ -40,8 +40,6 @@ class Tools:
         properties = schema.get("properties")
         known = properties.get(parameter) if isinstance(properties, Mapping) else None
         types = _types(known, schema, 8)
-        if types == {"string"}:
-            return text
         for value in readings(text.strip()):
             if not types or any(_is(value, kind) for kind in types - {"string"}):
                 return value
