@@ -3,8 +3,11 @@ leaves off."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from engine.errors import CheckpointError
+from engine.log import get_logger
 from engine.outputs import CompletionOutput
 from engine.parsing.answers import AnswerFormat
 from engine.parsing.formats import AUTO, NONE, answer_format, found_by
@@ -18,12 +21,16 @@ from engine.parsing.parts import (
     ToolCallStart,
 )
 from engine.parsing.response_template import template_answer
+from engine.parsing.source import NO_TAGS, Tags
+from engine.tokenizer import Tokenizer
 from router.config import RouterConfig
 from router.errors import wrong
 from router.responses import CalledFunction, ChatDelta, ChatMessage, ToolCall
 from router.schema import ChatRequest
 from router.service import ServedModel
 from router.tools import ToolUse
+
+log = get_logger("router")
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Parsing:
     tools: Sequence[Mapping[str, Any]]
     opened: bool
     most_calls: int | None
-    hidden: tuple[str, ...]
+    hidden: Tags
     prefix: str
     shows_special: bool
     shows_reasoning: bool
@@ -66,9 +73,12 @@ def form_of(
     template = model.tokenizer.chat_template(chat_template, bool(use.tools)) or ""
     names = config.tool_call_parser, config.reasoning_parser
     form = answer_format(*names, template, bool(use.tools))
-    own = model.tokenizer.response_template
-    if own is not None and names == (AUTO, AUTO) and found_by(template)[0] == NONE:
-        form = template_answer(own, bool(use.tools))
+    if (
+        model.tokenizer.response_template is not None
+        and names == (AUTO, AUTO)
+        and found_by(template)[0] == NONE
+    ):
+        form = _own(model.tokenizer, bool(use.tools))
     if use.tools and not (form and form.calls):
         raise wrong(
             "tools: it is not known how this model writes calls; the server's option"
@@ -76,6 +86,24 @@ def form_of(
             "tools",
         )
     return form
+
+
+@lru_cache(maxsize=16)
+def _own(tokenizer: Tokenizer, with_tools: bool) -> AnswerFormat | None:
+    try:
+        return template_answer(tokenizer.response_template, with_tools)
+    except CheckpointError as error:
+        log.warning("%s; answers are taken for text", error)
+        return None
+
+
+@lru_cache(maxsize=64)
+def _special(tokenizer: Tokenizer, form: AnswerFormat) -> tuple[bool, Tags]:
+    """Whether marks of the format are special tokens, and the other special tokens if so."""
+    added = tokenizer.backend.added_tokens
+    special = {token for token, is_special in added.items() if is_special}
+    used = {token for token in special if any(token in tag for tag in form.tags)}
+    return bool(used), Tags(special - used) if used else NO_TAGS
 
 
 def parsing_of(
@@ -90,18 +118,15 @@ def parsing_of(
     prefix = form.prefix(use.name, opened) if use.forced else ""
     if prefix is None or (prefix and final):
         raise wrong("tool_choice: this answer cannot be made to begin with a call", "tool_choice")
-    added = model.tokenizer.backend.added_tokens
-    special = [token for token, is_special in added.items() if is_special]
-    used = {token for token in special if any(token in tag for tag in form.tags)}
-    hides = bool(used) and body.skip_special_tokens is not False
+    uses_special, others = _special(model.tokenizer, form)
     return Parsing(
         form=form,
         tools=use.tools,
         opened=opened,
         most_calls=use.most_calls,
-        hidden=tuple(set(special) - used) if hides else (),
+        hidden=NO_TAGS if body.skip_special_tokens is False else others,
         prefix=prefix.rstrip(" "),
-        shows_special=bool(used),
+        shows_special=uses_special,
         shows_reasoning=body.include_reasoning is not False,
     )
 

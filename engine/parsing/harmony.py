@@ -9,6 +9,7 @@ from engine.parsing.source import Ended, Malformed, Reading, Source, Tags
 from engine.parsing.values import Tools
 
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")
+_END_TAGS = Tags(_ENDS)
 _HEADS = ("<|channel|>", " to=", "<|constrain|>", "<|message|>", "<|start|>")
 
 
@@ -79,7 +80,7 @@ class HarmonyAnswer(AnswerFormat):
     def _body(self, source: Source, out: Writer, channel: str) -> Reading[None]:
         """The text of a message: to its end, which is one only if a message or nothing follows."""
         say = out.reasoning if channel == "analysis" else out.content if channel else _nothing
-        while (length := (yield from said(source, Tags(_ENDS), say))) is not None:
+        while (length := (yield from said(source, _END_TAGS, say))) is not None:
             tag = source.text[source.at : source.at + length]
             source.at += length
             if (yield from source.next_is("<|start|>")) or source.at == len(source.text):

@@ -1,11 +1,11 @@
 """A parser: pieces of text in, parts out."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.parsing.answers import AnswerFormat
 from engine.parsing.parts import Part, Writer
-from engine.parsing.source import Source
+from engine.parsing.source import NO_TAGS, Source, Tags
 from engine.parsing.values import Tools
 
 
@@ -23,7 +23,7 @@ class Parser:
         tools: Sequence[Mapping[str, Any]] = (),
         opened: bool = False,
         most_calls: int | None = None,
-        hidden: Iterable[str] = (),
+        hidden: Tags = NO_TAGS,
     ) -> None:
         self._source = Source(hidden)
         self._out = Writer(most_calls)

@@ -48,6 +48,9 @@ class Tags:
         return self._pattern.sub("", text)
 
 
+NO_TAGS = Tags(())
+
+
 class Source:
     """The text so far, and how far it is read.
 
@@ -55,12 +58,12 @@ class Source:
     by itself. ``patience``: how many characters may yet be read in vain.
     """
 
-    def __init__(self, hidden: Iterable[str] = ()) -> None:
+    def __init__(self, hidden: Tags = NO_TAGS) -> None:
         self.text = ""
         self.at = 0
         self.ended = self.cut = False
         self.patience = PATIENCE
-        self._hidden = Tags(hidden)
+        self._hidden = hidden
         self._begun = ""  # of a hidden string
 
     def feed(self, text: str) -> None:

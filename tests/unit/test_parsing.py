@@ -24,6 +24,7 @@ from engine.parsing.formats import AUTO, CALL_NAMES, NONE, THINKING_NAMES, answe
 from engine.parsing.parser import Parser
 from engine.parsing.parts import Folded
 from engine.parsing.response_template import template_answer
+from engine.parsing.source import NO_TAGS, Tags
 from engine.templates import compiled
 
 FIXTURES = load_fixtures()
@@ -308,9 +309,9 @@ def test_thinking(name: str, text: str, thought: str, said: str) -> None:
 def test_special_tokens_that_are_nobodys_business() -> None:
     form = form_of("mistral")
     for pieces in cuts("Hi<s> the[TOOL_CALLS]get_weather[ARGS]{}</s>"):
-        content, _, calls = as_told(fold(form, pieces, hidden=("<s>", "</s>", "<unk>")))
+        content, _, calls = as_told(fold(form, pieces, hidden=Tags(("<s>", "</s>", "<unk>"))))
         assert (content, calls) == ("Hi the", [("get_weather", {})])
-    assert fold(form, ["a <", "s"], hidden=("<s>",)).content == "a <s"
+    assert fold(form, ["a <", "s"], hidden=Tags(("<s>",))).content == "a <s"
 
 
 def test_arguments_are_json_whatever_the_model_writes() -> None:
@@ -434,7 +435,7 @@ def test_cut_anywhere_the_parts_are_the_same(data: st.DataObject) -> None:
     options: dict[str, Any] = {
         "cut": data.draw(st.booleans()),
         "opened": data.draw(st.booleans()),
-        "hidden": data.draw(st.sampled_from([(), ("<s>", "a")])),
+        "hidden": data.draw(st.sampled_from([NO_TAGS, Tags(("<s>", "a"))])),
     }
     whole = as_told(fold(form, [text], **options))
     at = data.draw(st.integers(0, len(text)))
