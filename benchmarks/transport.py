@@ -63,6 +63,9 @@ class OneEngine:
     def __init__(self, client: RemoteClient) -> None:
         self._client = client
 
+    async def ready(self, seconds: float) -> bool:
+        return True
+
     async def admit(self, request: Continuation, sink: Sink, leaving: bool = False) -> Attempt:
         return await self._client.submit(request, sink)
 

@@ -36,7 +36,7 @@ from cluster.transport import RemoteClient
 from engine.chat import load_template
 from engine.collector import Collector
 from engine.continuation import Continuation
-from engine.errors import EngineError, RequestError
+from engine.errors import RequestError
 from engine.log import get_logger
 from engine.outputs import Piece, RequestOutput
 from engine.sampling_params import SamplingParams
@@ -45,6 +45,7 @@ from engine.tokenizer import Tokenizer
 
 log = get_logger("handle")
 
+LOOK_EVERY = 0.1  # seconds between two looks for the engine that takes a lost one's place
 CONNECT_TIMEOUT = 10.0  # seconds for the engine that takes a lost one's place to answer
 
 T = TypeVar("T")
@@ -59,9 +60,12 @@ class NamedEngine:
         self._name = name
         self._opening = asyncio.Lock()
 
+    async def ready(self, seconds: float) -> bool:
+        if seconds and not self.client.healthy:
+            await asyncio.sleep(min(seconds, LOOK_EVERY))
+        return seconds > 0  # there is no other of this name
+
     async def admit(self, request: Continuation, sink: Sink, leaving: bool = False) -> Attempt:
-        if leaving:
-            raise EngineError("there is one engine of this name")
         if not self.client.healthy:
             async with self._opening:
                 if not self.client.healthy:

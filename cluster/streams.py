@@ -42,6 +42,10 @@ async def settled(works: Iterable[Coroutine[Any, Any, None]]) -> None:
 class Route(Protocol):
     """Who knows the engines."""
 
+    async def ready(self, seconds: float) -> bool:
+        """Whether an engine takes requests: as soon as one does, or after so many seconds not."""
+        ...
+
     async def admit(self, request: Continuation, sink: Sink, leaving: bool = False) -> Attempt:
         """Queue a request at the engine that suits it. ``leaving``: it has one that it would leave,
         and shall not wait.
@@ -144,8 +148,10 @@ class Stream:
             metrics.num_preemptions += times.preemptions
 
     def put_token(self, attempt: Attempt, index: int, position: int, token: int) -> None:
+        if index not in self._unfinished:
+            return  # it was on its way when a stop string ended the completion
         tokens = self._tokens[index]
-        if position != len(tokens) or index not in self._unfinished:
+        if position != len(tokens):
             self._check_position(attempt, index, position)
             return
         tokens.append(token)
@@ -220,19 +226,31 @@ class Stream:
         )
 
     async def _go_on(self) -> None:
-        """Look for an engine, once; after the last look, end."""
+        """Look for an engine for a while; end if there is no time left."""
         now = time.monotonic()
         left = self._request.time_left
         if left is not None and now >= self.metrics.arrival_time + left:
             self._finish(FinishReason.ABORT, "timeout")
             return
-        try:
-            self._attempt = await self._route.admit(self._continuation(), self)
-        except (QueueFull, EngineError):
-            if now >= self._lost_at + self._policy.failover_timeout:
-                self._error = EngineError(self._why)
+        if await self._route.ready(min(SIGN, max(0.0, self._last_moment - now))):
+            try:
+                found = await self._route.admit(self._continuation(), self)
+                if not self._unfinished:
+                    found.cancel()  # it was cancelled meanwhile
+                    return
+                self._attempt = found
                 return
-            await asyncio.sleep(AGAIN)
+            except (QueueFull, EngineError):
+                await asyncio.sleep(AGAIN)
+        if time.monotonic() >= self._lost_at + self._policy.failover_timeout:
+            self._error = EngineError(self._why)
+
+    @property
+    def _last_moment(self) -> float:
+        """When it ends if no engine takes it."""
+        left = self._request.time_left
+        deadline = math.inf if left is None else self.metrics.arrival_time + left
+        return min(deadline, self._lost_at + self._policy.failover_timeout)
 
     async def _try_to_leave(self, attempt: Attempt) -> None:
         """Go on at an engine that takes requests, if there is one; what the old one brings until
@@ -240,6 +258,9 @@ class Stream:
         self._leave_at = math.inf
         if attempt.load.admits:
             return  # it does again
+        if not await self._route.ready(0.0):
+            self._leave_at = time.monotonic() + LEAVE_AGAIN
+            return
         request = replace(self._continuation(), moves=self._moves + 1)
         try:
             found = await self._route.admit(request, self, leaving=True)

@@ -13,6 +13,7 @@ ENVIRONMENT = """\
 #   RAY_SERVE_HAPROXY_BINARY_PATH="$(command -v manta-haproxy)"
 #   RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH=deploy.haproxy_guard.install
 #   RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S=120 RAY_SERVE_HAPROXY_MAXCONN=32768
+#   RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response"
 """
 
 

@@ -19,6 +19,9 @@ def everywhere(router: RouterConfig) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(haproxy.CLIENT_TIMEOUT),
         "RAY_SERVE_HAPROXY_MAXCONN": str(haproxy.MOST_CONNECTIONS),
+        # Where an ingress replica ends before it has answered, another is asked: a request changes
+        # nothing, so it may be sent twice.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         # Serve's controller looks around ten times a second: 3 % of a core, for nothing.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
         # Statistics of every event that its processes handle: an eighth of what they take.

@@ -44,6 +44,7 @@ HEAVY_THREADS = 2  # for what takes milliseconds; no more of it at once, for mem
 # a process.
 REPLACING = 5.0
 MOST_RETRY_AFTER = 60  # OpenAI's clients heed no more
+WATCH_EVERY = 0.05  # seconds between two looks for an engine, where requests wait for one
 ADMISSION_PATIENCE = 5.0  # seconds for an engine to queue a request, if another might
 
 
@@ -103,6 +104,7 @@ class Service:
         self._heavy = ThreadPoolExecutor(HEAVY_THREADS, "manta-heavy")
         self._renderer = Renderer()
         self._rendering = ThreadPoolExecutor(1, "manta-rendering")
+        self._watching: asyncio.Task[None] | None = None
         self._missing_since: float | None = None  # when it was first seen that none is there
 
     # ---- the engines ----
@@ -295,6 +297,24 @@ class Service:
                 generation.end()
             self._observe(started)
 
+    async def admitting(self, model: ServedModel, seconds: float) -> bool:
+        """Whether an engine takes requests for a model: as soon as one does, or after so many
+        seconds not."""
+        deadline = time.monotonic() + seconds
+        while not any(map(model.fits, self._admitting())):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            if self._watching is None or self._watching.done():  # one looks for all who wait
+                self._watching = asyncio.create_task(self._watch())
+            await asyncio.wait((self._watching,), timeout=left)
+        return True
+
+    async def _watch(self) -> None:
+        await self.reachable()
+        if not self._admitting():
+            await asyncio.sleep(WATCH_EVERY)
+
     async def admit(
         self, model: ServedModel, request: Continuation, sink: Sink, look: bool
     ) -> Attempt:
@@ -381,6 +401,9 @@ class _Route:
 
     service: Service
     model: ServedModel
+
+    async def ready(self, seconds: float) -> bool:
+        return await self.service.admitting(self.model, seconds)
 
     async def admit(self, request: Continuation, sink: Sink, leaving: bool = False) -> Attempt:
         return await self.service.admit(self.model, request, sink, look=not leaving)

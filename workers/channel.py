@@ -146,7 +146,8 @@ class RingSender:
 
 
 class RingReceiver:
-    """Reader number ``reader`` of the ring at ``path``. It looks ``spin`` times, then sleeps.
+    """Reader number ``reader`` of the ring at ``path``. It looks ``spin`` times, then sleeps; each
+    look takes the interpreter from this process's other threads.
 
     Raises OSError if this process cannot open it: another host, user or container.
     """
@@ -158,7 +159,7 @@ class RingReceiver:
         finally:
             os.close(file)
         self._tail = self._memory.tails[reader]
-        self._spin = spin
+        self.spin = spin
         self._at = 0
         self._length: int | None = None
         self._data = bytearray()
@@ -184,7 +185,7 @@ class RingReceiver:
 
     def _wait(self, deadline: float | None) -> int:
         """How many bytes are there; 0 after the deadline."""
-        memory, spins = self._memory, self._spin
+        memory, spins = self._memory, self.spin
         while True:
             seen = memory.wake.value
             ready = memory.head.value - self._at

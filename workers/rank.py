@@ -58,6 +58,7 @@ class _Executor:
     def __init__(self, rank: int, own_host: str, call: Call) -> None:
         self.plans: Receiver
         self.results: Sender
+        self._ring: RingReceiver | None = None
         ring, path = None, ""
         if own_host == call.host and rings_work():
             try:
@@ -70,13 +71,18 @@ class _Executor:
         self._control = open_channel(call.host, call.port)
         self.report(hello)
         if ring is not None:
-            self.plans, self.results = ring, results
+            self.plans, self.results, self._ring = ring, results, ring
         else:
             self.plans = self.results = steps = open_channel(call.host, call.port)
             steps.send(wire.encode(hello))
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._over = False
         threading.Thread(target=self._listen, daemon=True).start()
+
+    def sleep_at_once(self) -> None:
+        """Where there is no plan: this process has another thread that needs its interpreter."""
+        if self._ring is not None:
+            self._ring.spin = 0
 
     def report(self, report: Report) -> None:
         self._control.send(wire.encode(report))
@@ -135,6 +141,9 @@ def _take_place(executor: _Executor, rank: int, cpus: float | None) -> Worker:
     if setup.device == "cuda":
         products.set_up(setup.config.device.batch_invariance != "off")
         device, neighbours = torch.device("cuda", 0), setup.gpu_share
+        executor.sleep_at_once()
+        # Its monitor takes the end of a neighbour for a fault, and prints a trace of it.
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
         torch.cuda.set_device(device)
     parallel = setup.config.parallel
     grid = Grid(

@@ -209,7 +209,7 @@ def answers(streams):
 def test_an_engine_that_dies_or_hangs_is_replaced_and_its_requests_go_on(server, number):
     """There is no other: they wait for it, streams and whole answers."""
     process, log, session = server
-    fields = [{"max_tokens": 1500, "seed": i, "temperature": 1} for i in range(3)]
+    fields = [{"max_tokens": 600, "seed": i, "temperature": 1} for i in range(3)]
     expected = answers([Reading(**one) for one in fields])
     readings = [Reading(**one) for one in fields]
     whole = []
@@ -230,12 +230,42 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_requests_go_on(server,
     thread.join(PATIENCE)
     (answer,) = whole
     assert answer["choices"][0]["text"] == expected[0]
-    assert answer["usage"]["completion_tokens"] == 1500
+    assert answer["usage"]["completion_tokens"] == 600
     assert metric("requests_moved_total", 'cause="lost"') == moved + 4
     assert metric("moved_tokens_total") > 0
     if number == signal.SIGSTOP:  # Serve's shutdown would wait for it
         with contextlib.suppress(ProcessLookupError):
             os.kill(engine, signal.SIGKILL)
+
+
+def test_an_ingress_replica_that_is_killed_takes_along_only_streams_that_have_begun(server):
+    """HAProxy asks another one for what has not begun; the others' connections break at once."""
+    process, log, session = server
+    readings = [Reading(max_tokens=500, seed=i) for i in range(4)]
+    until(lambda: all(reading.text for reading in readings))
+    statuses = []
+    threads = [
+        threading.Thread(
+            target=lambda: statuses.append(
+                httpx.post(
+                    f"{URL}/v1/completions", json=body(max_tokens=8), timeout=PATIENCE
+                ).status_code
+            )
+        )
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: metric("num_requests_waiting") > 3)
+    routers = [int(e.split()[0]) for e in left_of(session) if "ServeReplica:manta:Router" in e]
+    os.kill(routers[0], signal.SIGKILL)
+    for reading in readings:
+        reading.thread.join(PATIENCE)
+        assert reading.done or isinstance(reading.error, httpx.RemoteProtocolError), reading.error
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert statuses == [200] * 8
+    until(idle)
 
 
 def test_a_port_that_is_taken_is_said_at_once(server):

@@ -1,5 +1,8 @@
 """Requests to an engine in tokens, and what their streams bring."""
 
+import asyncio
+import time
+
 from cluster.streams import Stream
 from engine.config import FailoverConfig
 from engine.continuation import begin
@@ -18,6 +21,14 @@ class Route:
     def __init__(self, *clients):
         self.clients = list(clients)
         self.moves = []
+
+    async def ready(self, seconds):
+        deadline = time.monotonic() + seconds
+        while not any(client.healthy and client.load.admits for client in self.clients):
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
 
     async def admit(self, request, sink, leaving=False):
         for client in self.clients:

@@ -8,10 +8,12 @@ import pytest
 
 from cluster.loop import LocalClient
 from cluster.messages import Drain, EndRequests
+from cluster.streams import Stream
+from engine.config import FailoverConfig
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from tests.support.gated import INFO, make_loop
 from tests.support.simulator import VOCAB, foretell
-from tests.support.streams import request, submit, tokens_of
+from tests.support.streams import Route, request, submit, tokens_of
 
 
 def run(scenario, **options):
@@ -161,6 +163,42 @@ def test_stop_at_text_ends_one_completion():
                 if outcome.index == 1 and 0 < seen[1] <= 3:
                     stream.stop_at_text(1)
         assert seen[0] == 100 and 1 <= seen[1] < 10
+
+    run(scenario)
+
+
+def test_tokens_of_a_completion_that_was_stopped_are_nobodys():
+    """They may be on their way, however many; the others of its request go on."""
+
+    async def scenario(client, loop, executor):
+        stream = await submit(client, request("r", max_tokens=100, n=2, temperature=1.0))
+        attempt = stream._attempt
+        await anext(stream)
+        stream.stop_at_text(1)
+        for position in range(1, 40, 3):
+            stream.put_token(attempt, 1, position, 7)
+        tokens, reason = await tokens_of(stream)
+        assert 90 < len(tokens) < 101 and reason == "length" and stream._moves == 0
+
+    run(scenario)
+
+
+def test_a_gap_between_tokens_has_the_request_run_again_elsewhere():
+    async def scenario(client, loop, executor):
+        other, other_executor = make_loop()
+        other.start()
+        clients = client, LocalClient(other, INFO)
+        try:
+            made = request("r", max_tokens=100)
+            stream = await Stream(made, Route(*clients), FailoverConfig()).start()
+            (first,) = await anext(stream)
+            taken = len(first.tokens)
+            stream.put_token(stream._attempt, 0, 99, 7)
+            tokens, reason = await tokens_of(stream)
+            assert first.tokens + tokens == foretell([1, 2, 3], 0, 100) and taken < 100
+            assert stream._moves == 1 and reason == "length"
+        finally:
+            await asyncio.to_thread(other.stop)
 
     run(scenario)
 
