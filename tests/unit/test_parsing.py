@@ -359,8 +359,12 @@ def test_long_texts_take_no_more_than_their_length() -> None:
 
 @pytest.mark.parametrize(
     ("template", "family"),
-    zip(
-        _RESPONSE_TEMPLATE_FALLBACKS.values(), ("qwen3-hermes", "qwen3-xml", "gemma4"), strict=True
+    list(
+        zip(
+            _RESPONSE_TEMPLATE_FALLBACKS.values(),
+            ("qwen3-hermes", "qwen3-xml", "gemma4"),
+            strict=True,
+        )
     ),
 )
 def test_a_response_template(template: dict[str, Any], family: str) -> None:
