@@ -84,14 +84,21 @@ class Session:
         parts: list[str] = []
         started = time.perf_counter()
         first: float | None = None
+        thinks = False  # what the model thinks is shown, but is no part of the answer
         usage: dict[str, Any] = {}
         events = self.client.stream(path, body)
         try:
             for event in events:
                 usage = event.get("usage") or usage
                 for choice in event.get("choices", ()):
-                    text = choice.get("text") or choice.get("delta", {}).get("content")
-                    if text:
+                    delta = choice.get("delta", {})
+                    if thought := delta.get("reasoning_content") or delta.get("reasoning"):
+                        first, thinks = first or time.perf_counter(), True
+                        print(thought, end="", file=sys.stderr, flush=True)
+                    if text := choice.get("text") or delta.get("content"):
+                        if thinks:
+                            print("\n", file=sys.stderr, flush=True)
+                            thinks = False
                         first = first or time.perf_counter()
                         parts.append(text)
                         print(text, end="", flush=True)

@@ -30,6 +30,7 @@ class Tokenizer:
     too, and which would change text that a stream has already shown.
 
     special_tokens: "bos_token" and so on, to the token. chat_templates: by name ("default").
+    response_template: what an answer has in it, as transformers is told; None if nothing says.
     vocab_size: one more than the largest token id. chat_options: how chats become prompts.
     renderer: what runs the templates.
     """
@@ -41,6 +42,7 @@ class Tokenizer:
         self.backend = backend = resolved.backend
         self.special_tokens = resolved.special_tokens
         self.chat_templates = resolved.chat_templates
+        self.response_template = resolved.response_template
         specials = [*self.special_tokens.values(), *resolved.extra_special_tokens]
         ids = [backend.token_to_id(token) for token in dict.fromkeys(specials)]
         self.all_special_ids = [i for i in ids if i is not None]
@@ -180,6 +182,11 @@ class Tokenizer:
                 sequences.append(spaced)
         return sequences
 
+    def chat_template(self, asked: str | None, with_tools: bool) -> str | None:
+        """The template that ``render_chat`` takes; None if there is none."""
+        name = asked or ("tool_use" if with_tools and "tool_use" in self.chat_templates else "")
+        return self.chat_templates.get(name or "default", asked)
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -201,8 +208,7 @@ class Tokenizer:
         Raises RequestError for wrong messages, for what the template refuses or has no use for,
         and if there is no template.
         """
-        name = chat_template or ("tool_use" if tools and "tool_use" in self.chat_templates else "")
-        template = self.chat_templates.get(name or "default", chat_template)
+        template = self.chat_template(chat_template, bool(tools))
         if template is None:
             raise RequestError(
                 "the checkpoint has no chat template: give one with chat_template"

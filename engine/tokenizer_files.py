@@ -32,7 +32,7 @@ _PLAIN_ENTRIES = {
     *SPECIAL_TOKENS, "added_tokens_decoder", "additional_special_tokens", "backend",
     "chat_template", "clean_up_tokenization_spaces", "errors", "extra_special_tokens", "is_local",
     "local_files_only", "model_input_names", "model_max_length", "name_or_path", "padding_side",
-    "processor_class", "tokenizer_class", "truncation_side",
+    "processor_class", "response_template", "tokenizer_class", "truncation_side",
 }  # fmt: skip
 _PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 # For other model types (qwen2) AutoTokenizer may prefer a class of its own to the one that the
@@ -151,12 +151,14 @@ class SlowBackend:
 
 class Resolved(NamedTuple):
     """A tokenizer as found. special_tokens: "bos_token" and so on, to the token.
-    extra_special_tokens: others that count as special. chat_templates: by name."""
+    extra_special_tokens: others that count as special. chat_templates: by name.
+    response_template: what an answer has in it, as transformers is told; None if nothing says."""
 
     backend: Backend
     special_tokens: dict[str, str]
     extra_special_tokens: list[str]
     chat_templates: dict[str, str]
+    response_template: Any = None
 
 
 def resolve(path_or_id: str | Path, revision: str | None) -> Resolved:
@@ -223,7 +225,8 @@ def _read_plain(folder: Path) -> Resolved | None:
     for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
         files_of_templates[path.stem] = path
     in_files = {k: p.read_text("utf-8") for k, p in files_of_templates.items() if p.is_file()}
-    return Resolved(FastBackend(backend), special, extra, in_files or templates)
+    response = config.get("response_template")
+    return Resolved(FastBackend(backend), special, extra, in_files or templates, response)
 
 
 def _templates(value: Any) -> dict[str, str]:
@@ -281,7 +284,8 @@ def _from_transformers(path_or_id: str, revision: str | None) -> Resolved:
     extra = [token for token in loaded.all_special_tokens if token not in special.values()]
     fast = getattr(loaded, "backend_tokenizer", None)
     backend: Backend = SlowBackend(loaded) if fast is None else FastBackend(fast)
-    return Resolved(backend, special, extra, _templates(loaded.chat_template))
+    response = getattr(loaded, "response_template", None)
+    return Resolved(backend, special, extra, _templates(loaded.chat_template), response)
 
 
 def _kept_name(folder: Path) -> str:

@@ -102,9 +102,9 @@ _TABLE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "fingerprint_mode": ("full", "hash"), "fingerprint_value": (),
     },
     "output is text: nothing of it is parsed": {
-        "enable_auto_tool_choice": (False,), "tool_call_parser": (), "tool_parser_plugin": (),
+        "enable_auto_tool_choice": _ON_OR_OFF, "tool_parser_plugin": (),
         "tool_server": (), "exclude_tools_when_tool_choice_none": _ON_OR_OFF,
-        "enable_reasoning": (False,), "reasoning_parser": (), "reasoning_parser_plugin": (),
+        "enable_reasoning": _ON_OR_OFF, "reasoning_parser_plugin": (),
         "reasoning_config": (), "cohere_format": ("cmd4",),
         "cohere_is_reasoning_model": _ON_OR_OFF,
     },

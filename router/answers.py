@@ -74,7 +74,7 @@ class Answer(ABC):
 
     @abstractmethod
     def _plain(self, choice: int, text: str) -> bytes:
-        """A choice in a chunk with text alone."""
+        """A choice in a chunk with text alone; nothing if the text is held back."""
 
     @abstractmethod
     def _full(self, generation: Generation, piece: Piece, choice: int) -> bytes:
@@ -156,7 +156,8 @@ class Answer(ABC):
             return opening + self._head + full + self._usage_or_tail(generation)
         if not piece.text:
             return opening
-        return opening + self._head + self._plain(choice, piece.text) + self._tail
+        plain = self._plain(choice, piece.text)
+        return opening + (self._head + plain + self._tail if plain else b"")
 
     def _usage_or_tail(self, generation: Generation) -> bytes:
         if not self._usage_always:

@@ -170,6 +170,8 @@ class _Routes:
         most = max(model.info.max_model_len, MOST_TOKENIZED)
         if (body.prompt is None) == (body.messages is None):
             raise wrong("give prompt or messages, one of the two", "prompt")
+        if body.tools and body.messages is None:
+            raise wrong("tools: they go with messages", "tools")
         if body.prompt is not None:
             special = body.add_special_tokens is not False
             (ids,) = await self._service.encode(model, [body.prompt], special, most, "prompt")

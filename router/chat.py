@@ -1,5 +1,7 @@
 """POST /v1/chat/completions, and the way from messages to a prompt."""
 
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import UNSET
@@ -13,6 +15,7 @@ from router.errors import ApiError, field_of, wrong
 from router.generation import Generation, Prompt
 from router.logprobs import chat_logprobs, prompt_logprobs
 from router.parameters import refuse_contradictions, room_for_output, sampling_of
+from router.parsing import ChoiceStream, Parsing, form_of, parsing_of, whole_message
 from router.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -24,6 +27,9 @@ from router.responses import (
 from router.schema import ChatRequest, TokenizeRequest
 from router.service import ServedModel, Service
 from router.structured import check_outputs, outputs_of
+from router.tools import tool_use
+
+SILENCE = 10.0  # seconds after which a stream that tells nothing shows that it lives
 
 
 async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
@@ -36,7 +42,13 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
     if body.top_logprobs and not body.logprobs:
         raise wrong("top_logprobs needs logprobs to be true", "top_logprobs")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    prompt = await render(service, model, body, model.info.max_model_len)
+    use = tool_use(body)
+    form = form_of(service.config, model, _template(service, model, body.chat_template), use)
+    text = await _rendered(service, model, body, use.tools)
+    final = last_text(body) if body.continue_final_message else ""
+    parsing = None if form is None else parsing_of(form, model, use, text, final, body)
+    text += parsing.prefix if parsing else ""
+    prompt = await _encoded(service, model, body, text, model.info.max_model_len)
     room = room_for_output(model.info, len(prompt.ids), asked, "messages")
     if asked is None:
         recommended = model.info.recommended_max_tokens
@@ -48,9 +60,17 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         structured_outputs=outputs_of(body),
+        **({"skip_special_tokens": False} if parsing and parsing.shows_special else {}),
     )
     await check_outputs(model, body, sampling)
-    return ChatAnswer(service, model, body, [prompt], sampling)
+    return ChatAnswer(service, model, body, [prompt], sampling, parsing)
+
+
+def last_text(body: ChatRequest) -> str:
+    """The text of the last message."""
+    content = body.messages[-1].get("content") or ""
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    return "\n".join(parts)
 
 
 async def render(
@@ -60,6 +80,16 @@ async def render(
 
     Raises RequestError for wrong messages, ApiError 422 for what the template refuses.
     """
+    text = await _rendered(service, model, body, body.tools or ())
+    return await _encoded(service, model, body, text, most)
+
+
+async def _rendered(
+    service: Service,
+    model: ServedModel,
+    body: ChatRequest | TokenizeRequest,
+    tools: Sequence[Mapping[str, Any]],
+) -> str:
     messages: list[dict[str, Any]] = body.messages or []
     template = _template(service, model, body.chat_template)
     goes_on = bool(body.continue_final_message)
@@ -67,6 +97,11 @@ async def render(
     variables = dict(check_variables(body.chat_template_kwargs or {}))
     if body.documents:
         variables["documents"] = body.documents
+    if isinstance(body, ChatRequest) and body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+        if body.reasoning_effort == "none":  # as the templates of Qwen, GLM and DeepSeek name it
+            variables.setdefault("enable_thinking", False)
+            variables.setdefault("thinking", False)
 
     def rendered() -> str:
         return model.tokenizer.render_chat(
@@ -74,16 +109,26 @@ async def render(
             template,
             add_generation_prompt=not goes_on if generation is None else generation,
             continue_final_message=goes_on,
+            tools=tools or None,
             **variables,
         )
 
     try:
-        text = await service.rendered(rendered)
+        return await service.rendered(rendered)
     except RequestError as error:
         if "chat template" in str(error):  # nothing is wrong with them but for this model
             param = field_of(str(error)) or "messages"
             raise ApiError(422, str(error), param=param, code="unprocessable") from None
         raise
+
+
+async def _encoded(
+    service: Service,
+    model: ServedModel,
+    body: ChatRequest | TokenizeRequest,
+    text: str,
+    most: int,
+) -> Prompt:
     special = bool(body.add_special_tokens)
     text, ids = await service.encode_chat(model, text, special, most)
     return Prompt(ids, text)
@@ -116,16 +161,26 @@ class ChatAnswer(Answer):
         body: ChatRequest,
         prompts: list[Prompt],
         sampling: SamplingParams,
+        parsing: Parsing | None,
     ) -> None:
         super().__init__(service, model, body, prompts, sampling)
         last = body.messages[-1]
         goes_on = body.continue_final_message or body.add_generation_prompt is False
         self._role: str = last["role"] if goes_on else "assistant"
-        self._echoed = ""
-        if body.echo and last["role"] == self._role:
-            content = last.get("content") or ""
-            parts = [content] if isinstance(content, str) else [p["text"] for p in content]
-            self._echoed = "\n".join(parts)
+        self._echoed = last_text(body) if body.echo and last["role"] == self._role else ""
+        self._parsing = parsing
+        self._told_at = time.monotonic()  # when the stream said something
+        self._streams: dict[int, ChoiceStream] = {}  # of the choices of a stream that is parsed
+
+    def _chunk(self, generation: Generation, piece: Piece) -> bytes:
+        """While a long call is written nothing of it is told yet, which proxies take for death."""
+        data = super()._chunk(generation, piece)
+        now = time.monotonic()
+        if not data and self._parsing is not None and now - self._told_at >= SILENCE:
+            data = b": a call is being written\n\n"  # a comment, which clients pass over
+        if data:
+            self._told_at = now
+        return data
 
     def whole(self, generations: list[Generation]) -> bytes:
         (generation,) = generations
@@ -146,11 +201,16 @@ class ChatAnswer(Answer):
     def _choice(self, generation: Generation, index: int) -> ChatChoice:
         output = generation.output.outputs[index]
         check(output)
+        message, reason = ChatMessage(self._role, output.text), output.finish_reason
+        if self._parsing is not None:
+            message, reason = whole_message(self._parsing, self._role, output)
+        if self._echoed:
+            message.content = self._echoed + (message.content or "")
         return ChatChoice(
             index=index,
-            message=ChatMessage(self._role, self._echoed + output.text),
+            message=message,
             logprobs=self._shown(output, output.token_ids),
-            finish_reason=output.finish_reason,  # type: ignore[arg-type]
+            finish_reason=reason,  # type: ignore[arg-type]
             stop_reason=output.stop_reason,
             token_ids=output.token_ids if self.return_ids else None,
         )
@@ -172,24 +232,41 @@ class ChatAnswer(Answer):
             tail = b'],"prompt_token_ids":' + ids + tail[1:]
         data = self._head + part + tail
         if self._echoed:
-            data += self._head + self._plain(choice, self._echoed) + self._tail
+            data += self._head + _content(choice, self._echoed) + self._tail
         return data
 
     def _plain(self, choice: int, text: str) -> bytes:
-        return b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}' % (
-            choice,
-            to_json(text),
-        )
+        if self._parsing is None:
+            return _content(choice, text)
+        delta = self._stream(choice).push(text)
+        return b"" if delta is None else to_json(ChatChunkChoice(index=choice, delta=delta))
+
+    def _stream(self, choice: int) -> ChoiceStream:
+        assert self._parsing is not None
+        if choice not in self._streams:
+            self._streams[choice] = ChoiceStream(self._parsing)
+        return self._streams[choice]
 
     def _full(self, generation: Generation, piece: Piece, choice: int) -> bytes:
         output = generation.output.outputs[piece.index]
-        finished = piece.finish_reason is not None
+        finished, reason = piece.finish_reason is not None, piece.finish_reason
+        if self._parsing is None:
+            delta = ChatDelta(content=piece.text) if piece.text or not finished else ChatDelta()
+        else:
+            delta, reason = self._stream(choice).last(piece.text, reason)
         part = ChatChunkChoice(
             index=choice,
-            delta=ChatDelta(content=piece.text) if piece.text or not finished else ChatDelta(),
+            delta=delta,
             logprobs=self._shown(output, piece.token_ids),
-            finish_reason=output.finish_reason,  # type: ignore[arg-type]
+            finish_reason=reason,  # type: ignore[arg-type]
             stop_reason=output.stop_reason if finished else UNSET,
             token_ids=piece.token_ids if self.return_ids else UNSET,
         )
         return to_json(part)
+
+
+def _content(choice: int, text: str) -> bytes:
+    return b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}' % (
+        choice,
+        to_json(text),
+    )

@@ -8,6 +8,7 @@ from typing import Any
 from engine.config import group_of, option
 from engine.errors import ConfigError
 from engine.log import FORMATS
+from engine.parsing.formats import AUTO, CALL_NAMES, NONE, THINKING_NAMES
 from engine.vllm_options import translated
 
 
@@ -45,6 +46,16 @@ class RouterConfig:
     trust_request_chat_template: bool = option(
         False,
         "let requests bring chat templates of their own; a template can keep a processor busy",
+    )
+    tool_call_parser: str = option(
+        AUTO,
+        "how the model writes tool calls; auto finds it by the chat template",
+        choices=(AUTO, NONE, *CALL_NAMES),
+    )
+    reasoning_parser: str = option(
+        AUTO,
+        "how the model writes what it thinks; auto finds it by the chat template",
+        choices=(AUTO, NONE, *THINKING_NAMES),
     )
     max_body_bytes: int = option(16 << 20, "refuse larger request bodies", least=1)
     max_connections_per_client: int | None = option(

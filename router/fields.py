@@ -21,9 +21,13 @@ TEXT = {"type": "text"}
 HARMLESS = (
     "metadata",
     "parallel_tool_calls",
+    "prediction",
     "prompt_cache_key",
     "safety_identifier",
+    "service_tier",
     "session_id",
+    "store",
+    "verbosity",
 )
 
 # Fields of OpenAI's and vLLM's APIs that are not supported, with the values at which they ask for
@@ -36,16 +40,12 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "functions": (),
     "modalities": (["text"],),
     "moderation": (),
-    "prediction": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
     "reasoning_effort": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
     "suffix": (),
     "tool_choice": ("none", "auto"),
     "tools": (),
-    "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM's
     "cache_salt": (),
@@ -92,6 +92,9 @@ def read(body: bytes, kind: type[T], allow_unknown: bool) -> T:
     if not isinstance(values, dict):
         raise wrong("the body must be a JSON object")
     known = getattr(kind, "__struct_fields__")  # noqa: B009  # of every Struct
+    for name in NEUTRAL.keys() & values.keys() & set(known):
+        if asks_for_nothing(values[name]):
+            values[name] = None
     for name in [name for name in values if name not in known]:
         value = values.pop(name)
         if name in NEUTRAL:

@@ -16,6 +16,7 @@ from router.schema import (
     DetokenizeRequest,
     Message,
     TokenizeRequest,
+    Tool,
 )
 
 _REF = "#/components/schemas/{name}"
@@ -79,7 +80,7 @@ def describe(app: FastAPI, keys: bool) -> None:
 def _description(app: FastAPI, keys: bool) -> dict[str, Any]:
     kinds = [k for _, *pair, _ in _PATHS.values() for k in pair if k is not None]
     refs, schemas = msgspec.json.schema_components(
-        [*kinds, ErrorResponse, Message], ref_template=_REF
+        [*kinds, ErrorResponse, Message, Tool], ref_template=_REF
     )
     by_kind = dict(zip(kinds, refs, strict=False))
     _complete(schemas)
@@ -147,19 +148,27 @@ def _complete(schemas: dict[str, Any]) -> None:
     schemas["Message"]["additionalProperties"] = False
     for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest"):
         properties = schemas[name]["properties"]
-        if "messages" in properties:
-            for kind in (properties["messages"], *properties["messages"].get("anyOf", ())):
+        for field in NEUTRAL.keys() & properties.keys():  # known here, not everywhere
+            properties[field]["anyOf"].append({"enum": ["", [], {}]})
+        for field, item in (("messages", "Message"), ("tools", "Tool")):
+            listed = properties.get(field, {})
+            for kind in (listed, *listed.get("anyOf", ())):
                 if "items" in kind:
-                    kind["items"] = {"$ref": _REF.format(name="Message")}
+                    kind["items"] = {"$ref": _REF.format(name=item)}
     for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest"):
         schemas[name]["additionalProperties"] = {"type": "null"}
-    for name in ("ChatRequest", "CompletionRequest"):
+    kinds = {
+        name: set(schemas[name]["properties"]) for name in ("ChatRequest", "CompletionRequest")
+    }
+    for name in kinds:
         properties = schemas[name]["properties"]
         for field in properties:
             properties[field] = _with_numbers_as_text(properties[field])
-        for field in HARMLESS:
+        for field in set(HARMLESS) - kinds[name]:
             properties[field] = {"description": "accepted; has no effect"}
         for field, values in NEUTRAL.items():
+            if field in kinds[name]:
+                continue
             properties[field] = {
                 "description": "not supported",
                 "enum": [None, "", [], {}, *values],

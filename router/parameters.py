@@ -24,18 +24,18 @@ def refuse_contradictions(body: Sampling, info: EngineInfo) -> None:
 
 
 def sampling_of(body: Sampling, defaults: SamplingParams, **own: Any) -> SamplingParams:
-    """The sampling parameters of a request's common fields, and ``own`` ones.
+    """The sampling parameters of a request's common fields, and ``own`` ones, which go before.
 
     Raises RequestError, naming the field.
     """
-    values: dict[str, Any] = dict(own)
+    values: dict[str, Any] = {}
     for name in _WITH_DEFAULTS:
         value = getattr(body, name)
         values[name] = getattr(defaults, name) if value is None else value
     for name in _WITHOUT_DEFAULTS:
         if (value := getattr(body, name)) is not None:
             values[name] = value
-    return SamplingParams(**values)
+    return SamplingParams(**{**values, **own})
 
 
 _WITH_DEFAULTS = (

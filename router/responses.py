@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -93,13 +93,32 @@ class ChatLogprobs(msgspec.Struct):
     content: list[TokenLogprob]
 
 
+class CalledFunction(msgspec.Struct):
+    """A function of the client's, and the JSON object that are its arguments."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    """A call that the model makes. In the chunks of a stream ``index`` says which."""
+
+    index: int | UnsetType = UNSET
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(msgspec.Struct):
-    """What the model says. The fields that are always null are OpenAI's and vLLM's."""
+    """What the model says: null where it calls tools, or thinks, and says nothing. ``refusal`` is
+    OpenAI's. The reasoning has two names, vLLM's and that of most clients."""
 
     role: str
-    content: str
+    content: str | None
     refusal: None = None
-    reasoning: None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -132,6 +151,9 @@ class ChatDelta(msgspec.Struct):
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):

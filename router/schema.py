@@ -45,6 +45,10 @@ TemplateVariables = Annotated[
         description="further variables of the chat template; one that it does not use has no effect"
     ),
 ]
+Tools = Annotated[
+    Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None,
+    Meta(description="functions that the model may call"),
+]
 Documents = Annotated[
     list[dict[str, str]] | None, Meta(description="for chat templates that take documents")
 ]
@@ -218,10 +222,43 @@ class Message(msgspec.Struct, kw_only=True):
     reasoning_content: str | None = None
 
 
+class FunctionTool(msgspec.Struct, kw_only=True):
+    """What describes a function to the model. Further entries go to the chat template as well."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:/-]{1,128}(?!\n)$")]
+    description: str | None = None
+    parameters: Annotated[dict[str, Any] | None, Meta(description="a JSON schema")] = None
+    strict: Annotated[
+        bool | None, Meta(description="accepted; arguments are not constrained yet")
+    ] = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    """A tool that the model may call."""
+
+    type: Annotated[str, Meta(pattern="^function$")]
+    function: FunctionTool
+
+
 class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/chat/completions."""
 
     messages: Messages
+    tools: Tools = None
+    tool_choice: Annotated[
+        str | dict[str, Any] | None,
+        Meta(description="auto; none, required, or the function that must be called"),
+    ] = None
+    parallel_tool_calls: Annotated[
+        bool | None, Meta(description="false leaves out all calls but the first")
+    ] = None
+    reasoning_effort: Annotated[
+        Annotated[str, Meta(pattern="^(none|minimal|low|medium|high|xhigh|max)$")] | None,
+        Meta(description="a variable of the chat template; none also asks it for no thinking"),
+    ] = None
+    include_reasoning: Annotated[
+        bool | None, Meta(description="false leaves the reasoning out of the answer")
+    ] = None
     add_generation_prompt: AddGenerationPrompt = None
     continue_final_message: ContinueFinalMessage = None
     add_special_tokens: AddSpecialTokens = None
@@ -251,6 +288,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools = None
     add_generation_prompt: AddGenerationPrompt = None
     continue_final_message: ContinueFinalMessage = None
     add_special_tokens: AddSpecialTokens = None

@@ -155,7 +155,11 @@ def test_neutral_and_harmless_fields(http: httpx.Client) -> None:
     }  # fmt: skip
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, **fields}
     assert http.post(CHAT, json=body).status_code == 200
-    for name, value in (("store", True), ("length_penalty", 0.5), ("use_beam_search", True)):
+    for name, value in (
+        ("modalities", ["audio"]),
+        ("length_penalty", 0.5),
+        ("use_beam_search", True),
+    ):
         error = error_of(http.post(CHAT, json={**body, name: value}))
         assert error["param"] == name and error["code"] == "unsupported_value"
 

@@ -389,7 +389,7 @@ def test_chat_errors(client: openai.OpenAI) -> None:
         openai.BadRequestError, messages=[{"role": "user", "content": image}]
     )
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert "tools is not supported" in refused(openai.BadRequestError, tools=tools)
+    assert "--tool-call-parser names" in refused(openai.BadRequestError, tools=tools)
     assert "response_format" in refused(openai.BadRequestError, response_format={"type": "grammar"})
     assert "needs logprobs" in refused(openai.BadRequestError, top_logprobs=2)
     template = {"chat_template": "{{ messages[0].content }}"}

@@ -95,6 +95,8 @@ def likely(body: dict[str, Any]) -> dict[str, Any]:
     """The request without what is valid by itself, but hardly ever for this model, or together."""
     for field in ("model", "chat_template", "chat_template_kwargs", "documents", "max_tokens"):
         body.pop(field, None)
+    for field in ("tools", "tool_choice"):
+        body.pop(field, None)
     for field in ("prompt", "tokens", "stop_token_ids", "allowed_token_ids"):
         if field in body:
             body[field] = in_vocabulary(body[field])

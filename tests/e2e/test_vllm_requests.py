@@ -10,6 +10,7 @@ import pytest
 
 from engine.config import EMBEDDED_MODEL
 from router.fields import NEUTRAL
+from router.schema import ChatRequest, TokenizeRequest
 from tests.support.server import Server, serving
 
 FRANCE = "The capital of France is"
@@ -62,7 +63,10 @@ def refused(http: httpx.Client, path: str, status: int = 400, **fields: Any) -> 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_what_is_not_supported_may_ask_for_nothing(name: str, http: httpx.Client) -> None:
     values = [None, [], {}, *NEUTRAL[name]]
+    own = {CHAT: ChatRequest.__struct_fields__, "/tokenize": TokenizeRequest.__struct_fields__}
     for path in (COMPLETIONS, CHAT, "/tokenize"):
+        if name in own.get(path, ()):
+            continue
         for value in values if path == "/tokenize" else values[-1:]:
             body = {"max_tokens": 1} if path != "/tokenize" else {}
             body |= {"messages": [USER]} if path == CHAT else {"prompt": FRANCE}
@@ -92,7 +96,7 @@ def test_fields_that_ask_for_something_that_is_not_there(http: httpx.Client) -> 
         (CHAT, {"top_logprobs": 1}, "top_logprobs"),
         (CHAT, {"a_field_of_another_server": 0}, "a_field_of_another_server"),
         (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
-        ("/tokenize", {"tools": [{"type": "function"}]}, "tools"),
+        ("/tokenize", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ):
         assert refused(http, path, **fields)["param"] == param

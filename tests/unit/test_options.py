@@ -112,7 +112,8 @@ def test_what_asks_for_nothing_is_accepted(name: str, capsys: pytest.CaptureFixt
     [
         ("--quantization awq", "quantization='awq' is not supported: weights and KV blocks are"),
         ("-q fp8", "quantization='fp8' is not supported"),
-        ("--enable-auto-tool-choice", "enable_auto_tool_choice=True is not supported: output is"),
+        ("--tool-server demo", "tool_server='demo' is not supported: output is"),
+        ("--tool-call-parser hermse", "tool_call_parser must be one of auto, none, cohere"),
         ("--cudagraph-capture-sizes 1 2 4", "cudagraph_capture_sizes=1 is not supported"),
         ("--compilation-config.level 3", "compilation_config='--compilation-config.level' is not"),
         ("-O3", "optimization_level=3 is not supported: nothing is captured"),
