@@ -106,7 +106,8 @@ def join_own_ray(folder: Path, address: str) -> None:
     if token.exists():
         os.environ["RAY_AUTH_MODE"] = "token"
         _use_token(token)
-    join_ray(address)
+    with _on_loopback():  # else Ray would look for it at this machine's own address
+        join_ray(address)
 
 
 def _use_token(path: Path) -> None:

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from engine.engine import child_seed
+from engine.continuation import child_seed
 from engine.errors import CheckpointError, ConfigError, EngineError, RequestError
 from manta import SamplingParams
 from tests.parity.tiny_models import TINY_MODELS
@@ -398,8 +398,15 @@ def test_no_logprobs_unless_asked_for(llm):
 # ---- metrics ----
 
 
+def forget(llm):
+    """Every cached prefix."""
+    kv = llm.engine.scheduler.kv
+    kv.device.forget_all()
+    kv.cpu.forget_all()
+
+
 def test_metrics(llm):
-    llm.engine.reset_prefix_cache()
+    forget(llm)
     prompt = draw_prompt(random.Random(4), 50)
     first, second = (generate(llm, prompt, GREEDY)[0] for _ in range(2))
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 48)
@@ -413,7 +420,7 @@ def test_metrics(llm):
         assert metrics.time_in_queue == times[1] - times[0] >= 0
         assert metrics.num_preemptions == 0
     assert first.metrics.finished_time < second.metrics.arrival_time
-    llm.engine.reset_prefix_cache()
+    forget(llm)
     assert generate(llm, prompt, GREEDY)[0].num_cached_tokens == 0
 
 
