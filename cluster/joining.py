@@ -9,14 +9,13 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from cluster.processes import descendants, end, runs
 from engine.errors import ConfigError, EngineError
-from engine.folders import RunFolder
+from engine.folders import TOKEN, RunFolder
 from engine.log import get_logger, waiting_for
 
 log = get_logger("cluster")
@@ -28,7 +27,6 @@ OBJECT_STORE_BYTES = 100 << 20  # nothing of ours passes through Ray's object st
 LEAST_FILES = 1024  # open files that Ray's processes, HAProxy and a model's workers get by with
 _AGENTS_PATIENCE = 1.0  # seconds that Ray's agents have to end after it
 _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
-_TOKEN = "auth_token"  # the file, in the folder of an ``OwnRay``
 
 
 def connect_ray() -> None:
@@ -100,19 +98,10 @@ def join_ray(address: str, **options: Any) -> None:
             ) from error
 
 
-def join_own_ray(folder: Path, address: str) -> None:
-    """Join the ``OwnRay`` of another process of this user, by its folder."""
-    token = folder / _TOKEN
-    if token.exists():
-        os.environ["RAY_AUTH_MODE"] = "token"
-        _use_token(token)
+def join_own_ray() -> None:
+    """Join the ``OwnRay`` of another process of this user, which the environment names."""
     with _on_loopback():  # else Ray would look for it at this machine's own address
-        join_ray(address)
-
-
-def _use_token(path: Path) -> None:
-    os.environ[_TOKEN_PATH] = str(path)
-    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
+        connect_ray()
 
 
 def _answers(address: str) -> str | None:
@@ -219,7 +208,7 @@ class OwnRay:
         inner = descendants(ours)
         ray.shutdown()
         end(inner, _AGENTS_PATIENCE)
-        if os.environ.get(_TOKEN_PATH) == str(self.folder / _TOKEN):
+        if os.environ.get(_TOKEN_PATH) == str(self.folder / TOKEN):
             del os.environ[_TOKEN_PATH]
         if keep:
             self._files.leave()
@@ -232,10 +221,11 @@ class OwnRay:
             return
         if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", _TOKEN_PATH)):
             return
-        path = self.folder / _TOKEN
+        path = self.folder / TOKEN
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32))
-        _use_token(path)
+        os.environ[_TOKEN_PATH] = str(path)
+        ray._raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
 
 
 def _own_processes() -> dict[str, list[Any]]:

@@ -4,8 +4,11 @@ import argparse
 import os
 from typing import Any
 
+from deploy.settings import SCALABLE
 from engine.errors import ConfigError, EngineError
-from engine.folders import RunFolder
+from engine.folders import TOKEN, RunFolder
+
+_ADDRESS = "RAY_ADDRESS"
 
 
 def add_commands(commands: Any) -> None:
@@ -55,8 +58,6 @@ def _engines(args: argparse.Namespace) -> None:
 
 
 def _scale(args: argparse.Namespace) -> None:
-    from deploy.engine_set import SCALABLE
-
     changes = {name: getattr(args, name) for name in SCALABLE}
     if all(value is None for value in changes.values()):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in SCALABLE)
@@ -79,9 +80,9 @@ def _connect(port: int | None) -> None:
 
     Raises ConfigError or EngineError if there is none, or several.
     """
-    from cluster.joining import ADDRESS, connect_ray, join_own_ray
+    if os.environ.get(_ADDRESS):
+        from cluster.joining import connect_ray
 
-    if os.environ.get(ADDRESS):
         connect_ray()
         return
     found = {
@@ -93,10 +94,15 @@ def _connect(port: int | None) -> None:
         raise EngineError(
             "no `manta serve` of this user runs on this machine"
             + ("" if port is None else f" at port {port}")
-            + f"; name its cluster with {ADDRESS}"
+            + f"; name its cluster with {_ADDRESS}"
         )
     if len(found) > 1:
         ports = ", ".join(sorted(said["port"] for said in found.values()))
         raise ConfigError(f"several servers run on this machine: give --port, one of {ports}")
     ((folder, said),) = found.items()
-    join_own_ray(folder, said["ray"])
+    os.environ[_ADDRESS] = said["ray"]
+    if (token := folder / TOKEN).exists():  # Ray reads it when it is imported, and never again
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    from cluster.joining import join_own_ray
+
+    join_own_ray()

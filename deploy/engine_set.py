@@ -22,24 +22,29 @@ from cluster.directory import Directory
 from cluster.joining import connect_ray
 from cluster.transport import RemoteClient
 from deploy.serve import APPLICATION, engine_application
-from deploy.settings import Settings
+from deploy.settings import SCALABLE, Settings
 from engine.errors import ConfigError, EngineError
 from engine.log import get_logger, waiting_for
 
 log = get_logger("serve")
 
-# Of a server's options those that may change while it runs.
-SCALABLE = ("num_replicas", "tensor_parallel_size", "pipeline_parallel_size", "revision")
 _KEY, _NAMESPACE = f"{APPLICATION}/engine_set", "manta"
 _LOOK_EVERY = 0.1  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineSet:
-    """The engines that a server is to have. ``generation`` counts shapes and revisions."""
+    """The engines that a server is to have, ``count`` of them. ``generation`` counts shapes and
+    revisions; ``options`` are those with which it began: with others Serve would replace it."""
 
     options: Mapping[str, Any]
+    count: int
     generation: int = 0
+
+    @classmethod
+    def first(cls, settings: Settings) -> "EngineSet":
+        """Those with which a server starts."""
+        return cls(settings.options, settings.router.num_replicas)
 
     @property
     def application(self) -> str:
@@ -48,9 +53,8 @@ class EngineSet:
     def target(self) -> serve.RunTarget:
         """What Serve is to run."""
         settings = Settings.from_options(self.options)
-        return serve.RunTarget(
-            engine_application(settings), name=self.application, route_prefix=None
-        )
+        engines = engine_application(settings, self.count, str(self.generation))
+        return serve.RunTarget(engines, name=self.application, route_prefix=None)
 
     def save(self) -> None:
         """Have others find it."""
@@ -84,17 +88,20 @@ def scale(timeout: float | None = None, **changes: Any) -> None:
     connect_ray()
     now = EngineSet.found()
     asked = {name: value for name, value in changes.items() if value is not None}
-    options = {**now.options, **asked}
+    options = {**now.options, "num_replicas": now.count, **asked}
     settings = Settings.from_options(options)
+    count = settings.router.num_replicas
     reshaped = any(now.options.get(n) != v for n, v in asked.items() if n != "num_replicas")
-    new = EngineSet(options, now.generation + reshaped)
+    new = dataclasses.replace(now, count=count)
+    if reshaped:
+        new = EngineSet(options, count, now.generation + 1)
     if timeout is None:
         timeout = settings.router.startup_timeout
     if reshaped:
         check_room(settings)
     serve.run_many([new.target()], wait_for_applications_running=False)
     try:
-        _wait_until_it_runs(new, settings.router.num_replicas, time.monotonic() + timeout)
+        _wait_until_it_runs(new, time.monotonic() + timeout)
     except BaseException:
         if reshaped:
             serve.delete(new.application)
@@ -163,9 +170,10 @@ async def _leave(address: str) -> None:
     await client.close()
 
 
-def _wait_until_it_runs(new: EngineSet, count: int, deadline: float) -> None:
+def _wait_until_it_runs(new: EngineSet, deadline: float) -> None:
+    name = new.application
     with waiting_for(log, "the engines to be ready"):
-        while not (application_runs(new.application) and _replicas(new.application) == count):
+        while not (application_runs(name) and _replicas(name) == new.count):
             if time.monotonic() > deadline:
                 raise EngineError("the new engines were not ready in time")
             time.sleep(_LOOK_EVERY)

@@ -112,15 +112,19 @@ def build(options: Mapping[str, Any]) -> serve.Application:
     return ingress_application(settings, engine_application(settings))
 
 
-def engine_application(settings: Settings) -> serve.Application:
-    """The engines alone."""
+def engine_application(
+    settings: Settings, count: int | None = None, version: str | None = None
+) -> serve.Application:
+    """The engines alone; ``count`` of them, or as many as the settings say. ``version``: those that
+    run of the same one stay, where Serve would replace them for another ``count``."""
     engine = serve.deployment(
         name="Engine",
-        num_replicas=settings.router.num_replicas,
+        num_replicas=settings.router.num_replicas if count is None else count,
         max_constructor_retry_count=2,
         ray_actor_options=needed(settings.engine),
         **_common(settings),
     )(EngineReplica)
+    engine._version = version
     return engine.bind(dict(settings.options), APPLICATION)
 
 

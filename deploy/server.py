@@ -104,7 +104,7 @@ class _Server:
             from deploy.serve import APPLICATION, ingress_application
 
             self._deployed = True
-            engines = EngineSet(self._settings.options)
+            engines = EngineSet.first(self._settings)
             ingress = ingress_application(self._settings)
             serve.run_many(
                 [serve.RunTarget(ingress, APPLICATION, route_prefix="/"), engines.target()],
@@ -265,7 +265,7 @@ class _Server:
 
         timeout = self._settings.router.startup_timeout
         deadline = self._started + timeout
-        engines = EngineSet(self._settings.options).application
+        engines = EngineSet.first(self._settings).application
         with waiting_for(log, "the engines to be ready"):
             while not (application_runs(engines) and application_runs(APPLICATION)):
                 if time.monotonic() > deadline:

@@ -14,6 +14,8 @@ from engine.vllm_options import translated
 from router.config import RouterConfig
 
 CPU_STEP_TOKENS = 320
+# Of a server's options those that may change while it runs.
+SCALABLE = ("num_replicas", "tensor_parallel_size", "pipeline_parallel_size", "revision")
 STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a replica
 
 

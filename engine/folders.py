@@ -24,6 +24,7 @@ _PREFIX = "manta-"
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 _LOCK = "lock"
 _NOTE = "note.json"
+TOKEN = "auth_token"  # the file with the token of a Ray that a process has in its folder
 _HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
 
 
