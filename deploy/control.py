@@ -53,8 +53,9 @@ def _engines(args: argparse.Namespace) -> None:
     _connect(args.port)
     from deploy.engine_set import engines
 
-    for id, where in engines().items():
-        print(f"{id}  {where}")
+    for id, load in engines().items():
+        state = "" if load.admits else "  recovering" if load.recovering else "  draining"
+        print(f"{id}  {load.running} running  {load.waiting} waiting{state}")
 
 
 def _scale(args: argparse.Namespace) -> None:

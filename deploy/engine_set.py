@@ -18,6 +18,7 @@ from ray import serve
 from ray.experimental import internal_kv
 from ray.serve.schema import ApplicationStatus
 
+from cluster.client import EngineLoad
 from cluster.directory import Directory
 from cluster.joining import connect_ray
 from cluster.transport import RemoteClient
@@ -143,12 +144,12 @@ def drain(engine_id: str, timeout: float = 60.0) -> None:
     Raises ConfigError if there is no such engine, EngineError if it is still there after
     ``timeout`` seconds, as one is that has nobody to hand over to.
     """
+    there = engines()
+    if engine_id not in there:
+        names = ", ".join(there) or "none"
+        raise ConfigError(f"there is no engine {engine_id!r}; there are: {names}")
     directory = Directory(APPLICATION)
-    found = directory.find("engine")
-    if engine_id not in found:
-        there = ", ".join(sorted(found)) or "none"
-        raise ConfigError(f"there is no engine {engine_id!r}; there are: {there}")
-    asyncio.run(_leave(found[engine_id]))
+    asyncio.run(_leave(directory.find("engine")[engine_id]))
     deadline = time.monotonic() + timeout
     while engine_id in directory.find("engine"):
         if time.monotonic() > deadline:
@@ -156,10 +157,26 @@ def drain(engine_id: str, timeout: float = 60.0) -> None:
         time.sleep(_LOOK_EVERY)
 
 
-def engines() -> dict[str, str]:
-    """The engines' ids, with where each listens."""
-    found = Directory(APPLICATION).find("engine")
-    return {id: " ".join(address.split()[:2]) for id, address in sorted(found.items())}
+def engines() -> dict[str, EngineLoad]:
+    """What each engine that answers has to do, by its id."""
+
+    async def loads() -> dict[str, EngineLoad]:
+        found = sorted(Directory(APPLICATION).find("engine").items())
+        loads = await asyncio.gather(*(_load(address) for _, address in found))
+        return {id: load for (id, _), load in zip(found, loads, strict=True) if load is not None}
+
+    return asyncio.run(loads())
+
+
+async def _load(address: str) -> EngineLoad | None:
+    """None where nobody answers: an engine that died leaves its entry to whoever finds it so."""
+    try:
+        client = await RemoteClient.open(address, timeout=2.0)
+    except EngineError:
+        return None
+    load = client.load
+    await client.close()
+    return load
 
 
 async def _leave(address: str) -> None:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,7 +178,7 @@ async def disturb(
     """Do one harm after the other; each when two engines serve."""
     stopped: list[int] = []
     for event in events:
-        await _until_engines_serve(served, 2)
+        await _until(served, lambda admitting: admitting >= 2)
         await asyncio.sleep(draw.random() * 2)
         chaos.events[event] += 1
         pids = [pid for pid in engine_pids(session) if pid not in stopped]
@@ -185,27 +186,29 @@ async def disturb(
             pid = draw.choice(pids)
             os.kill(pid, signal.SIGKILL if event == "kill" else signal.SIGSTOP)
             stopped += [pid] * (event == "stop")
+            await _until(served, lambda admitting: admitting < 2)  # it is missed
         elif event == "drain":
-            ids = (await manta(served, "engines")).split("\n")[0]
-            await manta(served, "drain", ids.split()[0], "--timeout", "120")
+            lines = (await manta(served, "engines")).splitlines()
+            await manta(served, "drain", draw.choice(lines).split()[0], "--timeout", "120")
         else:
             await manta(served, "scale", "--num-replicas", "3")
             await manta(served, "scale", "--num-replicas", "2")
-    await _until_engines_serve(served, 2)
+    await _until(served, lambda admitting: admitting >= 2)
     for pid in stopped:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-async def _until_engines_serve(served: Served, count: int) -> None:
+async def _until(served: Served, enough: Callable[[int], bool]) -> None:
+    """Wait for a number of engines that take requests."""
     deadline = time.monotonic() + PATIENCE
     async with httpx.AsyncClient(timeout=PATIENCE) as client:
         while True:
             engines = (await client.get(f"{served.url}/load")).json()["engines"]
-            if sum(e["healthy"] and not e["draining"] for e in engines) >= count:
+            if enough(sum(one["healthy"] and not one["draining"] for one in engines)):
                 return
             assert time.monotonic() < deadline, engines
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
 
 
 async def soak(
@@ -213,7 +216,7 @@ async def soak(
 ) -> Chaos:
     """Undisturbed, then disturbed by ``events`` in this order."""
     chaos, asked = Chaos(), requests(count, seed)
-    await _until_engines_serve(served, 2)
+    await _until(served, lambda admitting: admitting >= 2)
     expected = await ask_all(served.url, asked, streams, chaos, None)
     assert not chaos.errors and None not in expected, chaos.errors
     chaos.answers, chaos.gaps = 0, []
