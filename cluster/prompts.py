@@ -107,19 +107,29 @@ def requests_of(
     request_ids: Iterator[str],
     draw: random.Random = SYSTEM_RANDOM,
 ) -> list[Continuation]:
-    """A request for each prompt; those without a seed get theirs from ``draw``."""
-    return [
-        begin(
-            next(request_ids),
-            ids,
-            params,
-            bad_words=tokenizer.bad_words_ids(params.bad_words),
-            priority=priority,
-            timeout=timeout,
-            draw=draw,
+    """A request for each prompt; those without a seed get theirs from ``draw``.
+
+    Raises RequestError, naming the prompt, for bad_words that are no tokens.
+    """
+    requests = []
+    each = zip(prompts, sampling, priorities, strict=True)
+    for number, ((_, ids), params, priority) in enumerate(each):
+        try:
+            bad_words = tokenizer.bad_words_ids(params.bad_words)
+        except RequestError as error:
+            raise RequestError(f"prompt {number}: {error}") from None
+        requests.append(
+            begin(
+                next(request_ids),
+                ids,
+                params,
+                bad_words=bad_words,
+                priority=priority,
+                timeout=timeout,
+                draw=draw,
+            )
         )
-        for (_, ids), params, priority in zip(prompts, sampling, priorities, strict=True)
-    ]
+    return requests
 
 
 def one_for_each(

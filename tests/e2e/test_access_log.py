@@ -32,7 +32,8 @@ def test_every_line_is_json_and_each_request_has_one(tmp_path: Path) -> None:
         url = f"{server.url}/v1"
         told = {}
         for number in range(8):
-            body = {"model": "manta-demo", "prompt": f"{SECRET} {number}", "n": 2, "max_tokens": 9}
+            body = {"model": "manta-demo", "prompt": f"{SECRET} {number}", "n": 2, "max_tokens": 9,
+                    "ignore_eos": True}  # fmt: skip
             headers = {**AUTH, "X-Request-Id": f"own-{number}"}
             answer = httpx.post(f"{url}/completions", json=body, headers=headers, timeout=PATIENCE)
             told[f"own-{number}"] = answer.json()["usage"]

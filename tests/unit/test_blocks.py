@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 )
 
 from engine.blocks import ROOT, BlockPool, blocks_for, hash_block
+from engine.continuation import begin
 from engine.kv import KVBlocks
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -160,7 +161,7 @@ class KVMachine(RuleBasedStateMachine):
             if len(tokens) < most and len(self.all) < 10:
                 asked = 0 if draw.random() < 0.1 else None  # then nothing comes from the cache
                 sampling = SamplingParams(prompt_logprobs=asked)
-                seq = Sequence(str(len(self.written)), tokens, sampling, max_total=most)
+                seq = Sequence(begin(str(len(self.written)), tokens, sampling), max_total=most)
                 self.written[seq] = list(tokens)
                 self.waiting.append(seq)
                 self.all.append(seq)
@@ -305,7 +306,6 @@ class KVMachine(RuleBasedStateMachine):
             table = self.tables.setdefault(slot, [])
             assert index == len(table)
             table.append(block)
-        assert not len(copies.within)
         for pairs, source, target in (
             (copies.out, self.device, self.cpu),
             (copies.in_, self.cpu, self.device),
@@ -399,7 +399,7 @@ def test_a_prefix_is_held_whole_before_a_part_of_it_is_promoted():
     kv = KVBlocks(3, 2, 1, prefix_caching=True)
 
     def run(tokens):
-        seq = Sequence("", tokens, SamplingParams(), max_total=9)
+        seq = Sequence(begin("", tokens, SamplingParams()), max_total=9)
         prefix = kv.match(seq)
         kv.claim(seq, prefix)
         assert kv.grow(seq, len(tokens))
@@ -421,7 +421,7 @@ def test_a_prefix_is_held_whole_before_a_part_of_it_is_promoted():
 def test_a_swap_out_needs_room_beside_the_copies_that_are_there(num_cpu, fits):
     """The CPU copies left by the last swap are used again, so they are no room for what is new."""
     kv = KVBlocks(6, num_cpu, 1, prefix_caching=True)
-    seq = Sequence("", [1, 2, 3], SamplingParams(), max_total=9)
+    seq = Sequence(begin("", [1, 2, 3], SamplingParams()), max_total=9)
     seq.computed = 3
     assert kv.grow(seq, 3)
     kv.publish(seq)

@@ -15,7 +15,7 @@ LAYERS, DEVICE_BLOCKS, CPU_BLOCKS = 5, 40, 90
 
 
 def check_copies(device, seed, staging_bytes, busy=lambda: None):
-    """Steps of random copies out, in and within, then writes to blocks that were just freed.
+    """Steps of random copies out and in, then writes to blocks that were just freed.
 
     ``busy`` gives the device work in each step, so that copies that did not wait would be seen.
     Nothing is looked at before the end but by the device itself.
@@ -44,12 +44,8 @@ def check_copies(device, seed, staging_bytes, busy=lambda: None):
         on_cpu |= {c: on_device[b] for b, c in out}
         for c, b in in_:
             on_device[b] = on_cpu[c]
-        within = []
-        if draw.random() < 0.3:
-            a, b = draw.sample(range(DEVICE_BLOCKS), 2)
-            within, on_device[b] = [(a, b)], on_device[a]
         busy()
-        cache.copy(Copies(pairs(out), pairs(in_), pairs(within)))
+        cache.copy(Copies(pairs(out), pairs(in_)))
         for block in draw.sample(blocks, draw.randint(0, len(blocks))):
             number += 1
             on_device[block] = number
