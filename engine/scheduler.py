@@ -63,6 +63,9 @@ class _Kind(enum.Enum):
     DECODE = "decode"  # of the token that was sampled last
 
 
+_PREFILL, _DECODE = _Kind.PREFILL, _Kind.DECODE  # looked up for every row
+
+
 @dataclass(slots=True)
 class _Row:
     seq: Sequence
@@ -235,21 +238,19 @@ class Scheduler:
         decodes, prefills = [], []
         self._running = self.running
         for seq in self._running:
-            if seq.computed < seq.prefill_end:
+            if (computed := seq.computed) < seq.prefill_end:
                 prefills.append(seq)
-                continue
-            planned = not seq.computed < seq.known < seq.max_total  # all of its tokens
-            if not planned and (seq.runs_ahead or not seq.pending):
-                decodes.append(seq)
+            elif computed < seq.known < seq.max_total and (seq.runs_ahead or not seq.pending):
+                decodes.append(seq)  # else all of its tokens are planned, or it waits for one
         for seq in self._batch(decodes):
-            self._run(draft, seq, _Kind.DECODE, 1)
+            self._run(draft, seq, _DECODE, 1)
         draft.victims = None
         if self.batches > 1 and self.config.enable_chunked_prefill:
             draft.budget = min(draft.budget, self._prefill_share(prefills))
         for seq in prefills:  # after the decodes: a long prompt never holds them up
             if draft.budget and seq.state is State.RUNNING:
                 count = min(seq.prefill_end - seq.computed, draft.budget)
-                self._run(draft, seq, _Kind.PREFILL, count)
+                self._run(draft, seq, _PREFILL, count)
         draft.promised = sum(
             blocks_for(seq.known, self.kv.block_size) - len(seq.blocks) for seq in prefills
         )
@@ -291,7 +292,7 @@ class Scheduler:
         draft.tokens += count
         if wants:
             seq.pending += 1
-        if kind is _Kind.PREFILL:
+        if kind is _PREFILL:
             draft.prefill_tokens += count
             self.kv.publish(seq)  # what this step writes, later rows of it may already share
 
@@ -347,7 +348,7 @@ class Scheduler:
         count = min(seq.known - seq.computed, draft.budget)
         grown = self.kv.grow(seq, seq.computed + count)
         assert grown, "admission counted the blocks"
-        self._add_row(draft, seq, _Kind.PREFILL, count)
+        self._add_row(draft, seq, _PREFILL, count)
 
     def _unproven(self) -> bool:
         """Whether one runs already that may be what ends engines."""
