@@ -18,7 +18,8 @@ def test_nothing_leaks_and_every_answer_is_right() -> None:
     assert found.vanished > 50
     assert found.preemptions > 0
     assert not leftovers(found.load)
-    for what, most in (("files", 16), ("threads", 8), ("memory", 64 << 20)):
+    # HAProxy keeps up to a connection of each stream to an ingress replica for a while.
+    for what, most in (("files", 64 + 16), ("threads", 8), ("memory", 64 << 20)):
         for name, then, now in growth(found, before, what):
             assert now - then <= most, (what, name, then, now)
     assert not wrong_answers(found)
