@@ -78,7 +78,8 @@ class _Server:
         self._ray: OwnRay | None = None
         self._own_serve = False
         self._deployed = False  # or nearly: Serve was asked to
-        self._may_serve = False  # the application is Serve's: clients may be answered from now on
+        self._waiting = False  # for the application, with a look at ``_signalled`` now and then
+        self._may_serve = False  # the application runs: clients may be answered from now on
         self._stopped = False
 
     def start(self) -> None:
@@ -111,7 +112,7 @@ class _Server:
                 wait_for_applications_running=False,
             )
             engines.save()
-        self._may_serve = True
+        self._waiting = True
         self._wait_until_ready()
         self._ready = True
         scheme = "https" if router.ssl_certfile else "http"
@@ -265,15 +266,21 @@ class _Server:
 
         timeout = self._settings.router.startup_timeout
         deadline = self._started + timeout
-        engines = EngineSet.first(self._settings).application
+        names = EngineSet.first(self._settings).application, APPLICATION
         with waiting_for(log, "the engines to be ready"):
-            while not (application_runs(engines) and application_runs(APPLICATION)):
+            while not self._may_serve:
+                if self._signalled:
+                    self._may_serve = self._is_healthy()  # though Serve has not said so yet
+                    raise _StoppedEarly
+                self._may_serve = all(map(application_runs, names))
                 if time.monotonic() > deadline:
                     raise EngineError(f"no engine is ready within startup_timeout ({timeout:g} s)")
-                time.sleep(0.1)
+                time.sleep(0.0 if self._may_serve else 0.1)
         where = host_port(self._settings.router.host, self._settings.router.port)
         with waiting_for(log, f"an answer through HAProxy at {where}"):
             while not self._is_healthy():
+                if self._signalled:
+                    raise _StoppedEarly
                 if time.monotonic() > deadline:
                     raise EngineError(
                         f"no answer at {where} within startup_timeout ({timeout:g} s)"
@@ -348,7 +355,7 @@ class _Server:
         self._signalled = True
         if self._wake is not None:
             self._wake()
-        if not self._ready:
+        if not (self._ready or self._waiting):
             raise _StoppedEarly
 
     def _end_at_once(self, status: int) -> None:
