@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 class NamedEngine:
     """The ``Route`` to an engine that is found by its name: when it is lost, to the one that takes
-    its place. ``info`` is the last one's."""
+    its place. ``client`` leads to the last one."""
 
     def __init__(self, name: str, client: RemoteClient) -> None:
         self.client = client

@@ -5,14 +5,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
+from engine.children import child_environment
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from workers.rank import Call
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Launcher(Protocol):
@@ -62,7 +60,6 @@ class ProcessLauncher:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, call: Call) -> None:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         cpus = self._parallel.worker_cpus
         for rank in range(self._parallel.world_size):
             words = [str(rank), self.host, call.host, str(call.port), call.ring, call.token]
@@ -70,7 +67,7 @@ class ProcessLauncher:
             self._processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "workers.rank", *words],
-                    env=os.environ | {"PYTHONPATH": path} | self._visible(rank),
+                    env=child_environment(**self._visible(rank)),
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C is the executor's business
                 )

@@ -263,8 +263,8 @@ class EngineLoop:
     def _step(self) -> None:
         """Run a step if there is work; without any, see that the workers still live."""
         try:
-            self.engine.check()
             if not self.engine.has_work:
+                self.engine.check()
                 return
             if self.engine.recovering:
                 self._push_load(at_once=True)

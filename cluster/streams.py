@@ -71,6 +71,8 @@ class Stream:
     def __init__(self, request: Continuation, route: Route, policy: FailoverConfig) -> None:
         self.request_id = request.request_id
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
+        left = request.time_left
+        self._deadline = math.inf if left is None else self.metrics.arrival_time + left
         self._request = request
         self._route = route
         self._policy = policy
@@ -212,15 +214,14 @@ class Stream:
 
     def _continuation(self) -> Continuation:
         now = time.monotonic()
-        arrival, left = self.metrics.arrival_time, self._request.time_left
         return replace(
             self._request,
             outputs=tuple(
                 tokens.tolist() if index in self._unfinished else None
                 for index, tokens in enumerate(self._tokens)
             ),
-            time_left=None if left is None else max(0.0, arrival + left - now),
-            age=self._request.age + now - arrival,
+            time_left=None if self._deadline == math.inf else max(0.0, self._deadline - now),
+            age=self._request.age + now - self.metrics.arrival_time,
             moves=self._moves,
             deaths=self._deaths,
         )
@@ -228,29 +229,23 @@ class Stream:
     async def _go_on(self) -> None:
         """Look for an engine for a while; end if there is no time left."""
         now = time.monotonic()
-        left = self._request.time_left
-        if left is not None and now >= self.metrics.arrival_time + left:
+        if now >= self._deadline:
             self._finish(FinishReason.ABORT, "timeout")
             return
-        if await self._route.ready(min(SIGN, max(0.0, self._last_moment - now))):
+        give_up_at = self._lost_at + self._policy.failover_timeout
+        last_moment = min(self._deadline, give_up_at)
+        if await self._route.ready(min(SIGN, max(0.0, last_moment - now))):
             try:
                 found = await self._route.admit(self._continuation(), self)
-                if not self._unfinished:
+                if self._unfinished:
+                    self._attempt = found
+                else:
                     found.cancel()  # it was cancelled meanwhile
-                    return
-                self._attempt = found
                 return
             except (QueueFull, EngineError):
                 await asyncio.sleep(AGAIN)
-        if time.monotonic() >= self._lost_at + self._policy.failover_timeout:
+        if time.monotonic() >= give_up_at:
             self._error = EngineError(self._why)
-
-    @property
-    def _last_moment(self) -> float:
-        """When it ends if no engine takes it."""
-        left = self._request.time_left
-        deadline = math.inf if left is None else self.metrics.arrival_time + left
-        return min(deadline, self._lost_at + self._policy.failover_timeout)
 
     async def _try_to_leave(self, attempt: Attempt) -> None:
         """Go on at an engine that takes requests, if there is one; what the old one brings until

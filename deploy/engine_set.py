@@ -16,7 +16,7 @@ from typing import Any
 
 from ray import serve
 from ray.experimental import internal_kv
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from cluster.client import EngineLoad
 from cluster.directory import Directory
@@ -190,23 +190,24 @@ async def _leave(address: str) -> None:
 def _wait_until_it_runs(new: EngineSet, deadline: float) -> None:
     name = new.application
     with waiting_for(log, "the engines to be ready"):
-        while not (application_runs(name) and _replicas(name) == new.count):
+        while not (found := running(name)) or _replicas(found[0]) != new.count:
             if time.monotonic() > deadline:
                 raise EngineError("the new engines were not ready in time")
             time.sleep(_LOOK_EVERY)
 
 
-def application_runs(name: str) -> bool:
-    """Whether Serve says so. Raises EngineError, with the causes, if it gave up."""
-    found = serve.status().applications.get(name)
-    if found is None:
-        return False
-    if found.status == ApplicationStatus.DEPLOY_FAILED:
-        causes = [d.message for d in found.deployments.values() if d.message]
-        raise EngineError("\n".join(["the server did not start", *(causes or [found.message])]))
-    return bool(found.status == ApplicationStatus.RUNNING)
+def running(*names: str) -> list[ApplicationStatusOverview]:
+    """What Serve says of applications if all of them run; nothing if not. Raises EngineError, with
+    the causes, if it gave up on one."""
+    applications = serve.status().applications
+    found = [applications[name] for name in names if name in applications]
+    for one in found:
+        if one.status == ApplicationStatus.DEPLOY_FAILED:
+            causes = [d.message for d in one.deployments.values() if d.message]
+            raise EngineError("\n".join(["the server did not start", *(causes or [one.message])]))
+    statuses = [one.status for one in found]
+    return found if statuses == [ApplicationStatus.RUNNING] * len(names) else []
 
 
-def _replicas(name: str) -> int:
-    found = serve.status().applications[name].deployments["Engine"]
-    return sum(found.replica_states.values())
+def _replicas(engines: ApplicationStatusOverview) -> int:
+    return sum(engines.deployments["Engine"].replica_states.values())

@@ -49,7 +49,10 @@ def run(settings: Settings) -> int:
     try:
         try:
             server.start()
-        except _StoppedEarly:
+        except BaseException:
+            # What a handler raises may be anything once it has come through C++ and Cython.
+            if not server.signalled:
+                raise
             server.end_early()
         # Where a signal came while Ray's own C++ had a handler, that one aborts in three seconds.
         signal.alarm(0)
@@ -70,7 +73,7 @@ class _Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._started = time.monotonic()
-        self._signalled = False
+        self.signalled = False
         self._ready = False
         self._wake: Callable[[], object] | None = None  # has ``serve`` see a signal at once
         self._address: str | None = None  # of a cluster that is joined
@@ -78,7 +81,7 @@ class _Server:
         self._ray: OwnRay | None = None
         self._own_serve = False
         self._deployed = False  # or nearly: Serve was asked to
-        self._waiting = False  # for the application, with a look at ``_signalled`` now and then
+        self._waiting = False  # for the application, with a look at ``signalled`` now and then
         self._may_serve = False  # the application runs: clients may be answered from now on
         self._stopped = False
 
@@ -90,9 +93,8 @@ class _Server:
         try:
             self._start_ray()
         except SystemExit as exit:  # a signal that came while Ray's own handler was there
-            if exit.code != signal.SIGTERM:
-                raise
-            raise _StoppedEarly from None
+            self.signalled |= exit.code == signal.SIGTERM
+            raise
         if router.access_log or router.log_format == "json":
             worker_logs.forward(router.log_format == "json")
         self._catch_signals()  # Ray has set handlers of its own
@@ -146,7 +148,7 @@ class _Server:
         failed = None
         stop = asyncio.Event()
         self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, stop.set)
-        while not self._signalled and failed is None:
+        while not self.signalled and failed is None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), LOOK_EVERY)
             failed = self._ray.ended() if self._ray is not None else None
@@ -261,7 +263,7 @@ class _Server:
 
         Raises EngineError if it fails, or ``--startup-timeout`` is over.
         """
-        from deploy.engine_set import EngineSet, application_runs
+        from deploy.engine_set import EngineSet, running
         from deploy.serve import APPLICATION
 
         timeout = self._settings.router.startup_timeout
@@ -269,17 +271,18 @@ class _Server:
         names = EngineSet.first(self._settings).application, APPLICATION
         with waiting_for(log, "the engines to be ready"):
             while not self._may_serve:
-                if self._signalled:
+                if self.signalled:
                     self._may_serve = self._is_healthy()  # though Serve has not said so yet
                     raise _StoppedEarly
-                self._may_serve = all(map(application_runs, names))
+                self._may_serve = bool(running(*names))
                 if time.monotonic() > deadline:
                     raise EngineError(f"no engine is ready within startup_timeout ({timeout:g} s)")
-                time.sleep(0.0 if self._may_serve else 0.1)
+                if not self._may_serve:
+                    time.sleep(0.1)
         where = host_port(self._settings.router.host, self._settings.router.port)
         with waiting_for(log, f"an answer through HAProxy at {where}"):
             while not self._is_healthy():
-                if self._signalled:
+                if self.signalled:
                     raise _StoppedEarly
                 if time.monotonic() > deadline:
                     raise EngineError(
@@ -350,9 +353,9 @@ class _Server:
                 signal.signal(number, self._on_signal)  # else it runs under nohup
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled:
+        if self.signalled:
             self._end_at_once(128 + number)
-        self._signalled = True
+        self.signalled = True
         if self._wake is not None:
             self._wake()
         if not (self._ready or self._waiting):

@@ -235,13 +235,14 @@ class Engine:
         If the executor fails, what it ran is queued again, and the next step starts it again.
         Raises EngineError if it fails for good: every request then ended with an error.
         """
+        lost = self._lost
         self.check()
         self._expire()
         outcomes = StepOutcomes()
         try:
-            if self._lost is not None:
-                self._restart(self._lost)
-            elif (found := self._run()) is not None:
+            if lost is not None:
+                self._restart(lost)
+            elif self._lost is None and (found := self._run()) is not None:
                 outcomes = self._take(*found)
         except Exception as error:
             named = isinstance(error, EngineError)

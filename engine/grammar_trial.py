@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -23,12 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.children import child_environment
 from engine.errors import CheckpointError, RequestError
 from engine.grammar import Grammar
 from engine.matcher import Grammars, Matcher, grammars_of
 from engine.structured_outputs import StructuredOutputsParams
 
-ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 0.3  # of a CPU's time, for all of a trial
 MOST_STEP_SECONDS = 0.03  # of a CPU's time, for a token
 MOST_BYTES = 256 << 20
@@ -88,10 +87,9 @@ class GrammarTrial:
         return f"structured_outputs.{grammar.kind} is too complex: {why}"
 
     def _start(self) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         return subprocess.Popen(
             [sys.executable, "-m", "engine.grammar_trial", *self._about],
-            env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+            env=child_environment(TOKENIZERS_PARALLELISM="false"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

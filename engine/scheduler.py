@@ -353,8 +353,7 @@ class Scheduler:
     def _unproven(self) -> bool:
         """Whether one runs already that may be what ends engines."""
         return any(
-            seq.deaths >= self._alone_from and not seq.proven and seq.state is State.RUNNING
-            for seq in self._running
+            seq.deaths >= self._alone_from and seq.state is State.RUNNING for seq in self._running
         )
 
     # ---- preemption ----
@@ -450,7 +449,7 @@ class Scheduler:
                 continue
             position = len(seq.tokens) - seq.prompt_len
             seq.pending -= 1
-            seq.proven = True
+            seq.deaths = 0
             seq.tokens.append(token)
             if seq.state is State.RUNNING:
                 self.kv.publish(seq)

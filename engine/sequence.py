@@ -42,7 +42,7 @@ class Sequence:
         "stop_ids", "extras", "order", "runs_ahead", "state", "finish_reason", "stop_reason",
         "slot", "prefill_end", "computed", "pending", "blocks", "swapped", "published",
         "planned_in", "cached_tokens", "scheduled_time", "lost_tokens", "moved_tokens",
-        "num_preemptions", "deaths", "begun", "proven", "_hashes",
+        "num_preemptions", "deaths", "begun", "_hashes",
     )  # fmt: skip
 
     def __init__(
@@ -87,7 +87,6 @@ class Sequence:
         self.num_preemptions = 0
         self.deaths = request.deaths  # see ``Continuation``
         self.begun = False  # whether these workers have run it
-        self.proven = False  # and it has a new token of them
         self._hashes: list[BlockHash] = []
 
     def __repr__(self) -> str:
@@ -111,9 +110,8 @@ class Sequence:
     def lose_workers(self) -> None:
         """The workers that ran it are gone: all it has are its tokens."""
         self.moved_tokens = max(self.computed, self.moved_tokens)
-        if self.begun:
-            self.deaths = 1 if self.proven else self.deaths + 1
-        self.begun = self.proven = False
+        self.deaths += self.begun
+        self.begun = False
         self.slot = self.planned_in = -1
         self.computed = self.pending = self.published = 0
         self.blocks, self.swapped = [], []

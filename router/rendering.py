@@ -16,19 +16,18 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
 from engine import chat
+from engine.children import child_environment
 from engine.errors import RequestError
 
 CPU_SECONDS = 2.0  # of a rendering
 WALL_SECONDS = 10.0  # after which the child is killed, whatever keeps it
 MEMORY_BYTES = 1 << 30  # of the child's addresses, Python's own 100 MB among them
 MOST_CHARACTERS = 1 << 26  # of a rendered prompt
-ROOT = Path(__file__).resolve().parent.parent
 _LENGTH = struct.Struct("<I")
 
 
@@ -81,12 +80,11 @@ class Renderer:
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._child is None or self._child.poll() is not None:
             self.stop()
-            path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "router.rendering"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=os.environ | {"PYTHONPATH": path},
+                env=child_environment(),
                 start_new_session=True,  # Ctrl-C is the server's business
             )
         return self._child

@@ -27,8 +27,8 @@ from workers.channel import (
     RingReceiver,
     RingSender,
     Sender,
-    rings_work,
     open_channel,
+    rings_work,
 )
 from workers.checkpoint import resolve
 from workers.distributed import Grid, join

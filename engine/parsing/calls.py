@@ -98,11 +98,10 @@ def write_call(value: object, out: Writer) -> None:
     out.call(name, dumps(arguments or {}), id if isinstance(id, str) and id else None)
 
 
-def write_calls(text: str, out: Writer) -> None:
+def write_calls(values: object, out: Writer) -> None:
     """One call, or a list of them; all or none. Raises Malformed as ``write_call`` does."""
-    value = loads(text)
-    values = value if isinstance(value, list) else [value]
-    for one in values:
+    calls = values if isinstance(values, list) else [values]
+    for one in calls:
         write_call(one, Writer())
-    for one in values:
+    for one in calls:
         write_call(one, out)

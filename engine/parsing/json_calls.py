@@ -1,6 +1,7 @@
 """Calls whose arguments are JSON."""
 
 import re
+from abc import abstractmethod
 
 from engine.parsing.calls import CallFormat, Unfinished, arguments_of, write_call, write_calls
 from engine.parsing.parts import Writer
@@ -30,7 +31,7 @@ class ObjectCalls(CallFormat):
             source.at += len(opener)
             yield from source.spaces()
             while True:
-                write_calls((yield from source.json()), out)
+                write_calls(loads((yield from source.json())), out)
                 place.whole()
                 if (yield from source.close(*self._pairs[opener])):
                     return
@@ -102,7 +103,7 @@ class MistralCalls(CallFormat):
             source.at += len(self.openers[0])
             yield from source.spaces()
             if (yield from source.next_is("[")):
-                write_calls((yield from source.json()), out)
+                write_calls(loads((yield from source.json())), out)
                 return
             name, mark = yield from source.until(self._NAME)
             id = None
@@ -151,14 +152,16 @@ class SectionCalls(CallFormat):
                 yield from source.close(self._end_call)
                 place.whole()
 
+    @abstractmethod
     def _call(self, head: str, source: Source, out: Writer) -> Reading[None]:
-        raise NotImplementedError
+        """Read the call that ``head`` begins, up to its end mark."""
 
     def prefix(self, name: str | None) -> str:
         return self.openers[0] + self._begin_call + ("" if name is None else self._named(name))
 
+    @abstractmethod
     def _named(self, name: str) -> str:
-        raise NotImplementedError
+        """How a call of ``name`` goes on after its mark."""
 
 
 class DeepSeekCalls(SectionCalls):

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.errors import CheckpointError
 from engine.parsing.answers import TaggedAnswer
-from engine.parsing.calls import CallFormat, Unfinished, write_call
+from engine.parsing.calls import CallFormat, Unfinished, write_calls
 from engine.parsing.notation_calls import python_calls
 from engine.parsing.parts import Writer
 from engine.parsing.source import MARGIN, Malformed, Reading, Source, loads
@@ -90,10 +90,7 @@ class TemplateCalls(CallFormat):
                 except (Malformed, KeyError, TypeError, ValueError):
                     if self._kind != "json" or close.end() == close.start():
                         raise Malformed from None  # the end of JSON may stand in a string of it
-            for call in calls:
-                write_call(call, Writer())
-            for call in calls:
-                write_call(call, out)
+            write_calls(calls, out)
 
     def _opened(self, source: Source) -> Reading[dict[str, str]]:
         while True:

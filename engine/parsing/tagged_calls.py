@@ -109,8 +109,7 @@ class InvokeTags(CallFormat):
 
     def read(self, source: Source, out: Writer, tools: Tools) -> Reading[None]:
         with Unfinished(source) as place:
-            opener = yield from source.next_is(*self.openers)
-            source.at += len(opener or "")
+            yield from source.skip(*self.openers)
             while True:
                 noise, mark = yield from source.until(self._next)
                 if noise.strip():
