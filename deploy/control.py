@@ -81,11 +81,15 @@ def join_server(port: int | None) -> None:
 
     Raises ConfigError or EngineError if there is none, or several.
     """
-    if os.environ.get(_ADDRESS):
-        from cluster.joining import connect_ray
+    if not os.environ.get(_ADDRESS):
+        _name_own_ray(port)
+    from cluster.joining import connect_ray
 
-        connect_ray()
-        return
+    connect_ray()
+
+
+def _name_own_ray(port: int | None) -> None:
+    """Name the Ray of the ``manta serve`` on this machine in the environment."""
     found = {
         folder: said
         for folder, said in RunFolder.notes().items()
@@ -104,6 +108,3 @@ def join_server(port: int | None) -> None:
     os.environ[_ADDRESS] = said["ray"]
     if (token := folder / TOKEN).exists():  # Ray reads it when it is imported, and never again
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    from cluster.joining import join_own_ray
-
-    join_own_ray()
