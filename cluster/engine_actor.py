@@ -209,7 +209,9 @@ def find_actor(name: str, timeout: float) -> str:
     if actor is None:
         raise EngineError(f"there is no engine called {name!r}")
     try:
-        address: str = ray.get(actor.address.remote(), timeout=timeout)
+        # One that was killed is started again: the question is asked again, too.
+        asked = actor.address.options(max_task_retries=-1).remote()
+        address: str = ray.get(asked, timeout=timeout)
     except GetTimeoutError:
         raise EngineError(f"engine {name!r} is not ready within {timeout:g} s") from None
     except RayActorError as error:

@@ -23,6 +23,8 @@ def add_commands(commands: Any) -> None:
         " engines start before old ones leave; requests move to them. It ends when that is done.",
     )
     scale.add_argument("--num-replicas", type=int, metavar="N", help="engines")
+    scale.add_argument("--min-replicas", type=int, metavar="N", help="engines at least, and")
+    scale.add_argument("--max-replicas", type=int, metavar="N", help="at most, by the load")
     scale.add_argument("--tensor-parallel-size", type=int, metavar="N", help="ranks of an engine")
     scale.add_argument("--pipeline-parallel-size", type=int, metavar="N", help="stages of one")
     scale.add_argument("--revision", help="of the checkpoint")
