@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # Serve's controller, which imports this, needs no engine
 FULL = 0.8  # the share of its slots, or blocks, from which an engine had better have help
 QUEUE_SECONDS = 2.0  # of work that waits: as much as another engine is worth
 LOOK_BACK = 5.0  # seconds over which what engines say is averaged
+REPORT_EVERY = 1.0  # seconds
 LOAD = "manta_load"  # the name of what engines say
 _LEAST_RATE_SECONDS = 0.5  # over which the speed of an engine is measured, at least
 
@@ -59,6 +60,7 @@ def autoscaling(
         "upscale_delay_s": upscale_delay,
         "downscale_delay_s": downscale_delay,
         "look_back_period_s": LOOK_BACK,
+        "metrics_interval_s": REPORT_EVERY,
         "policy": {"policy_function": f"{__name__}:engines_wanted"},
     }
 

@@ -31,8 +31,6 @@ def everywhere(router: RouterConfig) -> dict[str, str]:
         "RAY_event_stats": "0",
         # Else a replica whose host vanished is sent requests for 5 s more.
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
-        # Seconds between two figures of an engine's load for ``deploy.autoscaling``; ten else.
-        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         # ``deploy.server`` drains better.
         OWN_DRAIN: "0",
         haproxy.HOST: router.host,
