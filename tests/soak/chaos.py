@@ -320,17 +320,16 @@ class Harm:
                     return
                 await asyncio.sleep(0.05)
 
-    async def _kill(self, number: int = signal.SIGKILL) -> None:
+    async def _kill(self, number: int = signal.SIGKILL) -> int:
         pid = self._draw.choice(
             [pid for pid in pids(self._session, ENGINE) if pid not in self._stopped]
         )
         os.kill(pid, number)
         await self.until(lambda admitting: admitting < 2)  # it is missed
+        return pid
 
     async def _stop(self) -> None:
-        before = set(pids(self._session, ENGINE))
-        await self._kill(signal.SIGSTOP)
-        self._stopped += before
+        self._stopped.append(await self._kill(signal.SIGSTOP))
 
     async def _worker(self) -> None:
         await self._replace(WORKER)
