@@ -332,22 +332,21 @@ class Harm:
         self._stopped.append(await self._kill(signal.SIGSTOP))
 
     async def _worker(self) -> None:
-        await self._replace(WORKER)
+        await self._replace(WORKER, 4)
 
     async def _ingress(self) -> None:
-        await self._replace(INGRESS)
+        await self._replace(INGRESS, 2)
 
     async def _named(self) -> None:
-        await self._replace(ACTOR)
+        await self._replace(ACTOR, 1)
 
-    async def _replace(self, name: str) -> None:
-        """Kill one of those; until there is another."""
-        before = pids(self._session, name)
-        killed = self._draw.choice(before)
+    async def _replace(self, name: str, count: int) -> None:
+        """Kill one of those; until there are so many again."""
+        killed = self._draw.choice(pids(self._session, name))
         os.kill(killed, signal.SIGKILL)
         for _ in _patiently():
             now = pids(self._session, name)
-            if killed not in now and len(now) >= len(before):
+            if killed not in now and len(now) >= count:
                 return
             await asyncio.sleep(0.1)
 
