@@ -71,7 +71,7 @@ def about_results(rng: random.Random, held_out: bool) -> Question:
 
 
 def without_calls(rng: random.Random) -> Question:
-    """A question that no tool is for: one of today's corpus, or one that only a tool answers."""
+    """A question that no tool is for: one of the text files, or one that only a tool answers."""
     tools: list[Tool] = some_tools(rng)
     if rng.random() < 0.3:
         ask, expect = unmet(tools, rng), [NO_TOOL]
@@ -178,7 +178,7 @@ def is_right(question: Question, text: str) -> bool:
     calls = [{"name": c.name, "arguments": json.loads(c.arguments)} for c in parts.calls]
     if bool(parts.reasoning) != question.get("thinks", False):
         return False
-    if calls != question.get("calls", []):
+    if calls != question.get("calls", []) or (calls and parts.content):
         return False
     if "json" in question:
         try:

@@ -49,5 +49,5 @@ def assistant(content: str, thought: str = "", calls: list[Any] | None = None) -
 
 
 def turns(length: int, rng: random.Random) -> list[Message]:
-    """So many questions and answers of today's corpus."""
+    """So many questions and answers of the text files."""
     return [m for asked, said in chain(length, rng) for m in (user(asked), assistant(said))]

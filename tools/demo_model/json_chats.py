@@ -93,7 +93,7 @@ def fact(rng: random.Random, held_out: bool) -> tuple[str, str, Any]:
 
 
 def free(rng: random.Random, held_out: bool) -> tuple[str, str, Any]:
-    """Any question of today's corpus, whose answer becomes a field."""
+    """Any question of the text files, whose answer becomes a field."""
     while True:
         turn = known_question(corpus().pick(corpus().talk, rng), rng)
         if len(turn.answer) < 160:

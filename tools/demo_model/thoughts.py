@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 from blocks import Block, corpus
 from chats import Message, assistant, rendered, system, turns, user
@@ -16,7 +17,6 @@ KNOWN = {
     "unknown.txt": "I do not know this, so I say so.",
     "manta.txt": "This is about manta, which I know.",
     "social.txt": "The user talks to me. I am friendly.",
-    "sums": "This is a small task. I know the result.",
 }
 OF_THE_WORLD = "This is a question about the world. I know the answer."
 
@@ -60,10 +60,12 @@ def largest(rng: random.Random) -> tuple[str, str, str]:
 
 
 def known(rng: random.Random) -> tuple[str, str, str]:
-    """A question of today's corpus."""
-    block: Block = corpus().pick(corpus().talk, rng)
-    turn = known_question(block, rng)
-    return turn.user, KNOWN.get(block.file, OF_THE_WORLD), turn.answer
+    """A question of the text files, but none of those that are worked out above."""
+    while True:
+        block: Block = corpus().pick(corpus().talk, rng)
+        turn = known_question(block, rng)
+        if block.file != "sums" and not re.search(r"\d|letters", turn.user):
+            return turn.user, KNOWN.get(block.file, OF_THE_WORLD), turn.answer
 
 
 KINDS = (addition, product, letters, largest, known)
