@@ -46,9 +46,8 @@ def value(kind: str, rng: random.Random) -> Any:
     if kind == "country":
         return invented(rng) if strange else rng.choice(list(capitals()))
     if kind == "topic":
-        return " ".join(
-            (rng.choice(lists("adj")), rng.choice(lists("animal" if strange else "word")))
-        )
+        things = lists("animal" if strange else "word")
+        return f"{rng.choice(lists('adj'))} {rng.choice(things)}"
     if kind == "key":
         return rng.choice((invented, number_key, some_name))(rng)
     if kind == "sentence":
@@ -228,25 +227,30 @@ def drawn(family: Family, rng: random.Random, **fixed: Any) -> dict[str, Any]:
     return values
 
 
-def task(tool: Tool, ask: str, values: dict[str, Any], rng: random.Random) -> Task:
-    """The task that the question ``ask``, whose places are not filled yet, is."""
-    family = tool.family
-    arguments = {}
-    values = dict(values)
-    for parameter in family.parameters:
-        if parameter.key not in tool.keys:
-            continue
-        name, kind = tool.keys[parameter.key]
-        if parameter.extra:
-            if rng.random() < 0.5:
-                continue
+def with_options(tool: Tool, ask: str, rng: random.Random) -> tuple[str, set[str], dict[str, Any]]:
+    """The question with some of the tool's optional parameters, their keys, and values of those
+    whose values are bounded."""
+    given, values = set(), {}
+    for parameter in tool.family.parameters:
+        if parameter.extra and parameter.key in tool.keys and rng.random() < 0.5:
+            given.add(parameter.key)
             if parameter.choices:
                 values[parameter.key] = rng.choice(parameter.choices)
             mark = ask[-1] if ask[-1] in ".?" else ""
             ask = f"{ask.rstrip('.?')} {parameter.extra}{mark}"
-        given = values[parameter.key]
-        arguments[name] = str(given) if kind == "string" else given
-    result, _, answer = rng.choice(family.outcomes).partition(" => ")
+    return ask, given, values
+
+
+def task(tool: Tool, ask: str, values: dict[str, Any], rng: random.Random,
+         options: frozenset[str] | set[str] = frozenset()) -> Task:  # fmt: skip
+    """The task that the question ``ask``, whose places are not filled yet, is."""
+    arguments = {}
+    for parameter in tool.family.parameters:
+        if not parameter.extra or parameter.key in options:
+            name, kind = tool.keys[parameter.key]
+            given = values[parameter.key]
+            arguments[name] = str(given) if kind == "string" else given
+    result, _, answer = rng.choice(tool.family.outcomes).partition(" => ")
     return Task(tool, values, arguments, filled(ask, values), filled(result, values),
                 filled(answer, values))  # fmt: skip
 
@@ -257,11 +261,12 @@ def single(tool: Tool, rng: random.Random, held_out: bool = False, again: bool =
     if again and family.again:
         return task(tool, rng.choice(split(family.again)), drawn(family, rng), rng)
     ask = rng.choice(split(family.held_out if held_out else family.asks))
+    ask, options, chosen = with_options(tool, ask, rng)
     if not held_out and rng.random() < 0.4:
         ask = paraphrase(ask, rng)
     if rng.random() < 0.1:
         ask = ask.lower()  # values keep their capitals: they are to be copied
-    return task(tool, ask, drawn(family, rng), rng)
+    return task(tool, ask, drawn(family, rng) | chosen, rng, options)
 
 
 def double(tools: list[Tool], rng: random.Random, held_out: bool = False) -> tuple[str, list[Task]]:
@@ -276,9 +281,8 @@ def double(tools: list[Tool], rng: random.Random, held_out: bool = False) -> tup
         while str(values["other"]) == str(values[key]):
             values["other"] = value(family.values["other"], rng)
         ask = rng.choice(split(family.both))
-        bare = Tool(family, tool.signature, {key: tool.keys[key]})
         both = [values, drawn(family, rng, **{key: values["other"]})]
-        return filled(ask, values), [task(bare, ask, each, rng) for each in both]
+        return filled(ask, values), [task(tool, ask, each, rng) for each in both]
     return joined([single(each, rng, held_out) for each in tools[:2]], rng)
 
 
