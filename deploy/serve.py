@@ -7,6 +7,7 @@ runs the same application.
 import asyncio
 import dataclasses
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -146,11 +147,17 @@ def engine_application(
 def ingress_application(
     settings: Settings, engines: serve.Application | None = None
 ) -> serve.Application:
-    """The ingress, which finds engines wherever they are; and perhaps ``engines`` with it."""
+    """The ingress, which finds engines wherever they are; and perhaps ``engines`` with it. Its
+    replicas are spread over the nodes that there are: two on one host would end with it."""
     router = settings.router
+    hosts = sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+    spread: dict[str, Any] = {}
+    if hosts > 1:
+        spread["max_replicas_per_node"] = math.ceil(router.num_ingress_replicas / hosts)
     ingress = serve.deployment(
         name="Router",
         num_replicas=router.num_ingress_replicas,
+        **spread,
         ray_actor_options={"num_cpus": 0},
         **_common(settings),
     )(Router)
