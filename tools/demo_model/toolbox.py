@@ -275,7 +275,9 @@ def double(tools: list[Tool], rng: random.Random, held_out: bool = False) -> tup
     family = tool.family
     if len(tools) == 1 or (family.both and rng.random() < 0.5):
         if not family.both:
-            return joined([single(tool, rng, held_out), single(tool, rng, held_out)], rng)
+            # Nobody asks twice for what takes no argument.
+            pair = [single(tool, rng, held_out) for _ in range(2 if family.parameters else 1)]
+            return joined(pair, rng)
         values = drawn(family, rng)
         key = next(iter(family.values))
         while str(values["other"]) == str(values[key]):
@@ -287,7 +289,9 @@ def double(tools: list[Tool], rng: random.Random, held_out: bool = False) -> tup
 
 
 def joined(pair: list[Task], rng: random.Random) -> tuple[str, list[Task]]:
-    """Two tasks that are asked for in one message."""
+    """One or two tasks that are asked for in one message."""
+    if len(pair) == 1:
+        return pair[0].ask, pair
     first, second = (task.ask if task.ask[-1] in ".?!" else task.ask + "." for task in pair)
     link = rng.choice(("", "And ", "Also, "))
     return f"{first} {link}{lowered(second) if link else second}", pair
