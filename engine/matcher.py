@@ -133,8 +133,9 @@ class Grammars:
         import llguidance
 
         try:
-            source = grammar.lark(self.special)
-            text = llguidance.LLMatcher.grammar_from_lark(source)
+            larks = grammar.larks(self.special).items()
+            grammars = [{"name": name or None, "lark_grammar": lark} for name, lark in larks]
+            text = json.dumps({"grammars": grammars})
             limits = llguidance.LLParserLimits(**_LIMITS, verbose_errors=False)  # type: ignore[arg-type]
             made = Matcher(llguidance.LLMatcher(self.tokens, text, log_level=0, limits=limits))
             if made.error:

@@ -1,11 +1,13 @@
 """How whole answers are written: text with thinking and calls in it."""
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from engine.parsing.calls import CallFormat
 from engine.parsing.parts import Writer
 from engine.parsing.source import Ended, Malformed, Reading, Source, Tags
+from engine.parsing.structure import CallLayout
 from engine.parsing.thinking import Thinking
 from engine.parsing.values import Tools
 
@@ -14,12 +16,18 @@ class AnswerFormat(ABC):
     """How an answer is written, from its first character to its last.
 
     tags: the strings of the format; those that are special tokens must be in the text. thinks,
-    calls: whether it has reasoning, and calls.
+    calls: whether it has reasoning, and calls. layouts: how calls are written where that can be
+    enforced, as the beginning of an answer; marked: how they are found in text. thoughts: what
+    thinking stands between. said: what text for the user begins with.
     """
 
     tags: tuple[str, ...]
     thinks = True
     calls = True
+    layouts: tuple[CallLayout, ...] = ()
+    marked: tuple[CallLayout, ...] = ()
+    thoughts: tuple[tuple[str, str], ...] = ()
+    said = ""
 
     @abstractmethod
     def read(self, source: Source, out: Writer, tools: Tools, opened: bool) -> Reading[None]:
@@ -41,6 +49,9 @@ class TaggedAnswer(AnswerFormat):
     def __init__(self, thinking: Thinking | None, calls: CallFormat | None) -> None:
         self._thinking, self._calls = thinking, calls
         self.thinks, self.calls = thinking is not None, calls is not None
+        self.layouts = self.marked = calls.layouts if calls else ()
+        if thinking:
+            self.thoughts = tuple(itertools.product(thinking.openers, thinking.closers))
         self._openers = calls.openers if calls else ()
         self.tags = (thinking.tags if thinking else ()) + self._openers
         self.tags += calls.tags if calls else ()
