@@ -4,27 +4,29 @@
 made of the other (docs of github.com/mlc-ai/xgrammar, "Structural Tag"):
 
 - ``const_string``: ``value``; ``json_schema``: ``json_schema``; ``regex``: ``pattern``;
-  ``grammar``: ``grammar``; ``any_text``.
+  ``grammar``: ``grammar``; ``any_text``: ``excludes``, strings that the text has not.
 - ``sequence`` and ``or``: ``elements``.
 - ``tag``: ``begin``, ``content``, ``end``.
 - ``tags_with_separator``: ``tags``, ``separator``; ``triggered_tags``: ``tags``, ``triggers``, text
   in which each trigger begins a tag. Both take ``at_least_one`` and ``stop_after_first``.
 """
 
+import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.errors import RequestError, shown
 from engine.json_schema import MOST_DEPTH, enforceable
 from engine.lark import as_lark, check_attributes, quoted, regex_terminal
+from engine.structured_outputs import StructuredOutputsParams
 
 Format = dict[str, Any]
 _FIELDS: Mapping[str, Collection[str]] = {
     "const_string": ("value",), "json_schema": ("json_schema",), "regex": ("pattern",),
-    "grammar": ("grammar",), "any_text": (), "sequence": ("elements",), "or": ("elements",),
-    "tag": ("begin", "content", "end"), "tags_with_separator": ("tags", "separator"),
-    "triggered_tags": ("tags", "triggers"),
+    "grammar": ("grammar",), "any_text": ("excludes",),
+    "sequence": ("elements",), "or": ("elements",), "tag": ("begin", "content", "end"),
+    "tags_with_separator": ("tags", "separator"), "triggered_tags": ("tags", "triggers"),
 }  # fmt: skip
 _FLAGS = ("at_least_one", "stop_after_first")
 _STRINGS = ("value", "pattern", "grammar", "begin", "end", "separator")
@@ -81,7 +83,9 @@ def _checked(form: Any, where: str, last: bool, depth: int) -> Format:
             free = last and not form.get("end")
             clean[name] = _content(value, at, bool(form.get("end")), free, depth)
         elif name == "triggers":
-            clean[name] = _triggers(value, at)
+            clean[name] = _texts(value, at)
+        elif name == "excludes":
+            clean[name] = _texts(value, at) if value else []
         else:
             clean[name] = _parts(kind, value, at, last, depth)
     if kind in ("any_text", "triggered_tags") and not last:
@@ -107,7 +111,7 @@ def _content(value: Any, at: str, ends: bool, last: bool, depth: int) -> Format:
     return _checked(value, at, last, depth + 1)
 
 
-def _triggers(value: Any, at: str) -> list[str]:
+def _texts(value: Any, at: str) -> list[str]:
     texts = isinstance(value, list) and all(isinstance(one, str) and one for one in value)
     if not texts or not value:
         raise RequestError(f"{at} must be a list of strings, none of them empty")
@@ -127,6 +131,23 @@ def _parts(kind: str, value: Any, at: str, last: bool, depth: int) -> list[Forma
         if at.endswith("tags") and found[-1]["type"] != "tag":
             raise RequestError(f"{at}[{number}] must be a tag")
     return found
+
+
+def format_of(outputs: StructuredOutputsParams) -> Format:
+    """What an output must match, as a format. Raises RequestError and ValueError."""
+    kind = outputs.kind
+    if kind == "json_object":
+        return {"type": "json_schema", "json_schema": {"type": "object"}}
+    if kind == "regex":
+        return {"type": "regex", "pattern": outputs.regex}
+    if kind == "grammar":
+        return {"type": "grammar", "grammar": outputs.grammar}
+    if outputs.choice is not None:
+        choices = [{"type": "const_string", "value": one} for one in outputs.choice]
+        return {"type": "or", "elements": choices}
+    given = outputs.json if kind == "json" else outputs.structural_tag
+    value = json.loads(given) if isinstance(given, str) else given
+    return {"type": "json_schema", "json_schema": value} if kind == "json" else checked(value)
 
 
 class Rules:
@@ -164,7 +185,7 @@ class Rules:
                 self.grammars[name] = as_lark(form["grammar"])
                 return f"@{name}"
             case "any_text":
-                return f"{self._others(())} TEXT"
+                return f"{self._others(form['excludes'])} {self._text(form['excludes'])}"
             case "sequence":
                 return " ".join(map(self._of, form["elements"]))
             case "or":
@@ -193,7 +214,7 @@ class Rules:
         content, end = form["content"], form["end"]
         parts = [self._literal(begin)] if begin else []
         if content["type"] == "any_text" and end:
-            parts.append(self._until(end))
+            parts.append(self._until(end, content["excludes"]))
         else:
             parts += [self._of(content), self._literal(end)]
         return " ".join(parts)
@@ -220,23 +241,28 @@ class Rules:
             return f"{free} {one} {more}"
         return more or f"{free} ({one} | TEXT)"
 
-    def _until(self, end: str) -> str:
-        """Any text up to ``end``, and that."""
+    def _until(self, end: str, excludes: Sequence[str]) -> str:
+        """Any text without ``excludes`` up to ``end``, and that."""
         mark = self._mark(end)
         rest = end.partition(mark)[2]
-        parts = [self._others((mark,)), self._first(mark), self._literal(rest) if rest else ""]
-        return " ".join(parts)
+        free = self._others((mark, *excludes))
+        return f"{free} {self._first(mark, excludes)} {self._literal(rest) if rest else ''}"
 
     def _mark(self, text: str) -> str:
         """What of ``text`` ends free text: its first special token, which no text has, or all."""
         return next((piece for piece in self._split(text) if piece in self._special), text)
 
-    def _first(self, mark: str) -> str:
+    def _first(self, mark: str, excludes: Sequence[str] = ()) -> str:
         """Text up to a mark, and that: a lazy lexeme ends with the first one, so that no free text
         has one (llguidance's documentation of tool calls)."""
         if mark in self._special:
-            return f"TEXT <[{self._special[mark]}]>"
-        return self._named("until", f"TEXT {quoted(mark)}", "[lazy]")
+            return f"{self._text(excludes)} <[{self._special[mark]}]>"
+        return self._named("until", f"{self._text(excludes)} {quoted(mark)}", "[lazy]")
+
+    def _text(self, excludes: Sequence[str]) -> str:
+        """The terminal of text without ``excludes``; special tokens are in none."""
+        parts = [f"~(TEXT {quoted(one)} TEXT)" for one in excludes if one not in self._special]
+        return self._named("FREE", " & ".join(["TEXT", *parts])) if parts else "TEXT"
 
     def _others(self, marks: Iterable[str]) -> str:
         """Text that ends with special tokens other than ``marks``, or nothing."""

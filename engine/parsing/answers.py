@@ -18,7 +18,8 @@ class AnswerFormat(ABC):
     tags: the strings of the format; those that are special tokens must be in the text. thinks,
     calls: whether it has reasoning, and calls. layouts: how calls are written where that can be
     enforced, as the beginning of an answer; marked: how they are found in text. thoughts: what
-    thinking stands between. said: what text for the user begins with.
+    thinking stands between; unthinkable: what it has not, for that would end it. said: what text
+    for the user begins with.
     """
 
     tags: tuple[str, ...]
@@ -27,6 +28,7 @@ class AnswerFormat(ABC):
     layouts: tuple[CallLayout, ...] = ()
     marked: tuple[CallLayout, ...] = ()
     thoughts: tuple[tuple[str, str], ...] = ()
+    unthinkable: tuple[str, ...] = ()
     said = ""
 
     @abstractmethod
@@ -59,6 +61,7 @@ class TaggedAnswer(AnswerFormat):
         marks = tuple(opener for opener in self._openers if opener not in self._bare)
         self._in_content = Tags(marks)
         ends = marks if calls and calls.ends_reasoning else ()
+        self.unthinkable = ends
         self._in_thinking = Tags((*(thinking.closers if thinking else ()), *ends))
 
     def opened_by(self, prompt: str, final: str = "") -> bool:

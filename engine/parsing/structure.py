@@ -4,6 +4,7 @@ A format of calls says how it writes them (``CallLayout``); of that, and of the 
 answer's structure is made, which a grammar enforces (``engine.structural_tag``).
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,11 @@ NUMBER = "{number}"
 _NUMBER: Format = {"type": "regex", "pattern": "[0-9]{1,3}"}
 _SPACES: Format = {"type": "regex", "pattern": "[ \\r\\n\\t]{0,8}"}
 _NO_CALL: Format = {"type": "regex", "pattern": "(?s:\\s*([^{\\s].*)?)"}
+_KEY = re.compile(r'[^<>"\n]{1,128}')
+_OF_ALL = {
+    "type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema",
+    "title", "description", "$comment",
+}  # fmt: skip
 _ABOUT = {"type", "title", "description", "default", "examples", "$comment", "anyOf"}
 
 
@@ -75,12 +81,16 @@ class CallLayout:
             return _json({"type": "object"} if schema is None else schema)
         if schema is None:
             return {"type": "any_text"}
+        if more := schema.keys() - _OF_ALL:
+            raise RequestError(f"{min(more)} cannot be enforced where arguments stand one by one")
         properties, required = schema.get("properties") or {}, schema.get("required") or ()
         found = [self._argument(key, schema, key in required) for key in properties]
         return _sequence(found) if found else _const("")
 
     def _argument(self, key: str, schema: Schema, required: bool) -> Format:
         assert self.parameter is not None
+        if not _KEY.fullmatch(key):
+            raise RequestError(f"the name {key!r} cannot be written in this format")
         about = schema["properties"][key]
         text = "string" in (types := types_of(about, schema)) or not types
         begin, end = (
@@ -118,14 +128,17 @@ def answer(
     }
 
 
-def after_thinking(form: Format, thoughts: Iterable[tuple[str, str]], opened: bool) -> Format:
-    """``form`` after free thinking, between any of the marks ``thoughts``. ``opened``: whether the
-    prompt has begun it."""
+def after_thinking(
+    form: Format, thoughts: Iterable[tuple[str, str]], unthinkable: Sequence[str], opened: bool
+) -> Format:
+    """``form`` after thinking between any of the marks ``thoughts``, which is free but for the
+    strings ``unthinkable``. ``opened``: whether the prompt has begun it."""
+    text = {"type": "any_text", "excludes": list(unthinkable)}
     tags: list[Format] = [
         {
             "type": "tag",
             "begin": "" if opened else begin,
-            "content": {"type": "any_text"},
+            "content": text,
             "end": end,
         }
         for begin, end in thoughts

@@ -29,14 +29,14 @@ class FunctionTags(CallFormat):
         self.tags = (around[1],)
         self._around = around
         parameter = "<parameter={key}>\n", "\n</parameter>\n"
-        end = f"</function>\n{around[1]}"
+        tail, end = "</function>", f"\n{around[1]}"
         self.layouts = (
             CallLayout(
-                around[0], f"{around[0]}\n<function=", "{name}>\n", "", end,
+                around[0], f"{around[0]}\n<function=", "{name}>\n", tail, end,
                 apart="\n", parameter=parameter,
             ),
             CallLayout(
-                "<function=", "<function=", "{name}>\n", "", end, apart="\n", parameter=parameter
+                "<function=", "<function=", "{name}>\n", tail, end, apart="\n", parameter=parameter
             ),
         )  # fmt: skip
 
