@@ -32,8 +32,7 @@ MOST_FORCED = 1024  # tokens that llguidance may write for a row in a step
 def _forces(admit: Admit) -> bool:
     """Whether tokens need no sampling if the grammar allows no others: nobody asks for their
     log-probabilities, and nothing else forbids them."""
-    sampling = admit.sampling
-    return sampling.logprobs is None and not sampling.allowed_token_ids and not admit.bad_words
+    return admit.sampling.logprobs is None and not admit.bad_words
 
 
 class _Output:

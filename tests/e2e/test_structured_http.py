@@ -32,9 +32,19 @@ class Person(BaseModel):
     years: list[int] = Field(max_length=3)
 
 
+TEMPLATE = """\
+{%- if tools %}{{ tools | tojson }}{{ '\\n' }}{% endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\\n' }}"""
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving({"tool_call_parser": "hermes"}) as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    template = tmp_path_factory.mktemp("template") / "template.jinja"
+    template.write_text(TEMPLATE)
+    with serving({"tool_call_parser": "hermes"}, chat_template=str(template)) as server:
         yield server
 
 
