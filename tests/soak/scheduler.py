@@ -290,6 +290,8 @@ class Load:
         assert kv.device.num_held == kv.cpu.num_held == 0, "a block has leaked"
         kv.device.check()
         kv.cpu.check()
+        restarts = sum(engine.stats.restarts.counts)
+        assert restarts == tally.deaths, "the executor found something wrong, and died of it"
         scheduler = engine.scheduler
         assert not scheduler.has_work and not scheduler.running
         assert scheduler.num_waiting == scheduler.waiting_tokens == 0
