@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _engines(args: argparse.Namespace) -> None:
-    _connect(args.port)
+    connect(args.port)
     from deploy.engine_set import engines
 
     for id, load in engines().items():
@@ -63,20 +63,20 @@ def _scale(args: argparse.Namespace) -> None:
     if all(value is None for value in changes.values()):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in SCALABLE)
         raise ConfigError(f"scale needs at least one of {names}")
-    _connect(args.port)
+    connect(args.port)
     from deploy.engine_set import scale
 
     scale(**changes)
 
 
 def _drain(args: argparse.Namespace) -> None:
-    _connect(args.port)
+    connect(args.port)
     from deploy.engine_set import drain
 
     drain(args.engine, args.timeout)
 
 
-def _connect(port: int | None) -> None:
+def connect(port: int | None) -> None:
     """Join the cluster of RAY_ADDRESS, or that of the ``manta serve`` on this machine.
 
     Raises ConfigError or EngineError if there is none, or several.
