@@ -39,12 +39,7 @@ class EngineHost:
 
     def __init__(self, config: EngineConfig, name: str, share: int = 1) -> None:
         started = time.monotonic()
-        if config.parallel.world_size == 1:  # it computes here; Ray has set a thread for each CPU
-            cpus = config.parallel.worker_cpus or (os.cpu_count() or 1) // share
-            os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
-            # Whoever serves shares these cores with the router: its threads are to let go of them
-            # while Python runs between two kernels, sooner than workers/__init__.py has it.
-            os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+        take_cores(config, share)
         from cluster.replica import start_engine  # imports torch, which reads the environment
 
         self.engine_id = secrets.token_hex(4)
@@ -103,6 +98,18 @@ class EngineHost:
         self._directory.remove("engine", self.engine_id, self.address)
         self.loop.stop(STOP_SECONDS)  # its workers too
         os._exit(1)
+
+
+def take_cores(config: EngineConfig, share: int) -> None:
+    """Have an engine that computes in this process use this machine's cores, of which ``share``
+    engines each have a part. Torch must not be loaded yet."""
+    if config.parallel.world_size > 1:
+        return
+    cpus = config.parallel.worker_cpus or (os.cpu_count() or 1) // share
+    os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))  # Ray has set a thread for each CPU
+    # Whoever serves shares these cores with the router: its threads are to let go of them while
+    # Python runs between two kernels, sooner than workers/__init__.py has it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def needed(config: EngineConfig) -> dict[str, float]:

@@ -39,9 +39,7 @@ class PromptBar:
     def __init__(self, total: int, show: bool, before: int = 0) -> None:
         self._input = self._output = 0
         self._started = time.perf_counter()
-        self._bar = tqdm(
-            total=total, initial=before, desc="Processed prompts", disable=not show
-        )
+        self._bar = tqdm(total=total, initial=before, desc="Processed prompts", disable=not show)
         self._postfix()
 
     def finished(self, output: RequestOutput) -> None:

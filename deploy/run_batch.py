@@ -91,9 +91,7 @@ def _options() -> Declared:
     from deploy.settings import server_options
 
     return [
-        (group, f)
-        for group, f in server_options()
-        if group != "server" or f.name in ROUTER_OPTIONS
+        (group, f) for group, f in server_options() if group != "server" or f.name in ROUTER_OPTIONS
     ]
 
 
@@ -109,12 +107,16 @@ def _run(args: argparse.Namespace) -> None:
     if target.exists() and source.samefile(target):
         raise ConfigError("--output-file: it is the input file")
     options = translated(given(args, _options()), [f.name for _, f in _options()])
-    with batch_file.Output(target) as output, _engines(args, options) as (settings, name):
-        batch = _Batch(settings, output, total, args.max_concurrency, not args.disable_tqdm)
-        try:
-            asyncio.run(batch.run(batch_file.lines(source), name))
-        finally:
-            batch.report()
+    with batch_file.Output(target) as output:
+        if all(line in output for line in batch_file.lines(source)):
+            log.info("The output has all %d answers", total)
+            return
+        with _engines(args, options) as (settings, name):
+            batch = _Batch(settings, output, total, args.max_concurrency, not args.disable_tqdm)
+            try:
+                asyncio.run(batch.run(batch_file.lines(source), name))
+            finally:
+                batch.report()
 
 
 @contextlib.contextmanager
@@ -314,16 +316,13 @@ async def _while_engines_are_left(
 
 def _paths(app: "FastAPI") -> set[str]:
     """The routes that answer a request with a body."""
-    return {
-        route.path
-        for route in app.routes
-        if route.path.startswith("/v1/") and "POST" in (getattr(route, "methods", None) or ())
-    }
+    from fastapi.routing import APIRoute
+
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    return {r.path for r in routes if r.path.startswith("/v1/") and "POST" in (r.methods or ())}
 
 
-async def _answer(
-    client: "httpx.AsyncClient", paths: Collection[str], line: "Line"
-) -> "Answered":
+async def _answer(client: "httpx.AsyncClient", paths: Collection[str], line: "Line") -> "Answered":
     """What comes of a line; while the engines have no room for it, it waits."""
     from deploy.batch_file import Answered, Problem, Response
 
