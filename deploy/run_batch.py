@@ -43,6 +43,7 @@ ROUTER_OPTIONS = (
     "trust_request_chat_template",
     "max_body_bytes",
     "request_timeout",
+    "otlp_endpoint",
     "num_replicas",
 )
 LOOK_EVERY = 1.0  # seconds between two looks whether an engine is left
