@@ -1,5 +1,6 @@
 """``manta run-batch`` as users run it, on the embedded model."""
 
+import asyncio
 import json
 import os
 import re
@@ -9,15 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
+from cluster.data import _Stage
 from deploy.cli import main
+from manta import LLM, SamplingParams
 from tests.support.served import ROOT
 from tests.support.waiting import PATIENCE, until
 
 SMALL = ["--kv-cache-memory-bytes", "64M", "--swap-space", "0.05", "--no-use-tqdm-on-load"]
+GREEDY = {"temperature": 0, "max_tokens": 8}
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 
@@ -127,6 +132,56 @@ def test_what_was_interrupted_goes_on_where_it_was(
     write(tmp_path / "in.jsonl", *lines, asked("later", prompt="a", max_tokens=1))
     assert main(words) == 0
     assert [line["custom_id"] for line in read(target)[40:]] == ["later"]
+
+
+def test_rows_of_a_dataset_are_answered_or_have_their_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process of the stage, as Ray Data runs it: batches come side by side."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the stage sets it
+    options = {"kv_cache_memory_bytes": 64 << 20, "swap_space": 0.05, "use_tqdm_on_load": False}
+
+    def preprocess(row: dict[str, Any]) -> dict[str, Any]:
+        asks: dict[str, Any] = {"prompt": row["text"]}
+        if row["n"] == 1:
+            asks = {"messages": [{"role": "user", "content": row["text"]}]}
+        elif row["n"] == 2:
+            asks |= {"sampling_params": {"temperature": -1}}
+        elif row["n"] == 3:
+            asks = {}
+        elif row["n"] == 4:
+            asks |= {"sampling_params": {"temprature": 1}}
+        return {"n": row["n"], "sampling_params": GREEDY, **asks}
+
+    def postprocess(row: dict[str, Any]) -> dict[str, Any]:
+        return {name: row[name] for name in ("n", "generated_text", "error", "finish_reason")}
+
+    async def ask(stage: _Stage, first: int) -> list[dict[str, Any]]:
+        rows = [{"n": n, "text": f"Number {n} is"} for n in range(first, first + 20)]
+        (answered,) = [table async for table in stage(pyarrow.Table.from_pylist(rows))]
+        return list(answered.to_pylist())
+
+    async def main() -> list[dict[str, Any]]:
+        stage = _Stage({"model": "manta-demo", **options}, 1, preprocess, postprocess)
+        batches = await asyncio.gather(*(ask(stage, first) for first in (0, 20, 40)))
+        await (await stage._engine).close()
+        return [row for batch in batches for row in batch]
+
+    answered = asyncio.run(main())
+    assert [row["n"] for row in answered] == list(range(60))
+    llm = LLM(**options)
+    params = SamplingParams(**GREEDY)
+    texts = [
+        one.outputs[0].text for one in llm.generate([f"Number {n} is" for n in range(60)], params)
+    ]
+    chat = [{"role": "user", "content": "Number 1 is"}]
+    texts[1] = llm.chat(chat, params)[0].outputs[0].text
+    for row, text in zip(answered, texts, strict=True):
+        if row["n"] not in (2, 3, 4):
+            assert (row["generated_text"], row["error"]) == (text, None)
+    expected = {2: "temperature must be", 3: "a row must have one of", 4: "temprature"}
+    for n, words in expected.items():
+        assert words in answered[n]["error"] and answered[n]["generated_text"] is None
 
 
 @pytest.mark.parametrize(
