@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from cluster.data import _Stage
-from deploy.cli import main
+from deploy.cli import _parse, main
 from manta import LLM, SamplingParams
 from tests.support.served import ROOT
 from tests.support.waiting import PATIENCE, until
+from workers.checkpoint import EMBEDDED_PATH
 
 SMALL = ["--kv-cache-memory-bytes", "64M", "--swap-space", "0.05", "--no-use-tqdm-on-load"]
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -132,6 +134,25 @@ def test_what_was_interrupted_goes_on_where_it_was(
     write(tmp_path / "in.jsonl", *lines, asked("later", prompt="a", max_tokens=1))
     assert main(words) == 0
     assert [line["custom_id"] for line in read(target)[40:]] == ["later"]
+
+
+def test_the_examples_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need a cluster are read only; test_handles.py and test_client_commands.py run
+    such."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/batches.md").read_text(encoding="utf-8")
+    (requests,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    Path("requests.jsonl").write_text(requests, encoding="utf-8")
+    commands = re.findall(r"^manta (.*?)(?:  +#.*)?$", text, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(command.replace("path/or/hub-id", str(EMBEDDED_PATH)))
+        assert vars(_parse(words))["input_file"] == "requests.jsonl"
+        if not {"--num-replicas", "--join"} & {*words}:
+            assert main([*words, *SMALL, "--served-model-name", "manta-demo"]) == 0
+            answers = read(tmp_path / "answers.jsonl")
+            assert [answer["response"]["status_code"] for answer in answers] == [200, 200]
+            Path("answers.jsonl").unlink()
 
 
 def test_rows_of_a_dataset_are_answered_or_have_their_error(

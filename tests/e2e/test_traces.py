@@ -1,6 +1,7 @@
 """Traces as a collector gets them, of requests to the application in this process."""
 
 import asyncio
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from cluster.transport import RemoteClient
+from deploy.cli import main
 from engine.config import EMBEDDED_MODEL
 from manta import ConfigError
 from router.app import build_app
@@ -189,6 +191,23 @@ def test_what_cannot_be_is_said() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     (error,) = done.stderr.splitlines()
     assert done.returncode == 2 and error.endswith("pip install 'manta-serve[otel]'")
+
+
+def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        (ROOT / "docs/operating.md")
+        .read_text(encoding="utf-8")
+        .partition("## Traces")[2]
+        .partition("\n## ")[0]
+    )
+    (command,) = re.findall(r"^manta (serve .*)$", text, re.MULTILINE)
+    words = command.replace("path/or/hub-id", EMBEDDED_MODEL).split()
+    shown = []
+    for name in ("--otlp-endpoint", "--otlp-traces-endpoint"):
+        given = [name if word == "--otlp-endpoint" else word for word in words]
+        assert main([*given, "--print-serve-config"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "otlp_endpoint: http://localhost:4318" in shown[0]
 
 
 def test_without_an_endpoint_nothing_of_it_is_loaded() -> None:
