@@ -9,6 +9,7 @@ earlier one was interrupted.
 import argparse
 import asyncio
 import contextlib
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Sequence
@@ -245,6 +246,9 @@ class _Batch:
         router = self._settings.router
         config = dataclasses.replace(router, api_key=(), api_key_file=None, dashboard=False)
         if name is None:
+            # The engine's threads are to let go of the cores while the router runs between two
+            # kernels, as in ``cluster.engine_actor.take_cores``; torch reads it when it is loaded.
+            os.environ.setdefault("GOMP_SPINCOUNT", "3000")
             from cluster.loop import LocalClient
 
             client = await LocalClient.start(**engine_options(self._settings))
