@@ -9,11 +9,9 @@ Source: https://platform.openai.com/docs/api-reference/batch
 import codecs
 import fcntl
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
@@ -124,9 +122,9 @@ class Output:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._file: BinaryIO = path.open("a+b")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise ConfigError(f"--output-file: cannot write {path}: {error.strerror}") from None
+            raise self._unwritable(error) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._answered = self._read()
@@ -146,9 +144,13 @@ class Output:
         return len(self._answered)
 
     def add(self, answered: Answered) -> None:
-        """Write a line."""
-        self._file.write(msgspec.json.encode(answered) + b"\n")
-        self._file.flush()
+        """Write a line. Raises ConfigError if there is no room for it."""
+        data = msgspec.json.encode(answered) + b"\n"
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def __enter__(self) -> "Output":
         return self
@@ -156,21 +158,23 @@ class Output:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"--output-file: cannot write {self._path}: {error.strerror}")
+
     def _read(self) -> set[int]:
         found: set[int] = set()
-        self._file.seek(0)
-        for number, text in enumerate(self._file, 1):
-            if not text.endswith(b"\n") and (text.startswith(_PREFIX) or _PREFIX.startswith(text)):
-                self._file.seek(-len(text), os.SEEK_END)
-                self._file.truncate()
-                break
-            try:
-                found.add(_number(msgspec.json.decode(text, type=_Id).id))
-            except (msgspec.DecodeError, UnicodeDecodeError, ValueError):
-                raise ConfigError(
-                    f"--output-file: line {number} of {self._path} is no line of a batch's output:"
-                    " give another file"
-                ) from None
+        with self._path.open("rb") as file:
+            for number, text in enumerate(file, 1):
+                if not text.endswith(b"\n") and text[: len(_PREFIX)] == _PREFIX[: len(text)]:
+                    self._file.truncate(file.tell() - len(text))
+                    break
+                try:
+                    found.add(_number(msgspec.json.decode(text, type=_Id).id))
+                except (msgspec.DecodeError, UnicodeDecodeError, ValueError):
+                    raise ConfigError(
+                        f"--output-file: line {number} of {self._path} is no line of a batch's"
+                        " output: give another file"
+                    ) from None
         return found
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from deploy.options import Declared, add_model_option, add_options, flag, given, given_model
+from deploy.serve_command import make_absolute
 from engine.config import EMBEDDED_MODEL, declared_options
 from engine.errors import ConfigError, EngineError
 from engine.log import get_logger
@@ -134,6 +135,7 @@ def _engines(
         return
     options["model"] = model or EMBEDDED_MODEL
     options.setdefault("served_model_name", (options["model"],))
+    make_absolute(options)
     settings = Settings.from_options(options)
     if settings.router.num_replicas == 1:
         yield settings, None
@@ -142,7 +144,7 @@ def _engines(
 
     batch = f"batch-{uuid.uuid4().hex[:8]}"
     count = settings.router.num_replicas
-    with own_engines(batch, engine_options(settings), count) as name:
+    with own_engines(batch, _engine_options(settings), count) as name:
         yield settings, name
 
 
@@ -151,20 +153,20 @@ def _of_server(port: int | None, options: dict[str, Any]) -> tuple["Settings", s
 
     Raises ConfigError for those that only its engines could have.
     """
-    from deploy.control import connect
+    from deploy.control import join_server
     from deploy.settings import Settings
 
     for name in options:
         if name not in ROUTER_OPTIONS or name == "num_replicas":
             raise ConfigError(f"{flag(name)} with --join: the engines are the server's")
-    connect(port)
+    join_server(port)
     from deploy.engine_set import EngineSet
     from deploy.serve import APPLICATION
 
     return Settings.from_options({**EngineSet.found().options, **options}), APPLICATION
 
 
-def engine_options(settings: "Settings") -> dict[str, Any]:
+def _engine_options(settings: "Settings") -> dict[str, Any]:
     """Those of the given options that are the engine's."""
     names = {f.name for _, f in declared_options()}
     return {name: value for name, value in settings.options.items() if name in names}
@@ -251,7 +253,7 @@ class _Batch:
             os.environ.setdefault("GOMP_SPINCOUNT", "3000")
             from cluster.loop import LocalClient
 
-            client = await LocalClient.start(**engine_options(self._settings))
+            client = await LocalClient.start(**_engine_options(self._settings))
             try:
                 yield build_app(config, [client], __version__), [client], 0.0
             finally:
