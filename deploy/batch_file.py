@@ -179,4 +179,8 @@ class Output:
 
 
 def _number(id: str) -> int:
-    return int(id.removeprefix("batch_req_"), 16)
+    """Raises ValueError if it is not the name of a line."""
+    before, prefix, digits = id.partition("batch_req_")
+    if before or not prefix:
+        raise ValueError
+    return int(digits, 16)

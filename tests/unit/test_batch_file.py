@@ -65,7 +65,9 @@ def test_an_output_has_what_was_written_and_loses_only_half_a_line(tmp_path: Pat
         assert whole.startswith(target.read_bytes()) and target.read_bytes().count(b"\n") == 2
 
 
-@pytest.mark.parametrize("text", ["precious", "a\nb\n", '{"id": "no"}\n', '{"custom_id": "r"}\n'])
+@pytest.mark.parametrize(
+    "text", ["precious", "a\nb\n", '{"id": "12"}\n', '{"id": "no"}\n', '{"custom_id": "r"}\n']
+)
 def test_a_file_that_is_no_output_is_left_alone(text: str, tmp_path: Path) -> None:
     target = tmp_path / "notes.txt"
     target.write_text(text)
