@@ -316,11 +316,11 @@ class Engine:
     def _retire(self, seq: Sequence) -> None:
         active = self._active[seq.request_id]
         active.unfinished -= 1
-        active.metrics.num_preemptions += seq.num_preemptions
+        active.metrics.preempted_at += seq.preempted_at
         now = time.monotonic()
         assert seq.finish_reason is not None
         times, reason = active.times[seq.index], seq.finish_reason.value
-        self.stats.ended(times, active.metrics, reason, seq.num_preemptions, now)
+        self.stats.ended(times, active.metrics, reason, len(seq.preempted_at), now)
         if active.unfinished == 0:
             active.metrics.finished_time = now
             self.stats.request_ended(list(active.times.values()))

@@ -44,7 +44,11 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     num_cached_tokens: int = 0
-    num_preemptions: int = 0
+    preempted_at: tuple[float, ...] = ()  # of all its completions
+
+    @property
+    def num_preemptions(self) -> int:
+        return len(self.preempted_at)
 
     @property
     def time_to_first_token(self) -> float | None:

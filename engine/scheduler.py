@@ -352,7 +352,7 @@ class Scheduler:
             self.kv.swap_in(seq)
         else:
             self.kv.claim(seq, prefix)
-            if seq.num_preemptions == 0:
+            if not seq.preempted_at:
                 seq.cached_tokens = seq.computed
                 seq.scheduled_time = time.monotonic()
             if self._shares is not None:
@@ -431,7 +431,7 @@ class Scheduler:
             seq.lost_tokens, seq.computed = seq.computed, 0
             self.stats.preemptions_recompute += 1
             self.stats.preemption("recompute", seq.request.priority)
-        seq.num_preemptions += 1
+        seq.preempted_at += (time.monotonic(),)
         self._leave(seq)
         self._enqueue(seq)
 

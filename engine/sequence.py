@@ -42,7 +42,7 @@ class Sequence:
         "stop_ids", "extras", "order", "runs_ahead", "state", "finish_reason", "stop_reason",
         "slot", "prefill_end", "computed", "pending", "untold", "blocks", "swapped", "published",
         "planned_in", "cached_tokens", "scheduled_time", "lost_tokens", "moved_tokens",
-        "num_preemptions", "deaths", "begun", "_hashes",
+        "preempted_at", "deaths", "begun", "_hashes",
     )  # fmt: skip
 
     def __init__(
@@ -85,7 +85,7 @@ class Sequence:
         self.scheduled_time: float | None = None  # of the first admission
         self.lost_tokens = 0  # computed tokens given up by the last recompute preemption
         self.moved_tokens = len(self.tokens) if request.moves else 0  # that were computed before
-        self.num_preemptions = 0
+        self.preempted_at: tuple[float, ...] = ()  # moments of its preemptions
         self.deaths = request.deaths  # see ``Continuation``
         self.begun = False  # whether these workers have run it
         self._hashes: list[BlockHash] = []

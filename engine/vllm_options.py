@@ -21,6 +21,7 @@ ALIASES = {  # vLLM's name: manta's
     "api_server_count": "num_ingress_replicas",
     "data_parallel_size": "num_replicas",
     "kv_offloading_size": "swap_space",
+    "otlp_traces_endpoint": "otlp_endpoint",
     "renderer_num_workers": "num_ingress_replicas",
 }
 SHORT = {  # vLLM's short flags

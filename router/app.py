@@ -58,7 +58,8 @@ def build_app(
     others: Others | None = None,
     look: Look | None = None,
 ) -> FastAPI:
-    """The application over a live set of engines. ``app.state.service`` is its state.
+    """The application over a live set of engines. ``app.state.service`` is its state;
+    ``app.state.tracer_provider``, where it traces, is to be shut down after it.
 
     others: gives the metrics (``Service.metrics``) of the application's other ingress processes,
         by their ids.
@@ -88,6 +89,13 @@ def build_app(
     app.add_middleware(RequestId)
     if config.access_log:
         app.add_middleware(AccessLog)
+    if config.otlp_endpoint is not None:
+        from router.tracing import Tracing, make_provider  # an optional package
+
+        provider = app.state.tracer_provider = make_provider(
+            config.otlp_endpoint, service.id, version
+        )
+        app.add_middleware(Tracing, tracer=provider.get_tracer("manta", version))
     app.add_middleware(OldHttp)
     if config.root_path:
         app.add_middleware(RootPath, path=config.root_path)
