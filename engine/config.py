@@ -89,6 +89,14 @@ class ModelConfig:
         "encode control tokens that messages hold (<|im_end|>, say) as ordinary text; without it"
         " they are control tokens, as in transformers",
     )
+    pooling: str = option(
+        "auto",
+        "what prompts become vectors by: auto, as the checkpoint's sentence-transformers files or"
+        " its architecture say; the hidden state of the last token or of the first (cls), or the"
+        " mean of all, also of a model that generates; yes_no, a score from the logits of the"
+        " tokens yes and no (Qwen3-Reranker); none, no vectors",
+        choices=("auto", "none", "last", "mean", "cls", "yes_no"),
+    )
     max_logprobs: int = option(
         20, "most logprobs that a request may ask for; -1 is no limit", least=-1
     )

@@ -111,7 +111,8 @@ class StepResult:
     """What came of a plan: tokens in row order. A row may yield none, one or several.
 
     ``seconds`` is what one rank computed for, without copies. ``copied`` are the copies that
-    ended since the result before, of this step or an earlier one.
+    ended since the result before, of this step or an earlier one. ``vectors`` are those of
+    prompts that are pooled, of which the row had the last token.
     """
 
     step: int
@@ -122,3 +123,4 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by row: of positions start + 1, ...
     seconds: float
     copied: CopyTimes = CopyTimes()
+    vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # by row
