@@ -54,14 +54,19 @@ def paired(queries: str | Sequence[str], documents: str | Sequence[str]) -> list
     return list(zip(firsts, seconds, strict=True))
 
 
-def pair_prompt(tokenizer: Tokenizer, query: str, document: str, template: str | None) -> Tokenized:
+def pair_text(tokenizer: Tokenizer, query: str, document: str, template: str | None) -> str:
     """The prompt of which a score is made: as ``template`` has the messages of roles query and
-    document, else one after the other, as vLLM has it.
+    document, for ``Tokenizer.encode_chat``; else one after the other, as vLLM has it.
 
     Raises RequestError for what the template refuses.
     """
     if template is None:
-        return query + document, tokenizer.encode(query + document)
+        return query + document
     messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
-    text = tokenizer.render_chat(messages, template, add_generation_prompt=False)
-    return tokenizer.encode_chat(text)
+    return tokenizer.render_chat(messages, template, add_generation_prompt=False)
+
+
+def pair_prompt(tokenizer: Tokenizer, query: str, document: str, template: str | None) -> Tokenized:
+    """``pair_text`` as tokens."""
+    text = pair_text(tokenizer, query, document, template)
+    return (text, tokenizer.encode(text)) if template is None else tokenizer.encode_chat(text)
