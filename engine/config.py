@@ -337,8 +337,9 @@ class EngineConfig:
                 f" {stages}: give one number for each stage"
             )
 
-    def resolve_model_len(self, model_limit: int) -> int:
-        """max_model_len for a model that allows ``model_limit`` tokens.
+    def resolve_model_len(self, model_limit: int, in_pieces: bool = True) -> int:
+        """max_model_len for a model that allows ``model_limit`` tokens, and whose prompts may be
+        computed ``in_pieces``.
 
         Raises ConfigError if more are asked for, or if whole prompts of that many fit no step.
         """
@@ -348,10 +349,10 @@ class EngineConfig:
                 f"max_model_len must be at most {model_limit}, the model's own limit, got {length}"
             )
         budget = self.scheduler.max_num_batched_tokens
-        if not self.scheduler.enable_chunked_prefill and budget < length:
+        if not (in_pieces and self.scheduler.enable_chunked_prefill) and budget < length:
+            why = "when enable_chunked_prefill is off" if in_pieces else "of an encoder"
             raise ConfigError(
-                f"max_num_batched_tokens ({budget}) must be at least max_model_len ({length}) when"
-                " enable_chunked_prefill is off"
+                f"max_num_batched_tokens ({budget}) must be at least max_model_len ({length}) {why}"
             )
         return length
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.choice import check_choice
 from engine.config import EngineConfig
@@ -80,7 +80,10 @@ class Engine:
         batches = executor.steps_ahead + 1 if executor.pipelined else 1
         alone_from = max(1, min(2, config.failover.max_failovers))
         costs = Costs(capacity.costs)
-        self.scheduler = Scheduler(config.scheduler, kv, costs, batches, alone_from)
+        limits = config.scheduler
+        if not facts.causal:
+            limits = replace(limits, enable_chunked_prefill=False)
+        self.scheduler = Scheduler(limits, kv, costs, batches, alone_from)
         self._active: dict[str, _Active] = {}
         self._deadlines: list[tuple[float, str, _Active]] = []  # a heap; some have finished
         self._pending: deque[tuple[int, PendingResult]] = deque()  # with the step's tokens
@@ -168,7 +171,7 @@ class Engine:
         if not request.moves:
             self._check_queue(request)
         length = len(request.prompt_token_ids)
-        from_start = pooling.from_start
+        from_start = pooling.method != "last" or not self.facts.causal
         return {0: Sequence(request, max_total=length, extras=POOLS, from_start=from_start)}
 
     def abort(self, request_id: str) -> None:

@@ -24,6 +24,7 @@ class ModelFacts:
     generates: bool = True  # tokens; without an output layer there are none
     pooling: Pooling | None = None  # None: it makes no vectors
     vector_size: int = 0
+    causal: bool = True  # else a prompt is computed in one piece, and none of it is found cached
 
 
 @dataclass(frozen=True)

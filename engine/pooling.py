@@ -35,11 +35,6 @@ class Pooling:
     scores: bool = False
     activates: bool = True
 
-    @property
-    def from_start(self) -> bool:
-        """Whether all tokens must be computed, so that none may come from the prefix cache."""
-        return self.method != "last"
-
 
 @dataclass(frozen=True, kw_only=True)
 class PoolingParams:

@@ -164,7 +164,8 @@ class Worker:
             attention_shape(traits, place, block_size), self.config.device.attention_backend
         )
         longest = longest_text(self.path) or traits.max_position
-        self.max_model_len = self.config.resolve_model_len(min(longest, traits.max_position))
+        longest = min(longest, traits.max_position)
+        self.max_model_len = self.config.resolve_model_len(longest, traits.causal)
         parallel = self.config.parallel
         stages = Stage.split(traits.num_layers, self.ranks.num_stages, parallel.partition)
         self.stage = stages[self.ranks.stage]
@@ -184,6 +185,7 @@ class Worker:
             generates=traits.generates,
             pooling=self.pooling,
             vector_size=traits.hidden_size,
+            causal=traits.causal,
         )
 
     def _is_invariant(self) -> bool:

@@ -65,7 +65,8 @@ class Traits:
 
     ``max_position`` is the longest context in tokens that the checkpoint is meant for; ``tied``
     says that the output layer shares the token embeddings. A model ``generates`` if it has an
-    output layer; a classifier has ``labels`` in its place, and an embedding model neither.
+    output layer; a classifier has ``labels`` in its place, and an embedding model neither. If it is
+    not ``causal`` a token sees those after it, so that a prompt is computed in one piece.
     """
 
     vocab_size: int
@@ -76,6 +77,7 @@ class Traits:
     tied: bool
     generates: bool = True
     labels: int = 0
+    causal: bool = True
 
 
 def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionShape:
@@ -92,6 +94,7 @@ def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionS
         block_size=block_size,
         dtype=place.dtype,
         device=place.device,
+        causal=traits.causal,
     )
 
 

@@ -10,7 +10,7 @@ from engine.errors import CheckpointError
 from workers.attention.base import AttentionBackend
 from workers.checkpoint import Config
 from workers.host_memory import host_memory
-from workers.models import decoder, opt
+from workers.models import bert, decoder, opt
 from workers.models.base import Model, Traits
 from workers.parallel import Place, Stage
 
@@ -24,6 +24,7 @@ class Network:
 
 
 DECODER = Network(decoder.read_traits, decoder.DecoderModel)
+BERT = Network(bert.read_traits, bert.BertModel)
 OPT = Network(opt.read_traits, opt.OPTModel)
 GENERATES = "ForCausalLM"
 CLASSIFIES = "ForSequenceClassification"
@@ -34,6 +35,9 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": ("qwen2", DECODER),
     "Qwen3ForCausalLM": ("qwen3", DECODER),
     "OPTForCausalLM": ("opt", OPT),
+    "BertModel": ("bert", BERT),
+    "RobertaModel": ("roberta", BERT),
+    "XLMRobertaModel": ("xlm-roberta", BERT),
 } | {
     f"{family}{head}": (family.lower(), DECODER)
     for head in (EMBEDS, CLASSIFIES)
@@ -81,7 +85,7 @@ def read_traits(config: Config) -> Traits:
     name = _architecture(config) or GENERATES
     if name.endswith(CLASSIFIES):
         return replace(traits, generates=False, labels=_labels(config))
-    return replace(traits, generates=name.endswith(GENERATES))
+    return replace(traits, generates=traits.generates and name.endswith(GENERATES))
 
 
 def _labels(config: Config) -> int:
