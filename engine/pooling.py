@@ -84,7 +84,7 @@ class PoolingParams:
         if not activates:
             return vector
         if pooling.scores:
-            return 0.5 + 0.5 * np.tanh(vector / 2)  # the logistic function
+            return np.float32(0.5) * (1 + np.tanh(vector / 2))  # the logistic function
         length = np.sqrt(np.square(vector, dtype=np.float64).sum())
         return np.asarray(vector / max(length, 1e-12), np.float32)
 

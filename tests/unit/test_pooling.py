@@ -45,7 +45,7 @@ def drained(engine):
 def test_vectors_among_tokens_under_pressure_and_deaths(steps_ahead, pipelined, mode):
     rng = random.Random(f"{steps_ahead}{pipelined}{mode}")
     engine = make_engine(
-        num_blocks=24, num_cpu_blocks=20, max_model_len=64, max_num_batched_tokens=20,
+        num_blocks=24, num_cpu_blocks=20, max_model_len=64, max_num_batched_tokens=10,
         steps_ahead=steps_ahead, pipelined=pipelined, preemption_mode=mode, max_failovers=50,
     )  # fmt: skip
     run, executor = engine.executor.run, engine.executor
@@ -59,20 +59,21 @@ def test_vectors_among_tokens_under_pressure_and_deaths(steps_ahead, pipelined, 
     executor.run = dying
     expected = {}
     stems = [random_prompt(rng, 40) for _ in range(3)]
-    for number in range(60):
-        prompt = rng.choice(stems)[: rng.randint(1, 40)] + random_prompt(rng, rng.randint(0, 20))
-        if number % 3:
+    for number in range(80):
+        prompt = random_prompt(rng, rng.randint(1, 4))
+        if number % 2:
+            prompt = rng.choice(stems)[: rng.randint(1, 40)] + prompt * rng.randint(1, 6)
             engine.add(wants_vector(str(number), prompt))
             expected[str(number)] = ([], foretell_vector(prompt), "stop")
         else:
-            num = min(25, 64 - len(prompt))
+            num = rng.randint(30, 60)
             sampling = SamplingParams(max_tokens=num, seed=number)
             engine.add(begin(str(number), prompt, sampling))
             expected[str(number)] = (foretell(prompt, number, num), None, "length")
     assert drained(engine) == expected
     assert_empty(engine)
     stats = engine.scheduler.stats
-    assert stats.preemptions_swap + stats.preemptions_recompute > 0
+    assert stats.preemptions_swap + stats.preemptions_recompute > 10
     assert sum(engine.stats.restarts.counts) > 0
     assert engine.stats.vectors == 40
 
