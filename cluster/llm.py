@@ -22,7 +22,7 @@ from cluster.prompts import (
     text_prompts,
 )
 from cluster.replica import default_sampling, engine_config, open_checkpoint, start_replica
-from cluster.vectors import pair_prompt, paired, pooled, pooling_requests
+from cluster.vectors import pair_prompt, pair_template, paired, pooled, pooling_requests
 from engine.chat import load_template
 from engine.collector import Collector
 from engine.config import EMBEDDED_MODEL
@@ -204,7 +204,8 @@ class LLM:
         """
         refuse_arguments("score", vllm_arguments)
         pooling_params = self._checked_pooling(pooling_params, scores=True)
-        template = self._chat_template if chat_template is None else load_template(chat_template)
+        given = self._chat_template if chat_template is None else load_template(chat_template)
+        template = pair_template(self.tokenizer, given)
         made = [pair_prompt(self.tokenizer, *pair, template) for pair in paired(text_1, text_2)]
 
         def score(vector: Vector) -> ScoringOutput:

@@ -54,6 +54,13 @@ def paired(queries: str | Sequence[str], documents: str | Sequence[str]) -> list
     return list(zip(firsts, seconds, strict=True))
 
 
+def pair_template(tokenizer: Tokenizer, given: str | None) -> str | None:
+    """The template for ``pair_text``: ``given``, else the checkpoint's own if it has the roles."""
+    own = tokenizer.chat_template(given, with_tools=False)
+    knows = own is not None and "query" in own and "document" in own
+    return own if given is not None or knows else None
+
+
 def pair_text(tokenizer: Tokenizer, query: str, document: str, template: str | None) -> str:
     """The prompt of which a score is made: as ``template`` has the messages of roles query and
     document, for ``Tokenizer.encode_chat``; else one after the other, as vLLM has it.

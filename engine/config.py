@@ -337,9 +337,19 @@ class EngineConfig:
                 f" {stages}: give one number for each stage"
             )
 
-    def resolve_model_len(self, model_limit: int, in_pieces: bool = True) -> int:
-        """max_model_len for a model that allows ``model_limit`` tokens, and whose prompts may be
-        computed ``in_pieces``.
+    def with_whole_prompts(self, length: int) -> "EngineConfig":
+        """The same for an encoder, whose prompts of up to ``length`` tokens are never split: a step
+        has room for one of these."""
+        budget = max(self.scheduler.max_num_batched_tokens, length)
+        return replace(
+            self,
+            scheduler=replace(
+                self.scheduler, enable_chunked_prefill=False, max_num_batched_tokens=budget
+            ),
+        )
+
+    def resolve_model_len(self, model_limit: int) -> int:
+        """max_model_len for a model that allows ``model_limit`` tokens.
 
         Raises ConfigError if more are asked for, or if whole prompts of that many fit no step.
         """
@@ -349,10 +359,10 @@ class EngineConfig:
                 f"max_model_len must be at most {model_limit}, the model's own limit, got {length}"
             )
         budget = self.scheduler.max_num_batched_tokens
-        if not (in_pieces and self.scheduler.enable_chunked_prefill) and budget < length:
-            why = "when enable_chunked_prefill is off" if in_pieces else "of an encoder"
+        if not self.scheduler.enable_chunked_prefill and budget < length:
             raise ConfigError(
-                f"max_num_batched_tokens ({budget}) must be at least max_model_len ({length}) {why}"
+                f"max_num_batched_tokens ({budget}) must be at least max_model_len ({length}) when"
+                " enable_chunked_prefill is off"
             )
         return length
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from engine.choice import check_choice
 from engine.config import EngineConfig
@@ -64,6 +64,8 @@ class Engine:
         max_model_len: int,
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
+        if not facts.causal:
+            config = config.with_whole_prompts(facts.max_model_len)
         self.config = config
         self.executor = executor
         self.facts = facts
@@ -80,10 +82,7 @@ class Engine:
         batches = executor.steps_ahead + 1 if executor.pipelined else 1
         alone_from = max(1, min(2, config.failover.max_failovers))
         costs = Costs(capacity.costs)
-        limits = config.scheduler
-        if not facts.causal:
-            limits = replace(limits, enable_chunked_prefill=False)
-        self.scheduler = Scheduler(limits, kv, costs, batches, alone_from)
+        self.scheduler = Scheduler(config.scheduler, kv, costs, batches, alone_from)
         self._active: dict[str, _Active] = {}
         self._deadlines: list[tuple[float, str, _Active]] = []  # a heap; some have finished
         self._pending: deque[tuple[int, PendingResult]] = deque()  # with the step's tokens

@@ -28,11 +28,14 @@ class Pooling:
     the mean of all.
 
     scores: the vector is what a classifier says of the prompt, not an embedding.
+    tokens: of a model that generates the score is the logit of the first of these after the
+        prompt, less that of the second, if there is one.
     activates: embeddings get the length 1, scores become probabilities, unless a request says no.
     """
 
     method: Method
     scores: bool = False
+    tokens: tuple[int, ...] = ()
     activates: bool = True
 
 

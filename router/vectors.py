@@ -7,7 +7,7 @@ from abc import abstractmethod
 
 import numpy as np
 
-from cluster.vectors import pair_text, paired, pooled
+from cluster.vectors import pair_template, pair_text, paired, pooled
 from engine.errors import RequestError
 from engine.pooling import NO_SAMPLING, PoolingParams, Vector
 from router.answers import WholeAnswer, check, to_json
@@ -100,7 +100,8 @@ async def _pair_prompts(
     service: Service, model: ServedModel, pairs: list[tuple[str, str]], param: str
 ) -> list[Prompt]:
     """The prompts of which scores are made."""
-    tokenizer, template, most = model.tokenizer, model.chat_template, model.info.max_model_len
+    tokenizer, most = model.tokenizer, model.info.max_model_len
+    template = pair_template(tokenizer, model.chat_template)
     if len(pairs) > MOST_PROMPTS:
         raise wrong(f"{param}: a list may have at most {MOST_PROMPTS} texts", param)
     if template is None:

@@ -49,8 +49,8 @@ class Seen:
 class HiddenReader:
     """On the ranks of the last stage; the others know the rows as well.
 
-    pools: None for a model that makes no vectors. yes_no: tokens, of whose logits the difference is
-    the score of a prompt.
+    pools: None for a model that makes no vectors. tokens: those of whose logits a score is made, if
+    it is made so (``Pooling.tokens``).
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class HiddenReader:
         table: SamplingTable,
         sampler: Sampler | None,
         pools: PoolingTable | None,
-        yes_no: tuple[int, int] | None,
+        tokens: tuple[int, ...],
     ) -> None:
         self._model = model
         self._slots = slots
         self._table = table
         self._sampler = sampler
         self._pools = pools
-        self._yes_no = yes_no
+        self._tokens = tokens
 
     def rows(self, plan: StepPlan) -> HiddenRows:
         """The rows of ``plan`` that are looked at; the same on every rank."""
@@ -85,12 +85,13 @@ class HiddenReader:
 
     def _finished(self, pooled: Tensor) -> Tensor:
         """What the model makes of pooled rows [m, H]: [m, V], float32."""
-        if self._yes_no is not None:
-            logits = self._model.logits(pooled.to(self._model.place.dtype))
-            # Ranks that do not sample have a part of them, and need nothing of it.
-            yes, no = (min(token, logits.shape[1] - 1) for token in self._yes_no)
-            return (logits[:, yes].float() - logits[:, no].float())[:, None]
-        return self._model.pooled(pooled)
+        if not self._tokens:
+            return self._model.pooled(pooled)
+        logits = self._model.logits(pooled.to(self._model.place.dtype))
+        if self._sampler is None:
+            return pooled  # this rank has a part of the logits, and nobody asks it
+        true, *false = (logits[:, token, None].float() for token in self._tokens)
+        return true - false[0] if false else true
 
     def _prompt_rows(self, plan: StepPlan) -> list[PromptRow]:
         found: list[PromptRow] = []

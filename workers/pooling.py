@@ -1,15 +1,17 @@
 """What a checkpoint says of pooling: its sentence-transformers files, and its architecture."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from engine.errors import CheckpointError, ConfigError, shown
 from engine.pooling import Method, Pooling
 from workers.checkpoint import Config, load_config, read_any_json, read_json
 from workers.models import Traits
 
-MODULES = "modules.json"
-_METHODS: dict[str, Method] = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
+MODULES, CONFIG = "modules.json", "config.json"
+_LOGITS = "LogitScore"  # of a reranker that generates yes and no, since sentence-transformers 5.4
+_KINDS = ("Transformer", "Pooling", "Normalize", _LOGITS)
+_METHODS: dict[str, Method] = {"last": "last", "lasttoken": "last", "mean": "mean", "cls": "cls"}
 _FLAGS = {  # of a Pooling module before sentence-transformers 5.4, which has ``pooling_mode``
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -26,15 +28,19 @@ def served_config(path: Path, option: str) -> Config:
     of its own has none here, whether or not the files hold its weights."""
     config = load_config(path)
     names = config.get("architectures")
-    embeds = option == "auto" and (path / MODULES).is_file()
+    modules = _modules(path) if option == "auto" else {}
+    embeds = bool(modules) and _LOGITS not in modules
     if embeds and isinstance(names, list) and config.get("tie_word_embeddings") is not True:
         headless = [str(name).replace("ForCausalLM", "Model") for name in names]
         return Config(config.values | {"architectures": headless}, config.source)
     return config
 
 
-def read_pooling(path: Path, config: Config, traits: Traits, option: str) -> Pooling | None:
-    """How the model pools with ``option`` pooling; None if it makes no vectors.
+def read_pooling(
+    path: Path, config: Config, traits: Traits, option: str, id_of: Callable[[str], int | None]
+) -> Pooling | None:
+    """How the model pools with ``option`` pooling; None if it makes no vectors. ``id_of`` gives the
+    id of a token.
 
     Raises CheckpointError for modules that are not supported, ConfigError for an option that the
     model cannot follow.
@@ -46,15 +52,19 @@ def read_pooling(path: Path, config: Config, traits: Traits, option: str) -> Poo
     if option == "yes_no":
         if not traits.generates:
             raise ConfigError("pooling must not be yes_no: the model has no output layer")
-        return Pooling("last", scores=True)
+        tokens = tuple(id for id in map(id_of, ("yes", "no")) if id is not None)
+        if len(tokens) < 2:
+            raise ConfigError("pooling must not be yes_no: there are no tokens yes and no")
+        return Pooling("last", scores=True, tokens=tokens)
     if option == "none":
         if not traits.generates:
             raise ConfigError("pooling must not be none: the model generates no tokens")
         return None
-    found = _from_modules(path)
+    found = _from_modules(path, config, traits.vocab_size)
     if option == "auto":
         return found or (None if traits.generates else Pooling("last"))
-    return Pooling(_METHODS.get(option, "last"), activates=found is None or found.activates)
+    activates = found is None or found.scores or found.activates
+    return Pooling(_METHODS[option], activates=activates)
 
 
 def longest_text(path: Path) -> int | None:
@@ -71,41 +81,64 @@ def longest_text(path: Path) -> int | None:
     return config.integer("max_seq_length") if "max_seq_length" in config else None
 
 
-def _from_modules(path: Path) -> Pooling | None:
+def _from_modules(path: Path, config: Config, vocab_size: int) -> Pooling | None:
+    modules = _modules(path)
+    if not modules:
+        return None
+    if unknown := [kind for kind in modules if kind not in _KINDS]:
+        raise CheckpointError(
+            f"{path / MODULES}: module {shown(unknown[0])} is not supported; allowed:"
+            f" {', '.join(_KINDS)}"
+        )
+    if _LOGITS in modules:
+        tokens = _score_tokens(modules[_LOGITS], vocab_size)
+        return Pooling("last", scores=True, tokens=tokens, activates=_squashes(config))
+    method: Method = "mean"  # sentence-transformers' default
+    if "Pooling" in modules:
+        method = _method(modules["Pooling"])
+    return Pooling(method, activates="Normalize" in modules)
+
+
+def _modules(path: Path) -> dict[str, Path]:
+    """The config.json of each kind of module; nothing if there are none."""
     file = path / MODULES
     if not file.is_file():
-        return None
-    kinds = {str(module.get("type")).rpartition(".")[2]: module for module in _modules(file)}
-    if unknown := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
-        raise CheckpointError(
-            f"{file}: module {shown(unknown[0])} is not supported; allowed: Transformer, Pooling,"
-            " Normalize"
-        )
-    method: Method = "mean"  # sentence-transformers' default
-    if "Pooling" in kinds:
-        folder = str(kinds["Pooling"].get("path", ""))
-        method = _method(path / folder / "config.json")
-    return Pooling(method, activates="Normalize" in kinds)
-
-
-def _modules(file: Path) -> list[dict[str, Any]]:
+        return {}
     modules = read_any_json(file)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise CheckpointError(f"{file} must hold a list of modules")
-    return modules
+    return {
+        str(module.get("type")).rpartition(".")[2]: path / str(module.get("path", "")) / CONFIG
+        for module in modules
+    }
+
+
+def _score_tokens(file: Path, vocab_size: int) -> tuple[int, ...]:
+    config = _module_config(file)
+    tokens = [config.get("true_token_id"), config.get("false_token_id")]
+    found = tuple(token for token in tokens if token is not None)
+    if tokens[0] is None or any(
+        type(token) is not int or not 0 <= token < vocab_size for token in found
+    ):
+        raise CheckpointError(f"{file}: true_token_id and false_token_id must be token ids")
+    return found
+
+
+def _module_config(file: Path) -> Config:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: it says how the model pools")
+    return Config(read_json(file), str(file))
 
 
 def _method(file: Path) -> Method:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: it says how the model pools")
-    config = Config(read_json(file), str(file))
+    config = _module_config(file)
     names = [name for flag, name in _FLAGS.items() if config.get(flag) is True]
     mode = config.get("pooling_mode", names)
     modes = mode if isinstance(mode, list) else [mode]
     if len(modes) != 1 or modes[0] not in _METHODS:
         raise CheckpointError(
-            f"{file}: pooling by {shown(modes)} is not supported; allowed is one of"
-            f" {', '.join(_METHODS)}"
+            f"{file}: pooling by {shown(modes)} is not supported; allowed is one of lasttoken,"
+            " mean, cls"
         )
     return _METHODS[modes[0]]
 

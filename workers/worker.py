@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import ConfigError
 from engine.executor import Capacity, ModelFacts
 from engine.log import get_logger
 from engine.matcher import Grammars, grammars_of
@@ -156,7 +156,7 @@ class Worker:
         options = self.config.model
         checkpoint = served_config(self.path, options.pooling)
         traits = self.traits = read_traits(checkpoint)
-        self.pooling = read_pooling(self.path, checkpoint, traits, options.pooling)
+        self.pooling = read_pooling(self.path, checkpoint, traits, options.pooling, self._token_id)
         dtype = resolve_dtype(options.dtype, checkpoint, self.device)
         self.place = place = Place(self.device, dtype, self.ranks.group)
         block_size = self.config.cache.block_size or DEFAULT_BLOCK_SIZE
@@ -165,7 +165,9 @@ class Worker:
         )
         longest = longest_text(self.path) or traits.max_position
         longest = min(longest, traits.max_position)
-        self.max_model_len = self.config.resolve_model_len(longest, traits.causal)
+        self.max_model_len = self.config.resolve_model_len(longest)
+        if not traits.causal:
+            self.config = self.config.with_whole_prompts(self.max_model_len)
         parallel = self.config.parallel
         stages = Stage.split(traits.num_layers, self.ranks.num_stages, parallel.partition)
         self.stage = stages[self.ranks.stage]
@@ -280,9 +282,13 @@ class Worker:
             size, method = self.traits.hidden_size, self.pooling.method
             self._pools = PoolingTable(method, num_slots, size, self.device, self.stage.last)
             self._tables = (*self._tables, self._pools)
-        yes_no = self._yes_no()
         self._hidden_reader = HiddenReader(
-            self.model, self.slots, self.table, self.sampler, self._pools, yes_no
+            self.model,
+            self.slots,
+            self.table,
+            self.sampler,
+            self._pools,
+            () if self.pooling is None else self.pooling.tokens,
         )
         most = self.config.scheduler.max_num_batched_tokens
         largest = Size(num_slots, most, decodes=False)
@@ -292,16 +298,10 @@ class Worker:
         if self.device.type == "cuda":
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
-    def _yes_no(self) -> tuple[int, int] | None:
-        """The tokens of which the model makes scores. Raises CheckpointError."""
+    def _token_id(self, token: str) -> int | None:
         options = self.config.model
-        if options.pooling != "yes_no":
-            return None
         tokenizer = Tokenizer.load(options.tokenizer or self.path, options.revision)
-        yes, no = (tokenizer.backend.token_to_id(word) for word in ("yes", "no"))
-        if yes is None or no is None:
-            raise CheckpointError("pooling=yes_no needs a vocabulary with the tokens yes and no")
-        return yes, no
+        return tokenizer.backend.token_to_id(token)
 
     def _grammars(self) -> Grammars:
         """Raises CheckpointError if the tokenizer is not there."""

@@ -13,7 +13,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from engine.continuation import begin
-from engine.errors import ConfigError, RequestError
+from engine.errors import RequestError
 from engine.pooling import NO_SAMPLING
 from manta import PoolingParams, SamplingParams
 from tests.parity.tiny_models import FAMILIES, TINY_MODELS
@@ -160,14 +160,14 @@ def test_encoders(kind: str, tmp_path, words) -> None:
     network.save_pretrained(tmp_path)
     method, normalize = ("cls", True) if kind == "Roberta" else ("mean", False)
     path = sentence_transformer(tmp_path, method, normalize)
-    llm = start_llm(path, words, max_num_batched_tokens=110, max_model_len=LONGEST)
+    llm = start_llm(
+        path, words, max_num_batched_tokens=LONGEST // 2
+    )  # steps have room all the same
     found = embeddings(llm)
     expected = pooled(network, method, normalize)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
     assert (embeddings(llm, PROMPTS[::-1])[::-1] == found).all()
     assert_idle(llm)
-    with pytest.raises(ConfigError, match="max_num_batched_tokens .64. must be at least"):
-        start_llm(path, words)
 
 
 def test_a_classifier_with_one_label_scores(tmp_path, words) -> None:
@@ -197,17 +197,21 @@ def test_a_classifier_with_one_label_scores(tmp_path, words) -> None:
 
 
 def test_a_decoder_scores_by_yes_and_no(tmp_path) -> None:
-    """As Qwen3-Reranker does, with a template for the two texts."""
+    """As Qwen3-Reranker does, with the checkpoint's template for the two texts, or another."""
     model = build("qwen3-tied-biases")
     model.save_pretrained(tmp_path)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "query", "yes", "no", "doc"])}
     vocabulary |= {f"w{i}": i for i in range(len(vocabulary), 128)}
     tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(tmp_path)
     template = "{% for m in messages %}{{ m.role[:5] + ' ' + m.content + ' ' }}{% endfor %}doc"
-    llm = start_llm(tmp_path, pooling="yes_no", chat_template=template)
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=tokens)
+    words.chat_template = template + "{# roles: query, document #}"
+    words.save_pretrained(tmp_path)
+    llm = start_llm(tmp_path, pooling="yes_no")
     (output,) = llm.score("w10 w11", "w20", use_tqdm=False)
+    (other,) = llm.score("w10", "w20", use_tqdm=False, chat_template="{{ 'w30' }}")
+    assert other.prompt_token_ids == [30]
     ids = [vocabulary.get(word, 0) for word in ["query", "w10", "w11", "docum", "w20", "doc"]]
     assert output.prompt_token_ids == ids
     with torch.inference_mode():

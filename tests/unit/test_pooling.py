@@ -180,7 +180,7 @@ def make_checkpoint(folder: Path, modules=None, pooling=None, **config) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     if modules is not None:
         listed = [
-            {"path": "1_Pooling" if name.endswith("Pooling") else "", "type": f"some.{name}"}
+            {"path": f"1_{name[7:]}" if name.endswith(("Pooling", "Score")) else "", "type": name}
             for name in modules
         ]
         (folder / "modules.json").write_text(json.dumps(listed))
@@ -193,7 +193,8 @@ def make_checkpoint(folder: Path, modules=None, pooling=None, **config) -> Path:
 def pooling_of(path: Path, option: str = "auto") -> tuple[Pooling | None, bool]:
     config = served_config(path, option)
     traits = read_traits(config)
-    return read_pooling(path, config, traits, option), traits.generates
+    ids = {"yes": 7, "no": 8}
+    return read_pooling(path, config, traits, option, ids.get), traits.generates
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,19 @@ def test_modules_say_how_a_checkpoint_pools(tmp_path, modules, pooling, expected
     asked = Pooling("mean", activates=expected is None or expected.activates)
     assert pooling_of(path, "mean") == (asked, True)
     assert pooling_of(path, "none") == (None, True)
-    assert pooling_of(path, "yes_no") == (Pooling("last", scores=True), True)
+    assert pooling_of(path, "yes_no") == (Pooling("last", scores=True, tokens=(7, 8)), True)
+
+
+@pytest.mark.parametrize("ids, tokens", [((9, 5), (9, 5)), ((9, None), (9,))])
+def test_a_reranker_that_generates_yes_and_no(tmp_path, ids, tokens):
+    path = make_checkpoint(tmp_path, ["models.Transformer", "models.LogitScore"])
+    config = dict(zip(("true_token_id", "false_token_id"), ids, strict=True))
+    (path / "1_LogitScore").mkdir()
+    (path / "1_LogitScore/config.json").write_text(json.dumps(config))
+    assert pooling_of(path) == (Pooling("last", scores=True, tokens=tokens), True)
+    (path / "1_LogitScore/config.json").write_text('{"true_token_id": "yes"}')
+    with pytest.raises(CheckpointError, match="must be token ids"):
+        pooling_of(path)
 
 
 def test_an_output_layer_that_costs_nothing_stays(tmp_path):
