@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +17,15 @@ import torch
 import transformers
 from langchain_openai import OpenAIEmbeddings
 
+from cluster.vectors import pair_text
+from engine.chat import load_template
+from engine.config import EMBEDDED_MODEL
+from engine.tokenizer import Tokenizer
 from tests.parity.tiny_models import FAMILIES
+from tests.support.served import ROOT
 from tests.support.server import Server, serving
 from tests.support.tiny_tokenizer import save_tokenizer
+from workers.checkpoint import resolve
 
 MODEL = "manta-demo"
 TEXTS = ["The sky is blue.", "Ann has a cat.", "Hello"]
@@ -191,3 +199,40 @@ def test_metrics_count_vectors(http: httpx.Client) -> None:
     assert answer["id"] == "embd-mine" == response.headers["x-request-id"]
     assert len(base64.b64decode(answer["data"][0]["embedding"])) == 4 * 192
     assert json.loads(response.text)["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+# ---- the documentation ----
+
+DOCS = (ROOT / "docs/api.md").read_text(encoding="utf-8").partition("## Embeddings")[2]
+
+
+def examples(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", DOCS, re.DOTALL)
+
+
+def test_the_python_examples(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in examples("python"):
+        here = text.replace("http://localhost:8000", server.url).replace('"MODEL"', f'"{MODEL}"')
+        exec(compile(here, "docs/api.md", "exec"), {})
+        assert capsys.readouterr().out == "[192, 192]\n"
+
+
+def test_the_example_for_curl(reranker: httpx.Client) -> None:
+    (text,) = examples("bash")
+    here = text.replace("http://localhost:8000", str(reranker.base_url).rstrip("/"))
+    done = subprocess.run(["bash", "-c", here], capture_output=True, text=True, check=True)
+    assert {one["index"] for one in json.loads(done.stdout)["results"]} == {0, 1}
+
+
+def test_the_template_of_qwen3_reranker(tmp_path: Path) -> None:
+    """It gives the prompt that the model's card makes."""
+    file = tmp_path / "template.jinja"
+    file.write_text(examples("jinja")[0], encoding="utf-8")
+    tokenizer = Tokenizer.load(resolve(EMBEDDED_MODEL))
+    assert pair_text(tokenizer, "a query", "a document", load_template(str(file))) == (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query"
+        ' and the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+        "<|im_start|>user\n<Instruct>: Given a web search query, retrieve relevant passages that"
+        " answer the query\n<Query>: a query\n<Document>: a document<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
