@@ -4,6 +4,7 @@ import base64
 import time
 import uuid
 from abc import abstractmethod
+from functools import partial
 
 import numpy as np
 
@@ -111,9 +112,8 @@ async def _pair_prompts(
         prompts = []
         for query, document in pairs:
             with refused_by_template():
-                text = await service.rendered(
-                    lambda q=query, d=document: pair_text(tokenizer, q, d, template)  # type: ignore[misc]
-                )
+                rendered = partial(pair_text, tokenizer, query, document, template)
+                text = await service.rendered(rendered)
             prompts.append(Prompt((await service.encode_chat(model, text, False, most))[1]))
     return _fitting(model, prompts, param)
 

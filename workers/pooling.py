@@ -7,6 +7,7 @@ from engine.errors import CheckpointError, ConfigError, shown
 from engine.pooling import Method, Pooling
 from workers.checkpoint import Config, load_config, read_any_json, read_json
 from workers.models import Traits
+from workers.models.registry import ARCHITECTURES, EMBEDS, GENERATES
 
 MODULES, CONFIG = "modules.json", "config.json"
 _LOGITS = "LogitScore"  # of a reranker that generates yes and no, since sentence-transformers 5.4
@@ -31,9 +32,14 @@ def served_config(path: Path, option: str) -> Config:
     modules = _modules(path) if option == "auto" else {}
     embeds = bool(modules) and _LOGITS not in modules
     if embeds and isinstance(names, list) and config.get("tie_word_embeddings") is not True:
-        headless = [str(name).replace("ForCausalLM", "Model") for name in names]
-        return Config(config.values | {"architectures": headless}, config.source)
+        return Config(config.values | {"architectures": list(map(_headless, names))}, config.source)
     return config
+
+
+def _headless(name: object) -> object:
+    """The architecture without an output layer, if there is one such."""
+    network = str(name).replace(GENERATES, EMBEDS)
+    return network if network in ARCHITECTURES else name
 
 
 def read_pooling(

@@ -13,7 +13,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from engine.continuation import begin
-from engine.errors import RequestError
+from engine.errors import EngineError, RequestError
 from engine.pooling import NO_SAMPLING
 from manta import PoolingParams, SamplingParams
 from tests.parity.tiny_models import FAMILIES, TINY_MODELS
@@ -143,6 +143,8 @@ def test_a_sentence_transformer_of_a_decoder(tmp_path, words) -> None:
     assert len(full[0].outputs.embedding) == 64
     with pytest.raises(RequestError, match="generates no tokens"):
         llm.generate("w5")
+    with pytest.raises(EngineError, match="no vector came of a prompt: timeout"):
+        llm.embed("w5", timeout=0, use_tqdm=False)
     with pytest.raises(RequestError, match="dimensions must be at most 64, got 65"):
         llm.embed("w5", pooling_params=PoolingParams(dimensions=65))
     with pytest.raises(RequestError, match="the model gives embeddings, no scores"):

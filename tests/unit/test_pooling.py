@@ -127,9 +127,10 @@ def test_a_request_for_a_vector_outlives_its_engine():
         vectors = [o.vector async for outcomes in stream for o in outcomes]
         await stopping
         await asyncio.to_thread(loops[1][0].stop)
-        return vectors, second.load, loops[1][1].ran
+        return vectors, route.moves, loops[1][1].ran
 
-    vectors, _, ran = asyncio.run(scenario())
+    vectors, moves, ran = asyncio.run(scenario())
+    assert [cause for cause, _ in moves] == ["lost"]
     assert [vector.tolist() for vector in vectors] == [foretell_vector(prompt)]
     assert ran > 0, "it was the first engine's"
 
@@ -274,6 +275,14 @@ def test_a_model_without_an_output_layer(tmp_path):
     for option in ("none", "yes_no"):
         with pytest.raises(ConfigError, match=f"pooling must not be {option}"):
             pooling_of(path, option)
+
+
+def test_an_architecture_that_has_no_network_alone_stays(tmp_path):
+    path = make_checkpoint(
+        tmp_path, MODULES, {"pooling_mode": "mean"}, architectures=["OPTForCausalLM"],
+        model_type="opt",
+    )  # fmt: skip
+    assert pooling_of(path) == (Pooling("mean"), True)
 
 
 def test_the_longest_text_that_a_model_was_made_for(tmp_path):
