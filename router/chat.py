@@ -28,6 +28,7 @@ from router.responses import (
 from router.schema import ChatRequest, TokenizeRequest
 from router.service import ServedModel, Service
 from router.structured import check_outputs, outputs_of
+from router.structured_calls import in_answers
 from router.tools import tool_use
 
 SILENCE = 10.0  # seconds after which a stream that tells nothing shows that it lives
@@ -47,8 +48,13 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
     form = form_of(service.config, model, _template(service, model, body.chat_template), use)
     text = await _rendered(service, model, body, use.tools)
     final = last_text(body) if body.continue_final_message else ""
-    parsing = None if form is None else parsing_of(form, model, use, text, final, body)
-    text += parsing.prefix if parsing else ""
+    outputs, parsing = outputs_of(body), None
+    await check_outputs(model, body, outputs)
+    if form is not None:
+        opened = form.opened_by(text, final)
+        plain, outputs = outputs, await in_answers(model, form, use, opened, bool(final), outputs)
+        parsing = parsing_of(form, model, use, opened, outputs is not plain, body)
+        text += parsing.prefix
     prompt = await _encoded(service, model, body, text, model.info.max_model_len)
     room = room_for_output(model.info, len(prompt.ids), asked, "messages")
     if asked is None:
@@ -60,10 +66,9 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
         max_tokens=asked,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
-        structured_outputs=outputs_of(body),
+        structured_outputs=outputs,
         **({"skip_special_tokens": False} if parsing and parsing.shows_special else {}),
     )
-    await check_outputs(model, body, sampling)
     return ChatAnswer(service, model, body, [prompt], sampling, parsing)
 
 

@@ -108,13 +108,14 @@ class Pending:
 
     def result(self) -> StepResult:
         """Waits for this step, and for none after it."""
+        forced: dict[int, list[int]] = {}
         if self.sampled is None:
             tokens, failed, logprobs = ints(), np.zeros(0, np.bool_), {}
         else:
             host = self.sampled.result()
             tokens, failed, logprobs = host.tokens, host.failed, host.logprobs
             for learn in self.learn:
-                learn(tokens)
+                forced |= learn(tokens)
         return StepResult(
             step=self.plan.step,
             rows=ints(np.flatnonzero(self.plan.wants)) if self.sampled is not None else ints(),
@@ -125,6 +126,7 @@ class Pending:
             seconds=self.clock.seconds(),
             copied=self.copied,
             vectors={} if self.vectors is None else self.vectors.result(),
+            forced=forced,
         )
 
 
