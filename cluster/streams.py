@@ -180,7 +180,7 @@ class Stream:
             outcome.tokens = outcome.tokens[known:]
             outcome.logprobs = outcome.logprobs and outcome.logprobs[known:]
         self._tokens[index].extend(outcome.tokens)
-        if outcome.tokens:
+        if outcome.tokens or outcome.vector is not None:
             self._note_token(attempt)
         self._add(outcome)
         if outcome.finish_reason is not None:

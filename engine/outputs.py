@@ -1,6 +1,10 @@
 """What a user gets back, with the names of vLLM's outputs."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.pooling import Vector
 
 
 @dataclass(slots=True)
@@ -63,7 +67,10 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request and its completions, in the order of their indices."""
+    """A request and its completions, in the order of their indices.
+
+    ``vector``: the prompt's, raw, of a request that pools.
+    """
 
     request_id: str
     prompt: str | None
@@ -71,6 +78,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    vector: "Vector | None" = None
 
     @property
     def num_cached_tokens(self) -> int:

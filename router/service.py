@@ -266,8 +266,10 @@ class Service:
         priority: int,
         streaming: bool,
         client: str = "",
+        pools: bool = False,
     ) -> AsyncIterator[list[Generation]]:
         """The prompts' generations, all queued; none outlives the block. ``client`` asks for them.
+        ``pools``: they become vectors, which the outputs have.
 
         Raises RequestError (QueueFull, PromptTooLong) and EngineError.
         """
@@ -282,6 +284,7 @@ class Service:
                 bad_words=bad_words,
                 priority=priority,
                 client=client,
+                pools=pools,
                 timeout=self.config.request_timeout,
             )
             route = _Route(self, model)
