@@ -18,7 +18,7 @@ from cluster.joining import connect_ray, own_host
 from cluster.loop import EngineLoop
 from cluster.ray_metrics import RayMetrics
 from cluster.transport import Server
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ServedAs
 from engine.errors import ConfigError, EngineError, MantaError
 from engine.log import get_logger, waiting_for
 
@@ -33,11 +33,14 @@ class EngineHost:
     """Builds a replica in this process and serves it until ``stop``.
 
     ``name`` is that of the application, in whose ``Directory`` it can be found. ``share`` is how
-    many engines divide this machine's cores. An engine that fails takes its process along, once
-    its clients know why: whoever started it starts another.
+    many engines divide this machine's cores. ``served`` is what clients see of its model. An engine
+    that fails takes its process along, once its clients know why: whoever started it starts
+    another.
     """
 
-    def __init__(self, config: EngineConfig, name: str, share: int = 1) -> None:
+    def __init__(
+        self, config: EngineConfig, name: str, share: int = 1, served: ServedAs | None = None
+    ) -> None:
         started = time.monotonic()
         if config.parallel.world_size == 1:  # it computes here; Ray has set a thread for each CPU
             cpus = config.parallel.worker_cpus or (os.cpu_count() or 1) // share
@@ -49,7 +52,8 @@ class EngineHost:
 
         self.engine_id = secrets.token_hex(4)
         engine, info = start_engine(config, self.engine_id)
-        info = dataclasses.replace(info, start_seconds=time.monotonic() - started)
+        seconds = time.monotonic() - started
+        info = dataclasses.replace(info, start_seconds=seconds, served=served or ServedAs())
         self._hang_after = info.step_timeout
         self._stopping = False
         self.loop = EngineLoop(engine, self._on_failure, self._on_leaving)
@@ -58,7 +62,7 @@ class EngineHost:
         self.loop.start()
         self._directory = Directory(name)
         self._directory.add("engine", self.engine_id, self.address)
-        labels = {"model_name": info.model, "engine": self.engine_id}
+        labels = {"model_name": info.names[0], "engine": self.engine_id}
         self._metrics = RayMetrics(self.loop.metrics, labels)
         self._metrics.start()
 
