@@ -101,7 +101,8 @@ def _models(args: argparse.Namespace) -> None:
     for one in found_sets():
         id, *others = one.names
         also = f"  also {', '.join(others)}" if others else ""
-        print(f"{id}  {there[id]} engines  {one.settings.engine.model.model}{also}")
+        count = f"{there[id]} engine{'' if there[id] == 1 else 's'}"
+        print(f"{id}  {count}  {one.settings.engine.model.model}{also}")
 
 
 def _add_model(args: argparse.Namespace) -> None:

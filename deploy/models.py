@@ -27,7 +27,7 @@ def add_model(
     sets = found_sets()
     own = {f.name for _, f in model_options()}
     server = {name: value for name, value in sets[0].options.items() if name not in own}
-    (settings,) = Settings.of_models(server, [{**options, "model": model}])
+    settings = Settings.of_model(server, {**options, "model": model})
     id, *_ = settings.names
     old = next((engines for engines in sets if engines.names[0] == id), None)
     if old is None and replace:

@@ -65,7 +65,12 @@ class Settings:
         for name in server:
             if name in own:
                 raise ConfigError(f"{name} is a model's option: give it to each of models instead")
-        found = [cls._of_model(server, options, f"models[{i}]") for i, options in enumerate(models)]
+        found = []
+        for i, options in enumerate(models):
+            try:
+                found.append(cls.of_model(server, options))
+            except ConfigError as error:
+                raise ConfigError(f"models[{i}]: {error}") from None
         names = Counter(name for settings in found for name in settings.names)
         for name, count in names.items():
             if count > 1:
@@ -73,13 +78,11 @@ class Settings:
         return found
 
     @classmethod
-    def _of_model(cls, server: Mapping[str, Any], options: Any, where: str) -> "Settings":
+    def of_model(cls, server: Mapping[str, Any], options: Any) -> "Settings":
+        """Those of one model of a server, with the server's. Raises ConfigError."""
         if not isinstance(options, dict):
-            raise ConfigError(f"{where} must be a map of options")
-        try:
-            return cls.from_options({**server, **model_given(options)}).completed()
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
+            raise ConfigError("a model must be a map of options")
+        return cls.from_options({**server, **model_given(options)}).completed()
 
     @property
     def names(self) -> tuple[str, ...]:

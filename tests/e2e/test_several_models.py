@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
+import pytest
 import torch
 import yaml
 
@@ -22,9 +24,8 @@ SECTION = (ROOT / "docs/serving.md").read_text().split("## Several models in one
 FILE, COMMANDS = re.findall(r"```(?:yaml)?\n(.*?)```", SECTION.split("\n## ")[0], re.DOTALL)
 FEW = {"worker-cpus": 0.2, "num-gpu-blocks-override": 200, "swap-space": 0}
 PROMPT = [5, 17, 40, 3]
-STORY = {"prompt": "Once upon a time", "max_tokens": 150, "ignore_eos": True}
-FRANCE = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
-TINY = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+STORY = {"prompt": "Once upon a time", "max_tokens": 150}
+TINY = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
 
 
 def checkpoint(name: str, folder: Path) -> tuple[Path, str]:
@@ -45,40 +46,37 @@ def options(path: Path) -> list[str]:
 
 
 class Load:
-    """Requests of one model that are asked over and over, in streams, and must never change."""
+    """A request of one model that is asked over and over, and whose answer must never change."""
 
-    def __init__(self, http: httpx.AsyncClient, model: str, *allowed: str, **body: Any) -> None:
-        self._http, self._body, self.allowed = http, {"model": model, **body}, allowed
+    def __init__(self, client: openai.AsyncOpenAI, model: str, *allowed: str, **body: Any) -> None:
         self.answers = 0
         self._over = False
+        self._task = asyncio.create_task(self._run(client, model, allowed, body))
 
-    async def run(self) -> None:
+    async def _run(
+        self, client: openai.AsyncOpenAI, model: str, allowed: tuple[str, ...], body: dict[str, Any]
+    ) -> None:
         while not self._over:
-            assert await stream(self._http, self._body) in self.allowed
+            assert await ask(client, model, **body) in allowed
             self.answers += 1
 
-    def end(self) -> None:
+    async def end(self) -> None:
         self._over = True
+        await self._task
+        assert self.answers >= 3
 
 
-async def stream(http: httpx.AsyncClient, body: dict[str, Any]) -> str:
-    text, done = "", False
-    async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
-        assert answer.status_code == 200, await answer.aread()
-        async for line in answer.aiter_lines():
-            data = line.removeprefix("data: ")
-            done = done or data == "[DONE]"
-            if line.startswith("data: {"):
-                text += yaml.safe_load(data)["choices"][0]["text"]
-    assert done
-    return text
-
-
-async def ask(http: httpx.AsyncClient, model: str | None, **body: Any) -> str:
-    body = body if model is None else body | {"model": model}
-    answer = await http.post("/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    text: str = answer.json()["choices"][0]["text"]
+async def ask(client: openai.AsyncOpenAI, model: str, **body: Any) -> str:
+    """The text of a stream that comes to its end. What is to be asked again, the client asks
+    again."""
+    parts = await client.completions.create(
+        model=model, stream=True, extra_body={"ignore_eos": True}, **body
+    )
+    text, reason = "", None
+    async for part in parts:
+        text += part.choices[0].text
+        reason = part.choices[0].finish_reason
+    assert reason == "length"
     return text
 
 
@@ -116,55 +114,60 @@ def test_models_come_change_and_leave_and_nothing_of_the_others_is_lost(tmp_path
         print(f"{' '.join(words[:1])}: {time.monotonic() - begun:.1f} s")
         return said
 
-    async def scenario(served: Served) -> None:
-        async with httpx.AsyncClient(base_url=served.url, timeout=PATIENCE) as http:
-            assert await names(http) == {"manta-demo", "small", "small-v1"}
-            assert await ask(http, "manta-demo", **FRANCE) == " Paris"
-            assert await ask(http, "small", **TINY) == await ask(http, "small-v1", **TINY) == said
-            unknown = await http.post("/v1/completions", json=TINY | {"model": "new"})
-            assert unknown.status_code == 404 and "small-v1" in unknown.json()["error"]["message"]
-            without = await http.post("/v1/completions", json=TINY)
-            assert without.status_code == 400 and without.json()["error"]["param"] == "model"
-            there = [line.split("  ")[:2] for line in (await timed(served, listed)).splitlines()]
-            assert there == [["manta-demo", "1 engines"], ["small", "2 engines"]]
+    async def until_unknown(client: openai.AsyncOpenAI) -> int:
+        answers = 0
+        with pytest.raises(openai.NotFoundError):
+            while True:
+                assert await ask(client, "new", **TINY) == other_said
+                answers += 1
+        return answers
 
-            stories = [await ask(http, "manta-demo", seed=i, **STORY) for i in range(3)]
-            loads = [
-                *(
-                    Load(http, "manta-demo", text, seed=i, **STORY)
-                    for i, text in enumerate(stories)
-                ),
-                Load(http, "small", said, **TINY),
-            ]
-            running = [asyncio.create_task(load.run()) for load in loads]
-            await timed(served, add)
-            assert await names(http) == {"manta-demo", "small", "small-v1", "new"}
-            assert await ask(http, "new", **TINY) == said
-            changing = Load(http, "new", said, other_said, **TINY)
-            task = asyncio.create_task(changing.run())
-            await timed(served, replace)
-            assert await ask(http, "new", **TINY) == other_said != said
-            changing.end()
-            await task
-            await timed(served, scale)
-            last = asyncio.create_task(stream(http, {"model": "new", **TINY, "max_tokens": 200}))
-            await timed(served, remove)
-            assert (await last).startswith(other_said)
-            gone = await http.post("/v1/completions", json=TINY | {"model": "new"})
-            assert gone.status_code == 404
-            assert await names(http) == {"manta-demo", "small", "small-v1"}
-            for load in loads:
-                load.end()
-            await asyncio.gather(*running)
-            print("answers while that went on:", [load.answers for load in (*loads, changing)])
-            assert all(load.answers >= 3 for load in (*loads, changing))
-            engines = (await http.get("/load")).json()["engines"]
-            assert sorted(engine["model"] for engine in engines) == ["manta-demo", "small"]
-            metrics = (await http.get("/metrics")).text
-            for name in ("manta-demo", "small"):
-                assert re.search(
-                    rf'request_success_total{{.*model_name="{name}".*}} [1-9]', metrics
-                )
+    async def scenario(served: Served, http: httpx.AsyncClient, client: openai.AsyncOpenAI) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while len((await http.get("/load")).json()["engines"]) < 3:  # it is ready with one of them
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
+        assert await names(http) == {"manta-demo", "small", "small-v1"}
+        france = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
+        assert await ask(client, "manta-demo", **france) == " Paris"
+        assert await ask(client, "small", **TINY) == await ask(client, "small-v1", **TINY) == said
+        with pytest.raises(openai.NotFoundError, match="there is manta-demo, small, small-v1"):
+            await ask(client, "new", **TINY)
+        without = await http.post("/v1/completions", json=TINY)
+        assert without.status_code == 400 and without.json()["error"]["param"] == "model"
+        there = [line.split("  ")[:2] for line in (await timed(served, listed)).splitlines()]
+        assert there == [["manta-demo", "1 engine"], ["small", "2 engines"]]
+
+        stories = [await ask(client, "manta-demo", seed=i, **STORY) for i in range(2)]
+        loads = [Load(client, "manta-demo", s, seed=i, **STORY) for i, s in enumerate(stories)]
+        loads.append(Load(client, "small", said, **TINY))
+        await timed(served, add)
+        assert await names(http) == {"manta-demo", "small", "small-v1", "new"}
+        assert await ask(client, "new", **TINY) == said
+        changing = Load(client, "new", said, other_said, **TINY)
+        await timed(served, replace)
+        assert await ask(client, "new", **TINY) == other_said != said
+        await changing.end()
+        await timed(served, scale)
+        leaving = asyncio.create_task(until_unknown(client))
+        await timed(served, remove)
+        assert await leaving > 0
+        assert await names(http) == {"manta-demo", "small", "small-v1"}
+        for load in loads:
+            await load.end()
+        print("answers meanwhile:", [load.answers for load in (*loads, changing)])
+        engines = (await http.get("/load")).json()["engines"]
+        assert sorted(engine["model"] for engine in engines) == ["manta-demo", "small"]
+        metrics = (await http.get("/metrics")).text
+        for name in ("manta-demo", "small"):
+            assert re.search(rf'success_total{{.*model_name="{name}".*}} [1-9]', metrics)
+
+    async def main(served: Served) -> None:
+        async with (
+            httpx.AsyncClient(base_url=served.url, timeout=PATIENCE) as http,
+            openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client,
+        ):
+            await scenario(served, http, client)
 
     with serve("--config", str(file), "--shutdown-timeout", "20", model=None) as served:
-        asyncio.run(scenario(served))
+        asyncio.run(main(served))

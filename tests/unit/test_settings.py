@@ -63,7 +63,7 @@ def test_each_of_several_models_has_its_options_and_the_server_its_own(tmp_path)
     [
         ({}, {}, "models must be a list of maps of options"),
         ({}, [], "models must be a list of maps of options"),
-        ({}, ["m"], r"models\[0\] must be a map of options"),
+        ({}, ["m"], r"models\[0\]: a model must be a map of options"),
         ({}, [{"model": "m"}, {"dtype": "auto"}], r"models\[1\]: model is missing"),
         ({"dtype": "auto"}, [{"model": "m"}], "dtype is a model's option: give it to each of"),
         ({"num_replicas": 2}, [{"model": "m"}], "num_replicas is a model's option"),
