@@ -5,8 +5,10 @@ runs the same application.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +32,7 @@ MOST_AT_ONCE = 1 << 20  # requests that Serve lets through: the engines' queues 
 # Seconds after which Serve asks again, and which it waits: a replica that hangs, or whose host
 # vanished, is replaced after three times the latter.
 HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 10.0
+LAST_SPANS = 3.0  # seconds in which a replica that ends sends what it has traced
 
 
 def _keep_to_loopback() -> None:
@@ -82,6 +85,9 @@ class Router:
         for part in (getattr(self, name, None) for name in ("_peers", "_engines")):
             if part is not None:
                 await part.close()
+        if (tracer := getattr(self._app.state, "tracer_provider", None)) is not None:
+            with contextlib.suppress(TimeoutError):  # it would try for long where no collector is
+                await asyncio.wait_for(asyncio.to_thread(tracer.shutdown), LAST_SPANS)
 
 
 class EngineReplica:
@@ -157,11 +163,17 @@ def engine_application(
 def ingress_application(
     settings: Settings, engines: serve.Application | None = None
 ) -> serve.Application:
-    """The ingress, which finds engines wherever they are; and perhaps ``engines`` with it."""
+    """The ingress, which finds engines wherever they are; and perhaps ``engines`` with it. Its
+    replicas are spread over the nodes that there are: two on one host would end with it."""
     router = settings.router
+    hosts = sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+    spread: dict[str, Any] = {}
+    if hosts > 1:
+        spread["max_replicas_per_node"] = math.ceil(router.num_ingress_replicas / hosts)
     ingress = serve.deployment(
         name="Router",
         num_replicas=router.num_ingress_replicas,
+        **spread,
         ray_actor_options={"num_cpus": 0},
         **_common(settings),
     )(Router)

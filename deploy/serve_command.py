@@ -81,6 +81,10 @@ def _run(args: argparse.Namespace) -> None:
             log.warning("The configuration holds the API keys themselves: see --api-key-file")
         print(serve_config(settings), end="")
         return
+    if settings.router.otlp_endpoint is not None:
+        from router.tracing import check_installed
+
+        check_installed()
     _check_files(settings.router.ssl_certfile, settings.router.ssl_keyfile)
     from deploy.server import run
 

@@ -25,7 +25,6 @@ OF_A_MODEL = frozenset({
     *SIZES, "upscale_delay", "downscale_delay", "served_model_name", "tool_call_parser",
     "reasoning_parser",
 })  # fmt: skip
-FILES = ("model", "tokenizer", "chat_template", "api_key_file")  # options that may name one
 STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a replica
 
 
@@ -98,10 +97,15 @@ class Settings:
         if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
             raise CheckpointError(f"there is no folder {model!r}")
         options = {**self.options, "model": model, "served_model_name": self.names}
-        for name in FILES:
-            if isinstance(options.get(name), str) and os.path.exists(options[name]):
-                options[name] = os.path.abspath(options[name])
+        make_absolute(options)
         return Settings.from_options(options)
+
+
+def make_absolute(options: dict[str, Any]) -> None:
+    """Have options name files in whole: Ray's processes run elsewhere."""
+    for name in ("model", "tokenizer", "chat_template", "api_key_file"):
+        if isinstance(options.get(name), str) and os.path.exists(options[name]):
+            options[name] = os.path.abspath(options[name])
 
 
 def model_given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,27 @@ WAITING = b": the engine was lost; the answer goes on at another as soon as ther
 to_json = msgspec.json.Encoder().encode
 
 
-class Answer(ABC):
-    """One request's way out. A subclass gives the shapes of its API."""
+class WholeAnswer(ABC):
+    """One request's way out, as a ``Reply`` runs it, in one piece.
+
+    pools: its prompts become vectors, not completions.
+    """
+
+    service: Service
+    model: ServedModel
+    prompts: list[Prompt]
+    sampling: SamplingParams
+    priority: int
+    id: str
+    pools = False
+
+    @abstractmethod
+    async def complete(self, generations: list[Generation]) -> bytes:
+        """The body, when it is there."""
+
+
+class Answer(WholeAnswer):
+    """One request's way out, whole or as a stream. A subclass gives the shapes of its API."""
 
     prefix: str  # of the id
     chunk_object: str

@@ -1,7 +1,8 @@
 """POST /v1/chat/completions, and the way from messages to a prompt."""
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import UNSET
@@ -28,6 +29,7 @@ from router.responses import (
 from router.schema import ChatRequest, TokenizeRequest
 from router.service import Service
 from router.structured import check_outputs, outputs_of
+from router.structured_calls import in_answers
 from router.tools import tool_use
 
 SILENCE = 10.0  # seconds after which a stream that tells nothing shows that it lives
@@ -47,8 +49,13 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
     form = form_of(model, _template(service, model, body.chat_template), use)
     text = await _rendered(service, model, body, use.tools)
     final = last_text(body) if body.continue_final_message else ""
-    parsing = None if form is None else parsing_of(form, model, use, text, final, body)
-    text += parsing.prefix if parsing else ""
+    outputs, parsing = outputs_of(body), None
+    await check_outputs(model, body, outputs)
+    if form is not None:
+        opened = form.opened_by(text, final)
+        plain, outputs = outputs, await in_answers(model, form, use, opened, bool(final), outputs)
+        parsing = parsing_of(form, model, use, opened, outputs is not plain, body)
+        text += parsing.prefix
     prompt = await _encoded(service, model, body, text, model.info.max_model_len)
     room = room_for_output(model.info, len(prompt.ids), asked, "messages")
     if asked is None:
@@ -60,10 +67,9 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
         max_tokens=asked,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
-        structured_outputs=outputs_of(body),
+        structured_outputs=outputs,
         **({"skip_special_tokens": False} if parsing and parsing.shows_special else {}),
     )
-    await check_outputs(model, body, sampling)
     return ChatAnswer(service, model, body, [prompt], sampling, parsing)
 
 
@@ -114,8 +120,15 @@ async def _rendered(
             **variables,
         )
 
-    try:
+    with refused_by_template():
         return await service.rendered(rendered)
+
+
+@contextlib.contextmanager
+def refused_by_template() -> Iterator[None]:
+    """What the chat template refuses is ApiError 422; other RequestErrors stay what they are."""
+    try:
+        yield
     except RequestError as error:
         if "chat template" in str(error):  # nothing is wrong with them but for this model
             param = field_of(str(error)) or "messages"

@@ -14,7 +14,10 @@ from router.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     Message,
+    RerankRequest,
+    ScoreRequest,
     TokenizeRequest,
     Tool,
 )
@@ -40,6 +43,12 @@ _PATHS: Mapping[str, tuple[str, Any, Any, tuple[int, ...]]] = {
     "/v1/chat/completions": (
         "post", ChatRequest, responses.ChatCompletion, (*_BODY, 404, 422, 429)
     ),
+    "/v1/embeddings": (
+        "post", EmbeddingRequest, responses.EmbeddingList, (*_BODY, 404, 429)
+    ),
+    "/v1/rerank": ("post", RerankRequest, responses.Ranking, (*_BODY, 404, 422, 429)),
+    "/v2/rerank": ("post", RerankRequest, responses.Ranking, (*_BODY, 404, 422, 429)),
+    "/v1/score": ("post", ScoreRequest, responses.ScoreList, (*_BODY, 404, 422, 429)),
     "/v1/models": ("get", None, responses.ModelList, (503,)),
     "/v1/models/{id}": ("get", None, responses.Model, (404, 503)),
     "/tokenize": ("post", TokenizeRequest, responses.Tokens, (*_BODY, 404, 422)),
@@ -155,10 +164,13 @@ def _complete(schemas: dict[str, Any]) -> None:
             for kind in (listed, *listed.get("anyOf", ())):
                 if "items" in kind:
                     kind["items"] = {"$ref": _REF.format(name=item)}
-    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest"):
+    asked = [kind.__name__ for _, kind, _, _ in _PATHS.values() if kind is not None]
+    for name in asked:
         schemas[name]["additionalProperties"] = {"type": "null"}
     kinds = {
-        name: set(schemas[name]["properties"]) for name in ("ChatRequest", "CompletionRequest")
+        name: set(schemas[name]["properties"])
+        for name in asked
+        if name not in ("TokenizeRequest", "DetokenizeRequest")
     }
     for name in kinds:
         properties = schemas[name]["properties"]

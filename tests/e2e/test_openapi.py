@@ -45,7 +45,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving({"api_key": KEY, "request_timeout": 0.3}, max_model_len=256) as server:
+    options = {"api_key": KEY, "request_timeout": 0.3}
+    with serving(options, max_model_len=256, pooling="last") as server:
         yield server
 
 
@@ -56,13 +57,17 @@ def schema(server: Server) -> BaseSchema:
     return schemathesis.openapi.from_url(url, config=config, headers=headers)
 
 
-POSTS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
+POSTS = [
+    "/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize",
+]  # fmt: skip
+RERANKS = ["/v1/rerank", "/v2/rerank", "/v1/score"]  # which this model does not
 GETS = ["/v1/models", "/v1/models/{id}", "/health", "/load", "/version", "/metrics"]
 
 
 def test_every_route_is_described(schema: BaseSchema) -> None:
     described = {(method, path) for path in schema for method in schema[path]}
-    assert described == {("post", path) for path in POSTS} | {("get", path) for path in GETS}
+    posts = {("post", path) for path in POSTS + RERANKS}
+    assert described == posts | {("get", path) for path in GETS}
 
 
 @pytest.mark.parametrize("path", GETS)
@@ -95,9 +100,9 @@ def likely(body: dict[str, Any]) -> dict[str, Any]:
     """The request without what is valid by itself, but hardly ever for this model, or together."""
     for field in ("model", "chat_template", "chat_template_kwargs", "documents", "max_tokens"):
         body.pop(field, None)
-    for field in ("tools", "tool_choice"):
+    for field in ("tools", "tool_choice", "dimensions"):
         body.pop(field, None)
-    for field in ("prompt", "tokens", "stop_token_ids", "allowed_token_ids"):
+    for field in ("prompt", "input", "tokens", "stop_token_ids", "allowed_token_ids"):
         if field in body:
             body[field] = in_vocabulary(body[field])
     if body.get("messages"):
@@ -106,6 +111,8 @@ def likely(body: dict[str, Any]) -> dict[str, Any]:
             message.pop("tool_calls", None)
             message["role"] = "user"
             message["content"] = message.get("content") or "Hello"
+    elif "input" in body:
+        body["input"] = body["input"] or "Hello"
     elif "tokens" not in body:
         body["prompt"] = body.get("prompt") or "Hello"
     if body.get("continue_final_message"):
@@ -122,7 +129,7 @@ def in_vocabulary(value: Any) -> Any:
     return value % 4096 if isinstance(value, int) else value
 
 
-@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("path", [*POSTS, "/v1/rerank", "/v1/score"])
 def test_invalid_requests(path: str, schema: BaseSchema) -> None:
     negative = schemathesis.GenerationMode.NEGATIVE
 
