@@ -97,6 +97,8 @@ class Models:
                 return model
             if engines:
                 return self._keep(await asyncio.to_thread(self._made, engines[0].info))
+        if not declared and await self._reachable(None):
+            await self.load_all()  # so that it is known which there are
         if not declared and self._models:
             raise self._unknown(name)
         raise Unavailable("no engine is ready yet", "starting", name if declared else "")

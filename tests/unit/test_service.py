@@ -104,6 +104,8 @@ def test_requests_reach_engines_that_serve_what_they_were_made_for():
 def test_each_request_reaches_the_engines_of_its_model():
     async def scenario(one, two, *_):
         service = Service(RouterConfig(), engines := [one, two])
+        with pytest.raises(ApiError, match="'k' does not exist; there is also, m, other"):
+            await service.model("k")
         for i in range(10):
             assert await engine_of(service, [i], "m") == "one"
             assert await engine_of(service, [i], "also") == "two"
