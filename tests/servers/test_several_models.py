@@ -37,7 +37,7 @@ def checkpoint(name: str, folder: Path) -> tuple[Path, str]:
         ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=12,
         max_new_tokens=12, eos_token_id=None,
     )  # fmt: skip
-    return path, " ".join(f"w{i}" for i in whole[0, len(PROMPT) :].tolist())
+    return path, "".join(f" w{i}" for i in whole[0, len(PROMPT) :].tolist())
 
 
 def options(path: Path) -> list[str]:
@@ -95,7 +95,7 @@ def command(line: str, **paths: Path) -> list[str]:
 
 def test_models_come_change_and_leave_and_nothing_of_the_others_is_lost(tmp_path: Path) -> None:
     path, said = checkpoint("llama", tmp_path)
-    other_path, other_said = checkpoint("qwen2", tmp_path)
+    other_path, other_said = checkpoint("llama-biases", tmp_path)
     paths = {"hub-id": path, "other": other_path}
     config = yaml.safe_load(FILE)
     del config["port"]
