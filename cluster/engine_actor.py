@@ -23,7 +23,7 @@ from cluster.joining import connect_ray, own_host
 from cluster.loop import EngineLoop
 from cluster.ray_metrics import RayMetrics
 from cluster.transport import Server
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ServedAs
 from engine.errors import ConfigError, EngineError, MantaError
 from engine.log import get_logger, waiting_for
 
@@ -39,18 +39,22 @@ class EngineHost:
     """Builds a replica in this process and serves it until ``stop``.
 
     ``name`` is that of the application, in whose ``Directory`` it can be found. ``share`` is how
-    many engines divide this machine's cores. An engine that fails takes its process along, once
-    its clients know why: whoever started it starts another.
+    many engines divide this machine's cores. ``served`` is what clients see of its model. An engine
+    that fails takes its process along, once its clients know why: whoever started it starts
+    another.
     """
 
-    def __init__(self, config: EngineConfig, name: str, share: int = 1) -> None:
+    def __init__(
+        self, config: EngineConfig, name: str, share: int = 1, served: ServedAs | None = None
+    ) -> None:
         started = time.monotonic()
         take_cores(config, share)
         from cluster.replica import start_engine  # imports torch, which reads the environment
 
         self.engine_id = secrets.token_hex(4)
         engine, info = start_engine(config, self.engine_id)
-        info = dataclasses.replace(info, start_seconds=time.monotonic() - started)
+        seconds = time.monotonic() - started
+        info = dataclasses.replace(info, start_seconds=seconds, served=served or ServedAs())
         self._hang_after = info.step_timeout
         self._stopping = False
         self.loop = EngineLoop(engine, self._on_failure, self._on_leaving)
@@ -59,7 +63,7 @@ class EngineHost:
         self.loop.start()
         self._directory = Directory(name)
         self._directory.add("engine", self.engine_id, self.address)
-        labels = {"model_name": info.model, "engine": self.engine_id}
+        labels = {"model_name": info.names[0], "engine": self.engine_id}
         self._metrics = RayMetrics(self.loop.metrics, labels)
         self._metrics.start()
 
@@ -137,8 +141,10 @@ class _EngineActor:
     """The actor of a named engine. Where Ray starts it again, because its process or its node has
     gone, it serves again by itself; if it cannot, it is gone for good."""
 
-    def __init__(self, options: Mapping[str, Any], name: str, share: int = 1) -> None:
-        self._options, self._name, self._share = options, name, share
+    def __init__(
+        self, options: Mapping[str, Any], name: str, share: int, served: ServedAs | None
+    ) -> None:
+        self._options, self._name, self._share, self._served = options, name, share, served
         self._started = threading.Event()
         self._host: EngineHost | None = None
         if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -152,7 +158,7 @@ class _EngineActor:
         from cluster.replica import engine_config  # imports torch
 
         config = engine_config(**self._options)
-        self._host = EngineHost(config, f"engine:{self._name}", self._share)
+        self._host = EngineHost(config, f"engine:{self._name}", self._share, self._served)
         self._started.set()
 
     def address(self) -> str:
@@ -181,15 +187,17 @@ def start_actor(name: str, options: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def own_engines(name: str, options: Mapping[str, Any], count: int) -> Iterator[str]:
+def own_engines(
+    name: str, options: Mapping[str, Any], count: int, served: ServedAs
+) -> Iterator[str]:
     """``count`` engines on the cluster that live as long as the block, or this process. Gives the
-    name of their ``Directory``.
+    name of their ``Directory``. ``served`` is what clients see of their model.
 
     Raises ConfigError, CheckpointError or EngineError; then nothing of them stays.
     """
     config = EngineConfig.from_options(**options)
     connect_ray()
-    actors = _start(config, dict(options), name, count, {})
+    actors = _start(config, dict(options), name, count, {}, served)
     try:
         yield f"engine:{name}"
     finally:
@@ -198,14 +206,19 @@ def own_engines(name: str, options: Mapping[str, Any], count: int) -> Iterator[s
 
 
 def _start(
-    config: EngineConfig, options: dict[str, Any], name: str, count: int, place: dict[str, Any]
+    config: EngineConfig,
+    options: dict[str, Any],
+    name: str,
+    count: int,
+    place: dict[str, Any],
+    served: ServedAs | None = None,
 ) -> list[Any]:
     """``count`` actors that serve; ``place`` are further options of theirs."""
     need = needed(config)
     actor_class: Any = ray.remote(_EngineActor).options(
         max_concurrency=16, max_restarts=-1, **need, **place
     )
-    actors = [actor_class.remote(options, name, count) for _ in range(count)]
+    actors = [actor_class.remote(options, name, count, served) for _ in range(count)]
     engines = f"engine {name!r}" if count == 1 else f"{count} engines"
     try:
         _wait_for_room(actors, engines, config.parallel.placement_timeout, need)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from deploy.options import Declared, add_model_option, add_options, flag, given, given_model
-from deploy.serve_command import make_absolute
 from engine.config import EMBEDDED_MODEL, declared_options
 from engine.errors import ConfigError, EngineError
 from engine.log import get_logger
@@ -127,7 +126,7 @@ def _engines(
     args: argparse.Namespace, options: dict[str, Any]
 ) -> Iterator[tuple["Settings", str | None]]:
     """The settings, and the name of the ``Directory`` of engines; None is one in this process."""
-    from deploy.settings import Settings
+    from deploy.settings import Settings, make_absolute
 
     model = given_model(args)
     if args.join:
@@ -144,7 +143,7 @@ def _engines(
 
     batch = f"batch-{uuid.uuid4().hex[:8]}"
     count = settings.router.num_replicas
-    with own_engines(batch, _engine_options(settings), count) as name:
+    with own_engines(batch, _engine_options(settings), count, settings.router.served) as name:
         yield settings, name
 
 
@@ -154,16 +153,16 @@ def _of_server(port: int | None, options: dict[str, Any]) -> tuple["Settings", s
     Raises ConfigError for those that only its engines could have.
     """
     from deploy.control import join_server
-    from deploy.settings import Settings
+    from deploy.settings import OF_A_MODEL, Settings
 
     for name in options:
-        if name not in ROUTER_OPTIONS or name == "num_replicas":
+        if name not in ROUTER_OPTIONS or name in OF_A_MODEL:
             raise ConfigError(f"{flag(name)} with --join: the engines are the server's")
     join_server(port)
-    from deploy.engine_set import EngineSet
+    from deploy.engine_set import found_sets
     from deploy.serve import APPLICATION
 
-    return Settings.from_options({**EngineSet.found().options, **options}), APPLICATION
+    return Settings.from_options({**found_sets()[0].options, **options}), APPLICATION
 
 
 def _engine_options(settings: "Settings") -> dict[str, Any]:
@@ -254,6 +253,7 @@ class _Batch:
             from cluster.loop import LocalClient
 
             client = await LocalClient.start(**_engine_options(self._settings))
+            client.info = dataclasses.replace(client.info, served=router.served)
             try:
                 yield build_app(config, [client], __version__), [client], 0.0
             finally:

@@ -59,7 +59,12 @@ class Router:
         self._engines = Engines(application)
         self._peers = Peers(application, self._metrics)
         self._app = build_app(
-            config, self._engines, __version__, self._peers.others, self._engines.look
+            config,
+            self._engines,
+            __version__,
+            self._peers.others,
+            self._engines.look,
+            lambda: self._engines.models,
         )
         await self._engines.open()
         id = self._app.state.service.id
@@ -89,15 +94,17 @@ class EngineReplica:
     """An engine replica. Serve replaces it when it fails or hangs."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, options: Mapping[str, Any], application: str
+        self, options: Mapping[str, Any], application: str, beside: int
     ) -> None:
         _keep_to_loopback()
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        settings = Settings.from_options(with_server_defaults(options, resources.get("GPU", 0)))
+        gpus = resources.get("GPU", 0)
+        settings = Settings.from_options(with_server_defaults(options, gpus, beside))
         router = settings.router
         self._grace = router.shutdown_timeout
+        share = router.replica_bounds[1] + beside
         self._host = await asyncio.to_thread(
-            EngineHost, settings.engine, application, share=router.replica_bounds[1]
+            EngineHost, settings.engine, application, share, router.served
         )
         self._gauge = LoadGauge(self._host.loop)
 
@@ -125,11 +132,14 @@ def build(options: Mapping[str, Any]) -> serve.Application:
 
 
 def engine_application(
-    settings: Settings, options: Mapping[str, Any] | None = None, version: str | None = None
+    settings: Settings,
+    options: Mapping[str, Any] | None = None,
+    version: str | None = None,
+    beside: int = 0,
 ) -> serve.Application:
     """The engines alone. ``options`` are those that each is told, those of the settings by default.
     ``version``: those that run of the same one and with the same options stay, where Serve would
-    replace them for another number."""
+    replace them for another number. ``beside``: engines that other models have."""
     router, (least, most) = settings.router, settings.router.replica_bounds
     number: dict[str, Any] = {"num_replicas": least}
     if least < most:
@@ -146,7 +156,8 @@ def engine_application(
         **_common(settings),
     )(EngineReplica)
     engine._version = version
-    return engine.bind(dict(settings.options if options is None else options), APPLICATION)
+    told = dict(settings.options if options is None else options)
+    return engine.bind(told, APPLICATION, beside)
 
 
 def ingress_application(

@@ -48,6 +48,16 @@ class ChatOptions:
 
 
 @dataclass(frozen=True)
+class ServedAs:
+    """What clients see of a model beside its checkpoint: the ``names`` that they may give for it,
+    the checkpoint's own by default, and how what it writes is read."""
+
+    names: tuple[str, ...] = ()
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What is served."""
 

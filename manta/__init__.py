@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cluster.handle import stop_engine as stop_engine
     from cluster.llm import LLM as LLM
     from deploy.engine_set import scale as scale
+    from deploy.models import add_model as add_model
+    from deploy.models import remove_model as remove_model
     from engine.errors import CheckpointError as CheckpointError
     from engine.errors import ConfigError as ConfigError
     from engine.errors import EngineError as EngineError
@@ -45,6 +47,8 @@ _HOMES = {
     "connect_async": "cluster.handle",
     "stop_engine": "cluster.handle",
     "scale": "deploy.engine_set",
+    "add_model": "deploy.models",
+    "remove_model": "deploy.models",
     "EngineHandle": "cluster.handle",
     "AsyncEngineHandle": "cluster.handle",
     "Piece": "engine.outputs",

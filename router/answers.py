@@ -17,9 +17,10 @@ from engine.outputs import CompletionOutput, Piece, RequestOutput
 from engine.sampling_params import SamplingParams
 from router.errors import ApiError
 from router.generation import Generation, Prompt, merged
+from router.models import ServedModel
 from router.responses import PromptTokensDetails, Usage
 from router.schema import Sampling
-from router.service import ServedModel, Service
+from router.service import Service
 
 DONE = b"data: [DONE]\n\n"
 WAITING = b": the engine was lost; the answer goes on at another as soon as there is one\n\n"
@@ -67,7 +68,7 @@ class Answer(WholeAnswer):
         self.streaming = bool(body.stream)
         self.id = f"{self.prefix}-{body.request_id or uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.name = body.model or model.names[0]
+        self.name = body.model or model.id
         self.return_ids = bool(body.return_token_ids)
         self.as_ids = bool(body.return_tokens_as_token_ids)
         options = body.stream_options

@@ -33,6 +33,7 @@ from router.guard import (
     given_id,
 )
 from router.metrics import CONTENT_TYPE, PREFIXES
+from router.models import ServedModel
 from router.openapi import describe
 from router.replies import Reply
 from router.schema import (
@@ -62,6 +63,7 @@ def build_app(
     version: str = "unknown",
     others: Others | None = None,
     look: Look | None = None,
+    declared: Callable[[], Collection[str]] | None = None,
 ) -> FastAPI:
     """The application over a live set of engines. ``app.state.service`` is its state;
     ``app.state.tracer_provider``, where it traces, is to be shut down after it.
@@ -69,8 +71,9 @@ def build_app(
     others: gives the metrics (``Service.metrics``) of the application's other ingress processes,
         by their ids.
     look: brings ``engines`` up to date, before a request is refused for want of one.
+    declared: gives the names of the models that there are to be; see ``router.models.Models``.
     """
-    service = Service(config, engines, others, look)
+    service = Service(config, engines, others, look, declared)
     app = FastAPI(
         title="manta",
         version=version,
@@ -118,7 +121,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
         headers = dict(error.headers or {})
         return ApiError(error.status_code, message, headers=headers).response()
     service: Service = request.app.state.service
-    return api_error(error, service.retry_after()).response()
+    return api_error(error, service.retry_after(error)).response()
 
 
 class _Routes:
@@ -183,15 +186,16 @@ class _Routes:
 
     async def models(self) -> Response:
         """The names that requests may give."""
-        model = await self._service.model()
-        return _json(responses.ModelList("list", [self._card(model, n) for n in model.names]))
+        models = await self._service.served()
+        cards = [self._card(model, name) for model in models for name in model.info.names]
+        return _json(responses.ModelList("list", cards))
 
     async def one_model(self, id: str) -> Response:
         """One of the names that requests may give."""
         return _json(self._card(await self._service.model(id), id))
 
     @staticmethod
-    def _card(model: Any, name: str) -> responses.Model:
+    def _card(model: ServedModel, name: str) -> responses.Model:
         return responses.Model(
             id=name,
             object="model",
@@ -247,7 +251,7 @@ class _Routes:
             raise unavailable("no engine is ready yet", "starting")
         if all(engine.load.draining for engine in engines):
             raise unavailable("every engine is shutting down", "draining")
-        await self._service.model()  # so that no request waits for the tokenizer
+        await self._service.models.load_all()  # so that no request waits for a tokenizer
         return Response(status_code=200)
 
     async def load(self) -> Response:

@@ -15,6 +15,7 @@ from router.answers import Answer, check, to_json
 from router.errors import ApiError, field_of, wrong
 from router.generation import Generation, Prompt
 from router.logprobs import chat_logprobs, prompt_logprobs
+from router.models import ServedModel
 from router.parameters import refuse_contradictions, room_for_output, sampling_of
 from router.parsing import ChoiceStream, Parsing, form_of, parsing_of, whole_message
 from router.responses import (
@@ -26,7 +27,7 @@ from router.responses import (
     ChatMessage,
 )
 from router.schema import ChatRequest, TokenizeRequest
-from router.service import ServedModel, Service
+from router.service import Service
 from router.structured import check_outputs, outputs_of
 from router.structured_calls import in_answers
 from router.tools import tool_use
@@ -45,7 +46,7 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
         raise wrong("top_logprobs needs logprobs to be true", "top_logprobs")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     use = tool_use(body)
-    form = form_of(service.config, model, _template(service, model, body.chat_template), use)
+    form = form_of(model, _template(service, model, body.chat_template), use)
     text = await _rendered(service, model, body, use.tools)
     final = last_text(body) if body.continue_final_message else ""
     outputs, parsing = outputs_of(body), None

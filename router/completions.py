@@ -10,12 +10,13 @@ from router.answers import Answer, check, to_json
 from router.errors import wrong
 from router.generation import Generation, Prompt
 from router.logprobs import completion_logprobs, prompt_logprobs
+from router.models import ServedModel
 from router.offsets import TextOffsets
 from router.parameters import refuse_contradictions, room_for_output, sampling_of
 from router.prompts import read_prompts
 from router.responses import Completion, CompletionChoice, CompletionLogprobs
 from router.schema import MOST_PROMPTS, CompletionRequest
-from router.service import ServedModel, Service
+from router.service import Service
 from router.structured import check_outputs, outputs_of
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's

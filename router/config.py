@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import group_of, option
+from engine.config import ServedAs, group_of, option
 from engine.errors import ConfigError
 from engine.log import FORMATS
 from engine.parsing.formats import AUTO, CALL_NAMES, NONE, THINKING_NAMES
@@ -95,6 +95,11 @@ class RouterConfig:
     num_ingress_replicas: int = option(
         1, "replicas of the HTTP side, each a process that makes tokens text", least=1
     )
+
+    @property
+    def served(self) -> ServedAs:
+        """What clients see of the model."""
+        return ServedAs(self.served_model_name, self.tool_call_parser, self.reasoning_parser)
 
     @property
     def replica_bounds(self) -> tuple[int, int]:

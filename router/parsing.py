@@ -23,11 +23,10 @@ from engine.parsing.parts import (
 from engine.parsing.response_template import template_answer
 from engine.parsing.source import NO_TAGS, Tags
 from engine.tokenizer import Tokenizer
-from router.config import RouterConfig
 from router.errors import wrong
+from router.models import ServedModel
 from router.responses import CalledFunction, ChatDelta, ChatMessage, ToolCall
 from router.schema import ChatRequest
-from router.service import ServedModel
 from router.tools import ToolUse
 
 log = get_logger("router")
@@ -63,15 +62,13 @@ class Parsing:
         return [part for part in parts if not isinstance(part, Reasoning)]
 
 
-def form_of(
-    config: RouterConfig, model: ServedModel, chat_template: str | None, use: ToolUse
-) -> AnswerFormat | None:
+def form_of(model: ServedModel, chat_template: str | None, use: ToolUse) -> AnswerFormat | None:
     """The format of a chat's answers; None if they are text and no more.
 
     Raises ApiError for tools if no format of calls is known.
     """
     template = model.tokenizer.chat_template(chat_template, bool(use.tools)) or ""
-    names = config.tool_call_parser, config.reasoning_parser
+    names = model.info.served.tool_call_parser, model.info.served.reasoning_parser
     form = answer_format(*names, template, bool(use.tools))
     if (
         model.tokenizer.response_template is not None

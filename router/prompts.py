@@ -2,8 +2,9 @@
 
 from router.errors import wrong
 from router.generation import Prompt
+from router.models import ServedModel
 from router.schema import MOST_PROMPTS, Prompts
-from router.service import ServedModel, Service
+from router.service import Service
 
 
 async def read_prompts(

@@ -78,7 +78,7 @@ class Reply(Response):
                 else:
                     body = await answer.complete(generations)
         except Exception as error:
-            failure = api_error(error, answer.service.retry_after())
+            failure = api_error(error, answer.service.retry_after(error))
             if not started:
                 await failure.response()(scope, receive, send)
                 return

@@ -281,6 +281,7 @@ class EngineState(msgspec.Struct, kw_only=True):
     """One engine, as this ingress process knows it."""
 
     engine_id: str
+    model: str
     healthy: bool
     draining: bool
     recovering: bool

@@ -20,6 +20,7 @@ def engine_states(engines: Collection[EngineClient]) -> list[EngineState]:
     return [
         EngineState(
             engine_id=engine.info.engine_id,
+            model=engine.info.names[0],
             healthy=engine.healthy,
             draining=engine.load.draining,
             recovering=engine.load.recovering,

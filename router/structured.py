@@ -6,8 +6,8 @@ from engine.errors import RequestError
 from engine.grammar_trial import trial_of
 from engine.structured_outputs import StructuredOutputsParams
 from router.errors import wrong
+from router.models import ServedModel
 from router.schema import Sampling
-from router.service import ServedModel
 
 
 def outputs_of(body: Sampling) -> StructuredOutputsParams | None:

@@ -12,7 +12,7 @@ from engine.structural_tag import Format, format_of
 from engine.structured_outputs import StructuredOutputsParams
 from engine.values import asks_for_nothing
 from router.errors import wrong
-from router.service import ServedModel
+from router.models import ServedModel
 from router.structured import tried
 from router.tools import ToolUse
 

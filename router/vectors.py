@@ -15,6 +15,7 @@ from router.answers import WholeAnswer, check, to_json
 from router.chat import refused_by_template
 from router.errors import too_long, wrong
 from router.generation import Generation, Prompt, merged
+from router.models import ServedModel
 from router.parameters import refuse_priority
 from router.prompts import read_prompts
 from router.responses import (
@@ -35,7 +36,7 @@ from router.schema import (
     RerankRequest,
     ScoreRequest,
 )
-from router.service import ServedModel, Service
+from router.service import Service
 
 INLINE_VALUES = 1 << 13  # of an answer's vectors; more are written in a thread, off the event loop
 
@@ -139,7 +140,7 @@ class VectorAnswer(WholeAnswer):
         self.priority = body.priority or 0
         self.id = f"{self.prefix}-{body.request_id or uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.name = body.model or model.names[0]
+        self.name = body.model or model.id
         self._params = params
 
     @abstractmethod

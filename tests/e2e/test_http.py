@@ -311,7 +311,7 @@ def test_drain(server: Server) -> None:
 def test_starting(server: Server) -> None:
     engines = server.engines[:]
     server.engines.clear()
-    model, server.service._model = server.service._model, None
+    models, server.service.models._models = server.service.models._models, {}
     try:
         with httpx.Client(base_url=server.url) as http:
             for response in (
@@ -324,7 +324,7 @@ def test_starting(server: Server) -> None:
                 assert error_of(response)["code"] == "starting"
     finally:
         server.engines.extend(engines)
-        server.service._model = model
+        server.service.models._models = models
 
 
 def test_keys_names_and_unknown_fields() -> None:
