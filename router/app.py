@@ -13,7 +13,7 @@ from starlette.responses import Response
 from cluster.client import EngineClient
 from engine.errors import MantaError
 from engine.tokenizer import Tokenizer
-from router import responses
+from router import shapes
 from router.access import AccessLog
 from router.bodies import receive_body
 from router.chat import answer_chat, render
@@ -146,15 +146,15 @@ class _Routes:
     async def models(self) -> Response:
         """The names that requests may give."""
         model = await self._service.model()
-        return _json(responses.ModelList("list", [self._card(model, n) for n in model.names]))
+        return _json(shapes.ModelList("list", [self._card(model, n) for n in model.names]))
 
     async def one_model(self, id: str) -> Response:
         """One of the names that requests may give."""
         return _json(self._card(await self._service.model(id), id))
 
     @staticmethod
-    def _card(model: Any, name: str) -> responses.Model:
-        return responses.Model(
+    def _card(model: Any, name: str) -> shapes.Model:
+        return shapes.Model(
             id=name,
             object="model",
             created=model.created,
@@ -177,7 +177,7 @@ class _Routes:
             (ids,) = await self._service.encode(model, [body.prompt], special, most, "prompt")
         else:
             ids = (await render(self._service, model, body, most)).ids
-        answer = responses.Tokens(
+        answer = shapes.Tokens(
             count=len(ids), max_model_len=model.info.max_model_len, tokens=ids, token_strs=None
         )
         if body.return_token_strs:
@@ -197,7 +197,7 @@ class _Routes:
                 "tokens",
             )
         text = await self._service.off_loop(model.tokenizer.decode, tokens)
-        return _json(responses.Detokenized(text))
+        return _json(shapes.Detokenized(text))
 
     async def health(self) -> Response:
         """200 while an engine answers and makes progress, 503 otherwise."""
@@ -215,12 +215,12 @@ class _Routes:
     async def load(self) -> Response:
         """What the engines have to do."""
         states = engine_states(self._service.engines)
-        return _json(responses.Load(server_load=self._service.stats.in_flight, engines=states))
+        return _json(shapes.Load(server_load=self._service.stats.in_flight, engines=states))
 
     async def version(self) -> Response:
         """The server's version."""
         found = [engine.info.batch_invariant for engine in self._service.engines]
-        return _json(responses.Version(self._version, all(found) if found else None))
+        return _json(shapes.Version(self._version, all(found) if found else None))
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus text of every engine and ingress process."""

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
-from router import responses
+from router import shapes
 from router.errors import ErrorResponse
 from router.fields import HARMLESS, NEUTRAL
 from router.metrics import PREFIXES
@@ -35,18 +35,18 @@ _BODY = (400, 413, 415, 500, 503)
 # Path to (method, request, answer, errors).
 _PATHS: Mapping[str, tuple[str, Any, Any, tuple[int, ...]]] = {
     "/v1/completions": (
-        "post", CompletionRequest, responses.Completion, (*_BODY, 404, 429)
+        "post", CompletionRequest, shapes.Completion, (*_BODY, 404, 429)
     ),
     "/v1/chat/completions": (
-        "post", ChatRequest, responses.ChatCompletion, (*_BODY, 404, 422, 429)
+        "post", ChatRequest, shapes.ChatCompletion, (*_BODY, 404, 422, 429)
     ),
-    "/v1/models": ("get", None, responses.ModelList, (503,)),
-    "/v1/models/{id}": ("get", None, responses.Model, (404, 503)),
-    "/tokenize": ("post", TokenizeRequest, responses.Tokens, (*_BODY, 404, 422)),
-    "/detokenize": ("post", DetokenizeRequest, responses.Detokenized, (*_BODY, 404)),
+    "/v1/models": ("get", None, shapes.ModelList, (503,)),
+    "/v1/models/{id}": ("get", None, shapes.Model, (404, 503)),
+    "/tokenize": ("post", TokenizeRequest, shapes.Tokens, (*_BODY, 404, 422)),
+    "/detokenize": ("post", DetokenizeRequest, shapes.Detokenized, (*_BODY, 404)),
     "/health": ("get", None, None, (503,)),
-    "/load": ("get", None, responses.Load, ()),
-    "/version": ("get", None, responses.Version, ()),
+    "/load": ("get", None, shapes.Load, ()),
+    "/version": ("get", None, shapes.Version, ()),
     "/metrics": ("get", None, None, (400,)),
 }  # fmt: skip
 _PARAMETERS: Mapping[str, dict[str, Any]] = {

@@ -25,9 +25,9 @@ from engine.parsing.source import NO_TAGS, Tags
 from engine.tokenizer import Tokenizer
 from router.config import RouterConfig
 from router.errors import wrong
-from router.responses import CalledFunction, ChatDelta, ChatMessage, ToolCall
 from router.schema import ChatRequest
 from router.service import ServedModel
+from router.shapes import CalledFunction, ChatDelta, ChatMessage, ToolCall
 from router.tools import ToolUse
 
 log = get_logger("router")

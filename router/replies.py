@@ -6,7 +6,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from router.access import remember
-from router.answers import DONE, Answer
+from router.answers import Answer
 from router.errors import api_error, client_closed
 from router.guard import client_of
 
@@ -28,7 +28,7 @@ class Reply(Response):
     def __init__(self, answer: Answer, own_id: bool) -> None:
         super().__init__(None)
         self._answer = answer
-        self._id = {"x-request-id": answer.id} if own_id else {}
+        self._id = dict.fromkeys(answer.id_headers, answer.id) if own_id else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stats = self._answer.service.stats
@@ -80,7 +80,7 @@ class Reply(Response):
             if not started:
                 await failure.response()(scope, receive, send)
                 return
-            data = b"data: " + failure.body() + b"\n\n" + DONE
+            data = answer.failed(failure)
             await send({"type": "http.response.body", "body": data, "more_body": True})
         if started:
             await send({"type": "http.response.body", "body": b""})

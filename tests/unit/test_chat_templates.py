@@ -230,3 +230,26 @@ def test_a_developer_is_heard(name: str, tokenizer: Any) -> None:
     developer = SYSTEM | {"role": "developer"}
     expected = heard(developer) if "Be brief." in heard(developer) else heard(SYSTEM)
     assert (ours(name, [developer, USER], tools=tools_of(name)) or "") == expected
+
+
+# They take no system message (Mistral 7B: then also no user's, as the roles do not alternate), show
+# the last one that stands at the beginning, or want tools.
+WITHOUT_SYSTEM = {"gemma-2", "mistral-7b-0.2", "phi-3-medium", "hermes-3-tools"}
+WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta")
+# As Codex sends messages, and as Claude Code does.
+AGENTS = (
+    ("developer", "developer", "user", "user"),
+    ("system", "user", "system", "assistant", "user", "system"),
+)
+
+
+@pytest.mark.parametrize("roles", AGENTS, ids=["codex", "claude"])
+@pytest.mark.parametrize("name", sorted(set(NAMES) - WITHOUT_SYSTEM))
+def test_messages_of_agents_are_heard(name: str, roles: tuple[str, ...]) -> None:
+    """Wherever those of the system stand, and whether or not the template lets them stand there."""
+    said = [{"role": role, "content": word} for role, word in zip(roles, WORDS, strict=False)]
+    text = ours(name, said) or ""
+    missing = [message for message in said if message["content"] not in text]
+    assert not missing, text
+    places = [text.find(m["content"]) for m in said if m["role"] in ("user", "assistant")]
+    assert places == sorted(places)
