@@ -49,7 +49,8 @@ class Answer(ABC):
         self.sampling = sampling
         self.priority = body.priority or 0
         self.streaming = bool(body.stream)
-        self.id = f"{self.prefix}{self.joint}{body.request_id or uuid.uuid4().hex}"
+        self._unique = body.request_id or uuid.uuid4().hex
+        self.id = f"{self.prefix}{self.joint}{self._unique}"
         self.created = int(time.time())
         self.name = body.model or model.names[0]
         # Whether what a step brings takes so long that it is made in a thread.

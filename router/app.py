@@ -20,6 +20,7 @@ from router.chat import answer_chat, render
 from router.completions import answer_completion
 from router.config import RouterConfig
 from router.dashboard import Dashboard, open_paths
+from router.error_shapes import error_response
 from router.errors import ApiError, api_error, unavailable, wrong
 from router.fields import read
 from router.guard import (
@@ -32,9 +33,13 @@ from router.guard import (
     Unforeseen,
     given_id,
 )
+from router.messages_answer import answer_messages, count_tokens
+from router.messages_schema import CountRequest, MessagesRequest
 from router.metrics import CONTENT_TYPE, PREFIXES
 from router.openapi import describe
 from router.replies import Reply
+from router.responses_answer import answer_responses
+from router.responses_schema import ResponsesRequest
 from router.schema import (
     MOST_DETOKENIZED,
     ChatRequest,
@@ -48,6 +53,7 @@ from router.states import engine_states
 from router.stats import AnswerCounter
 
 T = TypeVar("T")
+Identified = Sampling | ResponsesRequest | MessagesRequest
 MOST_TOKENIZED = 1 << 17  # tokens that /tokenize counts, or as many as the model's length
 
 
@@ -103,9 +109,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # no such route or method
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
-        return ApiError(error.status_code, message, headers=headers).response()
+        return error_response(ApiError(error.status_code, message, headers=headers), request.scope)
     service: Service = request.app.state.service
-    return api_error(error, service.retry_after()).response()
+    return error_response(api_error(error, service.retry_after()), request.scope)
 
 
 class _Routes:
@@ -117,6 +123,9 @@ class _Routes:
         routes: list[tuple[str, str, Callable[..., Awaitable[Response]]]] = [
             ("POST", "/v1/completions", self.completions),
             ("POST", "/v1/chat/completions", self.chat_completions),
+            ("POST", "/v1/responses", self.responses),
+            ("POST", "/v1/messages", self.messages),
+            ("POST", "/v1/messages/count_tokens", self.count_tokens),
             ("GET", "/v1/models", self.models),
             ("GET", "/v1/models/{id:path}", self.one_model),
             ("POST", "/tokenize", self.tokenize),
@@ -142,6 +151,25 @@ class _Routes:
         body = await self._body(request, ChatRequest)
         own_id = _take_id(request, body)
         return Reply(await answer_chat(self._service, body), own_id)
+
+    async def responses(self, request: Request) -> Response:
+        """Answer a chat in the shapes of OpenAI's Responses, keeping nothing of it."""
+        self._service.check_admission()
+        body = await self._body(request, ResponsesRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_responses(self._service, body), own_id)
+
+    async def messages(self, request: Request) -> Response:
+        """Answer a chat in the shapes of Anthropic's Messages."""
+        self._service.check_admission()
+        body = await self._body(request, MessagesRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_messages(self._service, body), own_id)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """How many tokens the prompt of such a chat has."""
+        body = await self._body(request, CountRequest)
+        return _json(await count_tokens(self._service, body, MOST_TOKENIZED))
 
     async def models(self) -> Response:
         """The names that requests may give."""
@@ -245,7 +273,7 @@ def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [tokenizer.id_to_piece(i) or "" for i in ids]
 
 
-def _take_id(request: Request, body: Sampling) -> bool:
+def _take_id(request: Request, body: Identified) -> bool:
     """Make the request's X-Request-Id its id, unless the body has one; False if that was done."""
     given = given_id(request.scope)
     if given is None or body.request_id is not None:

@@ -7,6 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from router.access import remember
 from router.answers import Answer
+from router.error_shapes import error_response
 from router.errors import api_error, client_closed
 from router.guard import client_of
 
@@ -49,7 +50,7 @@ class Reply(Response):
                 work.cancel()
                 await asyncio.wait((work,))  # so that nothing of it is left
         if work.cancelled():
-            await client_closed().response()(scope, receive, send)
+            await error_response(client_closed(), scope)(scope, receive, send)
         else:
             work.result()
 
@@ -78,7 +79,7 @@ class Reply(Response):
         except Exception as error:
             failure = api_error(error, answer.service.retry_after())
             if not started:
-                await failure.response()(scope, receive, send)
+                await error_response(failure, scope)(scope, receive, send)
                 return
             data = answer.failed(failure)
             await send({"type": "http.response.body", "body": data, "more_body": True})

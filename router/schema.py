@@ -52,6 +52,19 @@ Tools = Annotated[
 Documents = Annotated[
     list[dict[str, str]] | None, Meta(description="for chat templates that take documents")
 ]
+TopK = Annotated[Annotated[int, Meta(ge=-1, le=_INT32)] | None, Meta(description="0 or -1 is off")]
+Priority = Annotated[
+    Annotated[int, Meta(ge=-_INT32, le=_INT32)] | None,
+    Meta(description="lower first; needs the server's scheduling_policy 'priority'"),
+]
+RequestId = Annotated[
+    Annotated[str, Meta(pattern=r"^[!-~]{1,256}(?!\n)$")] | None,
+    Meta(
+        description="the end of the answer's id, and x-request-id; the request's header of that"
+        " name by default"
+    ),
+]
+Harmless = Annotated[Any, Meta(description="accepted; has no effect")]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -127,9 +140,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Annotated[float, Meta(ge=0, le=100)] | None, Meta(description="0 is greedy")
     ] = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[
-        Annotated[int, Meta(ge=-1, le=_INT32)] | None, Meta(description="0 or -1 is off")
-    ] = None
+    top_k: TopK = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -171,17 +182,8 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     return_tokens_as_token_ids: Annotated[
         bool | None, Meta(description="tokens of logprobs are written 'token_id:ID'")
     ] = None
-    priority: Annotated[
-        Annotated[int, Meta(ge=-_INT32, le=_INT32)] | None,
-        Meta(description="lower first; needs the server's scheduling_policy 'priority'"),
-    ] = None
-    request_id: Annotated[
-        Annotated[str, Meta(pattern=r"^[!-~]{1,256}(?!\n)$")] | None,
-        Meta(
-            description="the end of the answer's id, and x-request-id; the request's header of"
-            " that name by default"
-        ),
-    ] = None
+    priority: Priority = None
+    request_id: RequestId = None
     user: Annotated[str | None, Meta(description="accepted; has no effect")] = None
 
     @property
