@@ -1,5 +1,7 @@
 """Tools that the provider of an API runs itself, which this server does not."""
 
+import functools
+
 from engine.log import get_logger
 from router.errors import wrong
 
@@ -7,11 +9,18 @@ log = get_logger("router")
 
 
 def pass_over(where: str, kind: str, strict: bool) -> None:
-    """Leave out a tool of a ``kind`` that is not here, with a line in the log.
+    """Leave out a tool of a ``kind`` that is not here, which the log says once.
 
     Raises ApiError if ``strict``, which is the server's option --strict-tools.
     """
-    what = f"{where}: there are no tools of the type {kind[:100]!r} here, but the client's own"
+    kind = kind[:100]
     if strict:
+        what = f"{where}.type is {kind!r}: there are no tools here but the client's own"
         raise wrong(what, where, "unsupported_value")
-    log.warning("%s; the model is not shown it", what)
+    warn(kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def warn(kind: str) -> None:
+    """Agents send the same tools with every request: one line for each kind is enough."""
+    log.warning("models are not shown tools of the type %r, which are not the client's own", kind)

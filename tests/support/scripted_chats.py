@@ -29,7 +29,8 @@ ANSWERS = {
     "agent": called("team__spawn", {"task": "dig"}),
     "json": '{"city": "Oslo", "days": [3]}',
     "result": "It is 21 degrees there.",
-    "continue": " went on, as told.",
+    "shell": called("exec_command", {"cmd": "echo manta was here"}),
+    "bash": called("Bash", {"command": "echo manta was here", "description": "Say it"}),
 }
 _SCRIPTS = {f"<|say:{words}|>": text for words, text in ANSWERS.items()} | {
     # After what begins a forced call.
@@ -37,11 +38,14 @@ _SCRIPTS = {f"<|say:{words}|>": text for words, text in ANSWERS.items()} | {
     '{"name": "': 'get_now", "arguments": {}}\n\n</tool_call>',
 }
 _TEMPLATE = """\
+{%- set seen = namespace(words=[], last='') %}
 {%- if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}
 {%- for message in messages %}
-{%- if message.role == 'system' and not loop.first %}{{ raise_exception('late') }}{% endif %}
+{%- if message.role == 'user' %}{% set seen.words = message.content.split() %}{% endif %}
+{%- if message.role != 'system' %}{% set seen.last = message.role %}{% endif %}
 {{- '<|' + message.role + '|>' }}{{ '[' + message.name + ']' if message.name }}
-{%- if message.reasoning_content %}<reason>{{ message.reasoning_content }}</reason>{% endif %}
+{%- if message.reasoning_content %}{{ '<think>\\n' + message.reasoning_content + '\\n</think>' }}
+{%- endif %}
 {{- message.content or '' }}
 {%- for call in message.tool_calls or [] %}
 {{- '<tool_call>\\n{"name": "' + call.function.name + '", ' }}
@@ -51,13 +55,11 @@ _TEMPLATE = """\
 {%- if add_generation_prompt %}
 {%- if enable_thinking is defined %}<thinks>{{ enable_thinking }}</thinks>{% endif %}
 {%- if reasoning_effort %}<effort>{{ reasoning_effort }}</effort>{% endif %}
-{%- set last = messages[-1] %}
-{%- set words = (last.content or '').split() %}
-{{- '<|say:' + ('result' if last.role == 'tool' else words[-1] if words else 'hello') + '|>' }}
+{{- '<|say:' + ('result' if seen.last == 'tool' else seen.words[-1]) + '|>' }}
 {%- endif %}"""
 
 
 def save_chats(folder: Path) -> Path:
     """Save the checkpoint, which answers the user's last word as ``ANSWERS`` has it, and a tool's
     result as it has ``result``."""
-    return save_scripted(folder, _SCRIPTS, _TEMPLATE)
+    return save_scripted(folder, _SCRIPTS, _TEMPLATE, length=1 << 17)
