@@ -12,8 +12,8 @@ from router.messages_errors import error_body
 from router.messages_input import asked_of, signature_of
 from router.messages_schema import CountRequest, MessagesRequest
 from router.messages_shapes import (
+    AssistantMessage,
     ContentBlock,
-    Message,
     MessageUsage,
     StopReason,
     TextBlock,
@@ -70,11 +70,11 @@ class MessagesAnswer(TypedAnswer):
         super().__init__(service, chat, run)
         self.name = body.model or self.name
         self._omits = body.thinking is not None and body.thinking.display == "omitted"
-        self._message: Message | None = None
+        self._message: AssistantMessage | None = None
 
     def _chunks(self, generation: Generation, pieces: list[Piece]) -> bytes:
         if self._message is None and pieces:  # now it is known what the prefix cache had
-            self._message = Message(
+            self._message = AssistantMessage(
                 id=self.id, model=self.name, content=[], usage=self._usage(generation, produced=0)
             )
             self._event("message_start", {"message": self._message})
@@ -163,6 +163,6 @@ class MessagesAnswer(TypedAnswer):
             return "model_context_window_exceeded"
         return "max_tokens"
 
-    def _whole(self) -> Message:
+    def _whole(self) -> AssistantMessage:
         assert self._message is not None
         return self._message

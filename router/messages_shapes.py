@@ -50,7 +50,7 @@ class MessageUsage(msgspec.Struct, kw_only=True):
     output_tokens_details: ThinkingTokens | None = None
 
 
-class Message(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
+class AssistantMessage(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
     """The answer of /v1/messages."""
 
     id: str

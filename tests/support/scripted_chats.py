@@ -27,7 +27,7 @@ ANSWERS = {
     "ponder": "<think>\nThe sky must be asked.\n</think>\n\n" + called("look_up", {"at": "sky"}),
     "patch": called("apply_patch", {"input": PATCH}),
     "agent": called("team__spawn", {"task": "dig"}),
-    "json": '{"city": "Oslo", "days": [3]}',
+    "json": '{"city": "Oslo"}',
     "result": "It is 21 degrees there.",
     "shell": called("exec_command", {"cmd": "echo manta was here"}),
     "bash": called("Bash", {"command": "echo manta was here", "description": "Say it"}),
