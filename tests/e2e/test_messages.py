@@ -16,7 +16,8 @@ from router.sealed import unseal
 from tests.support.scripted_chats import ANSWERS, ARGUMENTS, MODEL, THOUGHT, save_chats
 from tests.support.server import Server, serving
 
-RECORDED = Path(__file__).parent / "recorded/claude_code.json"
+ROOT = Path(__file__).resolve().parents[2]
+RECORDED = ROOT / "tests/e2e/recorded/claude_code.json"
 KEY = "sesame"
 TOOLS: list[Any] = [
     {
@@ -312,3 +313,13 @@ def test_claude_code(server: Server) -> None:
     count = {k: body[k] for k in ("model", "messages", "system", "tools", "thinking")}
     counted = httpx.post(f"{server.url}/v1/messages/count_tokens", json=count, headers=headers)
     assert counted.json()["input_tokens"] > 10_000
+
+
+def test_the_example_of_the_documentation(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/messages.md").read_text()
+    example = page.partition("```python\n")[2].partition("```")[0]
+    here = example.replace("http://localhost:8000", server.url).replace('"MODEL"', f'"{MODEL}"')
+    exec(compile(here.replace('"none"', f'"{KEY}"'), "docs/messages.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == ANSWERS["result"]

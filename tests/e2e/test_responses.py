@@ -2,6 +2,7 @@
 go back as they came."""
 
 import json
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 from openai.types.responses import Response
 
 from router import hosted
+from router.typed import TypedAnswer
 from tests.support.scripted_chats import ANSWERS, ARGUMENTS, MODEL, PATCH, THOUGHT, save_chats
 from tests.support.server import Server, serving
 
-RECORDED = Path(__file__).parent / "recorded/codex.json"
+ROOT = Path(__file__).resolve().parents[2]
+NODE = ROOT / "tests/node"
+RECORDED = ROOT / "tests/e2e/recorded/codex.json"
 WEATHER: dict[str, Any] = {
     "type": "function",
     "name": "get_weather",
@@ -313,8 +317,6 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, server: Server) -> No
 def test_a_stream_that_fails(
     client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from router.typed import TypedAnswer
-
     def fail(*_: Any) -> None:
         raise RuntimeError("broken for the test")
 
@@ -340,3 +342,34 @@ def test_codex(client: openai.OpenAI, server: Server) -> None:
         assert response["status"] == "completed" and response["usage"]["output_tokens"]
     assert response["usage"]["input_tokens_details"]["cached_tokens"] > 1000
     assert response["output"][0]["content"][0]["text"] == ANSWERS["result"]
+
+
+def test_node(server: Server) -> None:
+    """OpenAI's and Anthropic's clients for Node, and Vercel's AI SDK running a tool."""
+    done = subprocess.run(
+        ["node", "agents.mjs", server.url, MODEL], cwd=NODE, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.pop("events") < 1000
+    assert found == {
+        "items": ["reasoning", "function_call"],
+        "streamedItems": ["reasoning", "function_call"],
+        "blocks": ["thinking", "tool_use"],
+        "streamedBlocks": ["thinking", "tool_use"],
+        "input": {"at": "sky"},
+        "stopReason": "tool_use",
+        "error": ["NotFoundError", 404, "not_found_error"],
+        "texts": [ANSWERS["result"]] * 4,
+        "ran": ["sky"] * 4,
+    }
+
+
+def test_the_example_of_the_documentation(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/responses.md").read_text()
+    example = page.partition("```python\n")[2].partition("```")[0]
+    here = example.replace("http://localhost:8000", server.url).replace('"MODEL"', f'"{MODEL}"')
+    exec(compile(here, "docs/responses.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == ANSWERS["result"]

@@ -28,6 +28,7 @@ ANSWERS = {
     "patch": called("apply_patch", {"input": PATCH}),
     "agent": called("team__spawn", {"task": "dig"}),
     "json": '{"city": "Oslo"}',
+    "Paris?": "Let me look.\n" + called("get_weather", {"city": "Paris"}),
     "result": "It is 21 degrees there.",
     "shell": called("exec_command", {"cmd": "echo manta was here"}),
     "bash": called("Bash", {"command": "echo manta was here", "description": "Say it"}),
