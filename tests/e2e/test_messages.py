@@ -15,6 +15,7 @@ from router import hosted, typed
 from router.sealed import unseal
 from tests.support.scripted_chats import ANSWERS, ARGUMENTS, MODEL, THOUGHT, save_chats
 from tests.support.server import Server, serving
+from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "tests/e2e/recorded/claude_code.json"
@@ -194,7 +195,7 @@ def test_ends(client: anthropic.Anthropic) -> None:
     assert text_of(stopped) == "Hello to you"
     assert both(client, "hello", max_tokens=2)[0].stop_reason == "max_tokens"
     # As large as clients have it, for whatever model.
-    assert ask(client, "hello", max_tokens=1 << 20).stop_reason == "end_turn"
+    assert ask(client, "hello", max_tokens=1 << 20, timeout=PATIENCE).stop_reason == "end_turn"
 
 
 def test_systems_anywhere_and_the_prefix_cache(client: anthropic.Anthropic) -> None:
@@ -296,7 +297,8 @@ def test_a_long_call_is_no_silence(server: Server, monkeypatch: pytest.MonkeyPat
 
 
 def test_claude_code(server: Server) -> None:
-    """Claude Code 2.1.197 calls its shell and goes on. Recorded; long texts are cut short."""
+    """Claude Code 2.1.197 calls its shell and goes on. Recorded, with fewer tools
+    and long texts cut short."""
     body = json.loads(RECORDED.read_text())
     url, headers = f"{server.url}/v1/messages?beta=true", {"x-api-key": KEY}
     first = {**body, "messages": body["messages"][:-2]}
@@ -312,7 +314,7 @@ def test_claude_code(server: Server) -> None:
     assert usage["cache_read_input_tokens"] > 10 * usage["input_tokens"]
     count = {k: body[k] for k in ("model", "messages", "system", "tools", "thinking")}
     counted = httpx.post(f"{server.url}/v1/messages/count_tokens", json=count, headers=headers)
-    assert counted.json()["input_tokens"] > 10_000
+    assert counted.json()["input_tokens"] > 3000
 
 
 def test_the_example_of_the_documentation(

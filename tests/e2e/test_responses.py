@@ -329,7 +329,8 @@ def test_a_stream_that_fails(
 
 
 def test_codex(client: openai.OpenAI, server: Server) -> None:
-    """Codex CLI 0.171.0 calls its shell and goes on. Recorded; long texts are cut short."""
+    """Codex CLI 0.171.0 calls its shell and goes on. Recorded, with fewer tools
+    and long texts cut short."""
     body = json.loads(RECORDED.read_text())
     body["input"][-2]["call_id"] = body["input"][-1]["call_id"] = "call_1"
     first = {**body, "input": body["input"][:-2]}
