@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayTaskError,
+)
 
 from cluster.directory import Directory
 from cluster.joining import connect_ray, own_host
@@ -27,6 +32,7 @@ log = get_logger("engine")
 LAST_WORDS = 0.5  # seconds in which a failed engine tells its clients, before its process ends
 STOP_SECONDS = 5.0  # in which it gives back what its workers hold
 NAMESPACE = "manta"
+_ASK_AGAIN = 0.1  # seconds
 
 
 class EngineHost:
@@ -208,8 +214,9 @@ def find_actor(name: str, timeout: float) -> str:
     actor = _actor(name)
     if actor is None:
         raise EngineError(f"there is no engine called {name!r}")
+    deadline = time.monotonic() + timeout
     try:
-        address: str = ray.get(actor.address.remote(), timeout=timeout)
+        address = _address(actor, deadline)
     except GetTimeoutError:
         raise EngineError(f"engine {name!r} is not ready within {timeout:g} s") from None
     except RayActorError as error:
@@ -226,6 +233,20 @@ def stop_actor(name: str, drain_seconds: float) -> None:
     with contextlib.suppress(RayActorError, GetTimeoutError):
         ray.get(actor.stop.remote(drain_seconds), timeout=drain_seconds + 2 * STOP_SECONDS)
     _end(actor)
+
+
+def _address(actor: Any, deadline: float) -> str:
+    """Where an engine listens. One that was killed is asked again when it is started again; with
+    Ray's own retries, Ray would say in the user's terminal that a task failed."""
+    while True:
+        try:
+            left = max(0.0, deadline - time.monotonic())
+            address: str = ray.get(actor.address.remote(), timeout=left)
+            return address
+        except ActorUnavailableError:
+            if time.monotonic() >= deadline:
+                raise GetTimeoutError from None
+            time.sleep(_ASK_AGAIN)
 
 
 def _actor(name: str) -> Any:

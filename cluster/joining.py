@@ -90,7 +90,8 @@ def join_ray(address: str, **options: Any) -> None:
         if (cause := _answers(address)) is not None:
             raise EngineError(f"{named}: no Ray answers there: {cause}")
         try:
-            ray.init(logging_level=logging.WARNING, **options)
+            with _on_loopback() if _keeps_to_loopback(host, port) else contextlib.nullcontext():
+                ray.init(logging_level=logging.WARNING, **options)
         except Exception as error:  # Ray raises many kinds
             reason = str(error).strip().splitlines()[0]
             raise EngineError(
@@ -98,10 +99,10 @@ def join_ray(address: str, **options: Any) -> None:
             ) from error
 
 
-def join_own_ray() -> None:
-    """Join the ``OwnRay`` of another process of this user, which the environment names."""
-    with _on_loopback():  # else Ray would look for it at this machine's own address
-        connect_ray()
+def _keeps_to_loopback(host: str, port: str) -> bool:
+    """Whether a Ray has its ports on loopback alone, as ``OwnRay`` does. Ray would look for it at
+    this machine's own address, and wait there."""
+    return host in (LOOPBACK, "localhost") and _answers(f"{own_host()}:{port}") is not None
 
 
 def _answers(address: str) -> str | None:

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import errno
 import hmac
+import os
 import selectors
 import socket
 import struct
@@ -358,6 +359,7 @@ class RemoteClient(asyncio.Protocol):
         self._reader = _Reader(MOST_BYTES)
         self._decoder: wire.Decoder[Report] = wire.Decoder(Report)
         self._transport: asyncio.Transport | None = None
+        self._socket: socket.socket | None = None  # the same connection, to be read to its end
         self._greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._heard = self._checked = time.monotonic()
         self._step_seconds = 0.0  # of the step that runs at the engine, as it said last
@@ -456,12 +458,24 @@ class RemoteClient(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _read_rest(self) -> None:
+        """Take in what came before the end: asyncio throws it away when a write fails."""
+        if (connection := self._socket) is not None:
+            with contextlib.suppress(OSError):
+                while data := connection.recv(1 << 18):
+                    self.data_received(data)
 
     # ---- asyncio calls these ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one but does not say so
-        _prepare(transport.get_extra_info("socket"), HOST_TIMEOUT)
+        connection = transport.get_extra_info("socket")
+        _prepare(connection, HOST_TIMEOUT)
+        self._socket = socket.socket(fileno=os.dup(connection.fileno()))
 
     def data_received(self, data: bytes) -> None:
         self._heard = time.monotonic()
@@ -483,5 +497,7 @@ class RemoteClient(asyncio.Protocol):
         if not self._greeted.done():
             self._greeted.set_exception(ConnectionError("it closed the connection"))
             return
+        if error is not None:
+            self._read_rest()
         why = f": {error}" if error is not None else ""
         self._lose(f"{self._name} is gone: its connection broke{why}")

@@ -23,6 +23,8 @@ def add_commands(commands: Any) -> None:
         " engines start before old ones leave; requests move to them. It ends when that is done.",
     )
     scale.add_argument("--num-replicas", type=int, metavar="N", help="engines")
+    scale.add_argument("--min-replicas", type=int, metavar="N", help="engines at least, and")
+    scale.add_argument("--max-replicas", type=int, metavar="N", help="at most, by the load")
     scale.add_argument("--tensor-parallel-size", type=int, metavar="N", help="ranks of an engine")
     scale.add_argument("--pipeline-parallel-size", type=int, metavar="N", help="stages of one")
     scale.add_argument("--revision", help="of the checkpoint")
@@ -50,7 +52,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _engines(args: argparse.Namespace) -> None:
-    _connect(args.port)
+    join_server(args.port)
     from deploy.engine_set import engines
 
     for id, load in engines().items():
@@ -63,29 +65,33 @@ def _scale(args: argparse.Namespace) -> None:
     if all(value is None for value in changes.values()):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in SCALABLE)
         raise ConfigError(f"scale needs at least one of {names}")
-    _connect(args.port)
+    join_server(args.port)
     from deploy.engine_set import scale
 
     scale(**changes)
 
 
 def _drain(args: argparse.Namespace) -> None:
-    _connect(args.port)
+    join_server(args.port)
     from deploy.engine_set import drain
 
     drain(args.engine, args.timeout)
 
 
-def _connect(port: int | None) -> None:
+def join_server(port: int | None) -> None:
     """Join the cluster of RAY_ADDRESS, or that of the ``manta serve`` on this machine.
 
     Raises ConfigError or EngineError if there is none, or several.
     """
-    if os.environ.get(_ADDRESS):
-        from cluster.joining import connect_ray
+    if not os.environ.get(_ADDRESS):
+        _name_own_ray(port)
+    from cluster.joining import connect_ray
 
-        connect_ray()
-        return
+    connect_ray()
+
+
+def _name_own_ray(port: int | None) -> None:
+    """Name the Ray of the ``manta serve`` on this machine in the environment."""
     found = {
         folder: said
         for folder, said in RunFolder.notes().items()
@@ -104,6 +110,3 @@ def _connect(port: int | None) -> None:
     os.environ[_ADDRESS] = said["ray"]
     if (token := folder / TOKEN).exists():  # Ray reads it when it is imported, and never again
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    from cluster.joining import join_own_ray
-
-    join_own_ray()

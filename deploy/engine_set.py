@@ -23,7 +23,7 @@ from cluster.directory import Directory
 from cluster.joining import connect_ray
 from cluster.transport import RemoteClient
 from deploy.serve import APPLICATION, engine_application
-from deploy.settings import SCALABLE, Settings
+from deploy.settings import SCALABLE, SIZES, Settings
 from engine.errors import ConfigError, EngineError
 from engine.log import get_logger, waiting_for
 
@@ -35,17 +35,25 @@ _LOOK_EVERY = 0.1  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class EngineSet:
-    """The engines that a server is to have, ``count`` of them. ``generation`` counts shapes and
-    revisions; ``options`` are those with which it began: with others Serve would replace it."""
+    """The engines that a server is to have. ``sizes`` are the options that say how many;
+    ``generation`` counts shapes and revisions; ``options`` are those with which it began: with
+    others Serve would replace it."""
 
     options: Mapping[str, Any]
-    count: int
+    sizes: Mapping[str, int]
     generation: int = 0
 
     @classmethod
     def first(cls, settings: Settings) -> "EngineSet":
         """Those with which a server starts."""
-        return cls(settings.options, settings.router.num_replicas)
+        given = settings.options
+        return cls(given, {name: given[name] for name in SIZES if given.get(name) is not None})
+
+    @property
+    def settings(self) -> Settings:
+        """Those of today. Raises ConfigError."""
+        others = {name: value for name, value in self.options.items() if name not in SIZES}
+        return Settings.from_options({**others, **self.sizes})
 
     @property
     def application(self) -> str:
@@ -53,8 +61,7 @@ class EngineSet:
 
     def target(self) -> serve.RunTarget:
         """What Serve is to run."""
-        settings = Settings.from_options(self.options)
-        engines = engine_application(settings, self.count, str(self.generation))
+        engines = engine_application(self.settings, self.options, str(self.generation))
         return serve.RunTarget(engines, name=self.application, route_prefix=None)
 
     def save(self) -> None:
@@ -75,10 +82,11 @@ def scale(timeout: float | None = None, **changes: Any) -> None:
     """Change the engines of the server on this cluster, without losing a request; returns when it
     is done. It joins the cluster of RAY_ADDRESS, or of this machine, if it is in none.
 
-    changes: any of ``SCALABLE``. With another number alone, engines come or leave. With another
-        shape or revision new ones start first, for which there must be room beside the old ones.
-        Requests go on at them if they serve the same model and revision, else they finish where
-        they are. timeout: seconds for new engines to serve; ``startup_timeout`` by default.
+    changes: any of ``SCALABLE``. With another number alone, engines come or leave; with
+        ``max_replicas`` it follows the load from then on, with ``num_replicas`` it does not. With
+        another shape or revision new ones start first, for which there must be room beside the old
+        ones. Requests go on at them if they serve the same model and revision, else they finish
+        where they are. timeout: seconds for new engines to serve; ``startup_timeout`` by default.
 
     Raises ConfigError, naming what is wrong, and EngineError if the new engines do not start: then
     the old ones serve as before.
@@ -89,13 +97,15 @@ def scale(timeout: float | None = None, **changes: Any) -> None:
     connect_ray()
     now = EngineSet.found()
     asked = {name: value for name, value in changes.items() if value is not None}
-    options = {**now.options, "num_replicas": now.count, **asked}
-    settings = Settings.from_options(options)
-    count = settings.router.num_replicas
-    reshaped = any(now.options.get(n) != v for n, v in asked.items() if n != "num_replicas")
-    new = dataclasses.replace(now, count=count)
+    sizes = {name: asked.pop(name) for name in SIZES if name in asked}
+    if sizes and "num_replicas" not in sizes:
+        bounds = {name: value for name, value in now.sizes.items() if name != "num_replicas"}
+        sizes = bounds | sizes
+    new = dataclasses.replace(now, sizes=sizes or now.sizes)
+    reshaped = any(now.options.get(name) != value for name, value in asked.items())
     if reshaped:
-        new = EngineSet(options, count, now.generation + 1)
+        new = EngineSet({**now.options, **asked}, new.sizes, now.generation + 1)
+    settings = new.settings
     if timeout is None:
         timeout = settings.router.startup_timeout
     if reshaped:
@@ -126,12 +136,13 @@ def check_room(settings: Settings) -> None:
     if parallel.world_size > 1:  # its workers ask, not the engine; see RayLauncher
         alone = dataclasses.replace(parallel, tensor_parallel_size=1, pipeline_parallel_size=1)
         need = needed(dataclasses.replace(settings.engine, parallel=alone))
-    count = router.num_replicas * parallel.world_size
+    replicas = router.replica_bounds[0]
+    count = replicas * parallel.world_size
     free = ray.available_resources()  # type: ignore[no-untyped-call]
     for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
         if need.get(key, 0) * count > free.get(name, 0):
             raise ConfigError(
-                f"{router.num_replicas} engines of {parallel.world_size} workers need"
+                f"{replicas} engines of {parallel.world_size} workers need"
                 f" {need[key] * count:g} {name}; of the cluster's, {free.get(name, 0):g} are free"
                 " (--worker-cpus and --worker-gpus say what a worker asks for)"
             )
@@ -188,9 +199,9 @@ async def _leave(address: str) -> None:
 
 
 def _wait_until_it_runs(new: EngineSet, deadline: float) -> None:
-    name = new.application
+    name, (least, most) = new.application, new.settings.router.replica_bounds
     with waiting_for(log, "the engines to be ready"):
-        while not (found := running(name)) or _replicas(found[0]) != new.count:
+        while not (found := running(name)) or not least <= _replicas(found[0]) <= most:
             if time.monotonic() > deadline:
                 raise EngineError("the new engines were not ready in time")
             time.sleep(_LOOK_EVERY)

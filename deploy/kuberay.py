@@ -50,7 +50,7 @@ def manifest(settings: Settings, gpus_per_node: int = GPUS_PER_NODE) -> str:
     router = dataclasses.replace(settings.router, host="0.0.0.0")
     serve = application(dataclasses.replace(settings, options=options, router=router))
     drain = int(router.shutdown_timeout + STOP_BUFFER)
-    cluster = {
+    cluster: Manifest = {
         "rayVersion": importlib.metadata.version("ray"),
         "headGroupSpec": {
             "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0", "num-gpus": "0"},
@@ -58,6 +58,8 @@ def manifest(settings: Settings, gpus_per_node: int = GPUS_PER_NODE) -> str:
         },
         "workerGroupSpecs": [_group(settings, keys, gpus_per_node)],
     }
+    if settings.router.max_replicas is not None:
+        cluster["enableInTreeAutoscaling"] = True  # Ray asks for the pods of further engines
     made = {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
@@ -84,7 +86,7 @@ def _files(options: Manifest) -> str:
 
 def _group(settings: Settings, keys: bool, gpus_per_node: int) -> Manifest:
     """The pods of all engines."""
-    parallel, replicas = settings.engine.parallel, settings.router.num_replicas
+    parallel, (least, most) = settings.engine.parallel, settings.router.replica_bounds
     hosts, shards = _shape(settings, gpus_per_node)
     resources: Manifest = {}
     if _on_gpus(settings):
@@ -92,9 +94,9 @@ def _group(settings: Settings, keys: bool, gpus_per_node: int) -> Manifest:
         resources = {"num-gpus": str(gpus)}
     return {
         "groupName": "engines",
-        "replicas": replicas,
-        "minReplicas": replicas,
-        "maxReplicas": replicas,
+        "replicas": least,
+        "minReplicas": least,
+        "maxReplicas": most,
         "numOfHosts": hosts,
         "rayStartParams": resources,
         "template": _pod(settings, keys, shards=shards),

@@ -7,6 +7,7 @@ runs the same application.
 import asyncio
 import dataclasses
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from cluster.engines import Engines
 from cluster.joining import LOOPBACK, own_host
 from cluster.peers import Peers
 from cluster.ray_metrics import RayMetrics
+from deploy.autoscaling import LOAD, LoadGauge, autoscaling
 from deploy.settings import STOP_BUFFER, Settings, with_server_defaults
 from engine.stats import Metric
 from manta import __version__
@@ -90,12 +92,17 @@ class EngineReplica:
         router = settings.router
         self._grace = router.shutdown_timeout
         self._host = await asyncio.to_thread(
-            EngineHost, settings.engine, application, share=router.num_replicas
+            EngineHost, settings.engine, application, share=router.replica_bounds[1]
         )
+        self._gauge = LoadGauge(self._host.loop)
 
     def check_health(self) -> None:
         """Serve asks this every few seconds."""
         self._host.check_health()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks this where the number of engines follows their load."""
+        return {LOAD: self._gauge.read()}
 
     async def __del__(self) -> None:
         host = getattr(self, "_host", None)
@@ -113,29 +120,44 @@ def build(options: Mapping[str, Any]) -> serve.Application:
 
 
 def engine_application(
-    settings: Settings, count: int | None = None, version: str | None = None
+    settings: Settings, options: Mapping[str, Any] | None = None, version: str | None = None
 ) -> serve.Application:
-    """The engines alone; ``count`` of them, or as many as the settings say. ``version``: those that
-    run of the same one stay, where Serve would replace them for another ``count``."""
+    """The engines alone. ``options`` are those that each is told, those of the settings by default.
+    ``version``: those that run of the same one and with the same options stay, where Serve would
+    replace them for another number."""
+    router, (least, most) = settings.router, settings.router.replica_bounds
+    number: dict[str, Any] = {"num_replicas": least}
+    if least < most:
+        number = {
+            "autoscaling_config": autoscaling(
+                (least, most), router.upscale_delay, router.downscale_delay
+            )
+        }
     engine = serve.deployment(
         name="Engine",
-        num_replicas=settings.router.num_replicas if count is None else count,
         max_constructor_retry_count=2,
         ray_actor_options=needed(settings.engine),
+        **number,
         **_common(settings),
     )(EngineReplica)
     engine._version = version
-    return engine.bind(dict(settings.options), APPLICATION)
+    return engine.bind(dict(settings.options if options is None else options), APPLICATION)
 
 
 def ingress_application(
     settings: Settings, engines: serve.Application | None = None
 ) -> serve.Application:
-    """The ingress, which finds engines wherever they are; and perhaps ``engines`` with it."""
+    """The ingress, which finds engines wherever they are; and perhaps ``engines`` with it. Its
+    replicas are spread over the nodes that there are: two on one host would end with it."""
     router = settings.router
+    hosts = sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+    spread: dict[str, Any] = {}
+    if hosts > 1:
+        spread["max_replicas_per_node"] = math.ceil(router.num_ingress_replicas / hosts)
     ingress = serve.deployment(
         name="Router",
         num_replicas=router.num_ingress_replicas,
+        **spread,
         ray_actor_options={"num_cpus": 0},
         **_common(settings),
     )(Router)

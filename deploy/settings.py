@@ -15,7 +15,8 @@ from router.config import RouterConfig
 
 CPU_STEP_TOKENS = 320
 # Of a server's options those that may change while it runs.
-SCALABLE = ("num_replicas", "tensor_parallel_size", "pipeline_parallel_size", "revision")
+SIZES = ("num_replicas", "min_replicas", "max_replicas")
+SCALABLE = (*SIZES, "tensor_parallel_size", "pipeline_parallel_size", "revision")
 STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a replica
 
 
@@ -54,7 +55,8 @@ def with_server_defaults(options: Mapping[str, Any], num_gpus: float) -> dict[st
     if num_gpus > 0 and options.get("device") != "cpu":
         return with_gpu_defaults(options)
     # Several that start at once on one machine do not see what the others are about to take.
-    defaults: dict[str, Any] = {"prefault_kv_cache": options.get("num_replicas", 1) == 1}
+    alone = options.get("num_replicas", 1) == 1 and not options.get("max_replicas")
+    defaults: dict[str, Any] = {"prefault_kv_cache": alone}
     if options.get("enable_chunked_prefill") is not False:
         budget = max(CPU_STEP_TOKENS, options.get("max_num_seqs", 0))
         defaults["max_num_batched_tokens"] = budget

@@ -152,7 +152,9 @@ class Scheduler:
             # Ageing as a constant: waiting longer and having arrived earlier are the same.
             seq.order = seq.request.priority + arrival / AGEING_SECONDS
         elif self._shares is not None:
-            seq.order = self._shares.arrive(seq.request.client, seq.max_total)
+            seq.order = self._shares.arrive(
+                seq.request.client, seq.max_total, moved=seq.request.moves > 0
+            )
         else:
             seq.order = arrival
         self._enqueue(seq)

@@ -14,11 +14,12 @@ class FairShares:
         self._now = 0.0  # the latest beginning that was served
         self._ends: dict[str, float] = {}  # of each client's line, where that is not past
 
-    def arrive(self, client: str, cost: int) -> float:
-        """The place in the queue of a sequence that may cost so many tokens."""
+    def arrive(self, client: str, cost: int, moved: bool = False) -> float:
+        """The place in the queue of a sequence that may cost so many tokens. One that ``moved`` had
+        its turn at another engine: it is next, or moves could keep it waiting for ever."""
         start = max(self._now, self._ends.get(client, 0.0))
         self._ends[client] = start + cost
-        return start
+        return self._now if moved else start
 
     def serve(self, start: float) -> None:
         """A sequence with this place begins to run."""

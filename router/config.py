@@ -80,9 +80,28 @@ class RouterConfig:
         60.0, "seconds that running requests are given to finish at a shutdown", least=0
     )
     num_replicas: int = option(1, "engine replicas", least=1)
+    min_replicas: int | None = option(
+        None, "with --max-replicas: engine replicas that are always there; 1 by default", least=1
+    )
+    max_replicas: int | None = option(
+        None, "as many engine replicas as the load asks for, up to so many", least=1
+    )
+    upscale_delay: float = option(
+        5.0, "seconds for which the load must ask for more engines until they start", least=0
+    )
+    downscale_delay: float = option(
+        300.0, "seconds for which fewer engines must do until one leaves", least=0
+    )
     num_ingress_replicas: int = option(
         1, "replicas of the HTTP side, each a process that makes tokens text", least=1
     )
+
+    @property
+    def replica_bounds(self) -> tuple[int, int]:
+        """Of engine replicas the fewest and the most that there are."""
+        if self.max_replicas is None:
+            return self.num_replicas, self.num_replicas
+        return self.min_replicas or 1, self.max_replicas
 
     def keys(self) -> tuple[str, ...]:
         """The API keys, also those of ``api_key_file``. Raises ConfigError if it has none."""
@@ -108,6 +127,13 @@ class RouterConfig:
         config = group_of(cls, translated(options, [f.name for f in dataclasses.fields(cls)]))
         if (config.ssl_keyfile is None) != (config.ssl_certfile is None):
             raise ConfigError("ssl_keyfile and ssl_certfile must be given together")
+        if config.max_replicas is None and config.min_replicas is not None:
+            raise ConfigError("min_replicas needs max_replicas")
+        if config.max_replicas is not None and config.num_replicas != 1:
+            raise ConfigError("num_replicas says how many: max_replicas cannot be given beside it")
+        least, most = config.replica_bounds
+        if least > most:
+            raise ConfigError(f"min_replicas={least} is more than max_replicas={most}")
         if config.root_path and not config.root_path.startswith("/"):
             raise ConfigError(f"root_path must begin with '/', got {config.root_path!r}")
         return config

@@ -175,6 +175,31 @@ def test_an_engine_that_dies_or_hangs_is_named_in_every_stream(kind, monkeypatch
     print(f"seen {seconds * 1e3:.0f} ms after the engine's {kind}")
 
 
+def test_what_an_engine_said_before_it_died_is_read_though_a_write_failed_first():
+    """That it had begun a request, of which it died: else that one would end further engines."""
+
+    class Quiet:
+        """A sink that notes nothing."""
+
+        def lost(self, attempt, cause):
+            pass
+
+        ended = lost
+
+    with EngineProcess(poison=7) as engine:
+
+        async def main():
+            client = await RemoteClient.open(engine.address)
+            attempt = await client.submit(request("bad", [7], 4), Quiet())
+            engine.process.wait()  # this loop reads nothing meanwhile
+            later = [client.submit(request(f"{i}", [1], 4), Quiet()) for i in range(3)]
+            with pytest.raises(EngineError, match="is gone"):
+                await asyncio.gather(*later)
+            return attempt.begun
+
+        assert asyncio.run(main())
+
+
 def test_a_long_step_keeps_nobody_at_the_door_and_breaks_no_connection(monkeypatch):
     """Longer than the time in which a host or a process that says nothing is taken for dead."""
     monkeypatch.setattr(transport, "SILENCE", 3.0)

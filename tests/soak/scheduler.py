@@ -72,7 +72,8 @@ class _Open:
 
     request: Continuation
     seed: int
-    arrived: int
+    arrived: int  # the step
+    born: float  # in seconds of ``time.monotonic``
     chains: list[int]
     tokens: list[list[int]]  # so far, of each completion
     last: list[int]  # the step of the last one
@@ -199,8 +200,8 @@ class Load:
                 chain = extend(chain, token)
             n = request.sampling.n
             self.open[request.request_id] = _Open(
-                request, number, self.tally.steps, [chain] * n, [[] for _ in range(n)], [0] * n,
-                [False] * n, n,
+                request, number, self.tally.steps, time.monotonic(), [chain] * n,
+                [[] for _ in range(n)], [0] * n, [False] * n, n,
             )  # fmt: skip
             self.engine.add(request)
             self.tally.requests += 1
@@ -228,7 +229,7 @@ class Load:
                     for tokens, ended in zip(under_way.tokens, under_way.ended, strict=True)
                 ),
                 moves=before.moves + 1,
-                age=0.5,
+                age=time.monotonic() - under_way.born,
             )
             self.engine.add(under_way.request)
             self.tally.moves += 1

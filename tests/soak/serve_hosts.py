@@ -2,7 +2,7 @@
 
 python -m tests.soak.serve_hosts (as root). A server with an engine and an ingress replica on each
 host is asked through either host's HAProxy; then the cable is pulled out under running streams, and
-put back.
+put back. Streams through the first host go on to their ends, with the text of the undisturbed run.
 """
 
 import workers  # noqa: F401, I001  # before torch
@@ -24,8 +24,11 @@ from tests.support.served import Served, serve
 STREAMS = 16
 
 
-async def ask(url: str, tokens: int, seed: int) -> tuple[str, float]:
-    """A streamed completion: how it ended, and after how many seconds."""
+Answer = tuple[str, float, str]  # how it ended, after how many seconds, and its text
+
+
+async def ask(url: str, tokens: int, seed: int) -> Answer:
+    """A streamed completion."""
     body = {
         "model": "manta-demo", "prompt": f"{seed}, this is the story of", "max_tokens": tokens,
         "ignore_eos": True, "stream": True, "seed": seed,
@@ -46,14 +49,17 @@ async def ask(url: str, tokens: int, seed: int) -> tuple[str, float]:
             end = json.loads(events[-2])["error"]["message"]
     except OSError as error:
         end = f"{type(error).__name__}: {error}"
-    return end, time.monotonic() - begun
+    took = time.monotonic() - begun
+    said = [json.loads(event) for event in events if event.startswith(b"{")]
+    text = "".join(one["choices"][0]["text"] for one in said if one.get("choices"))
+    return end, took, text
 
 
-async def together(url: str, tokens: int) -> list[tuple[str, float]]:
-    """Some streams at once; prints and gives how they ended, and after how many seconds."""
+async def together(url: str, tokens: int) -> list[Answer]:
+    """Some streams at once; prints how they ended, and after how many seconds."""
     answers = await asyncio.gather(*(ask(url, tokens, i) for i in range(STREAMS)))
-    for end, count in Counter(end for end, _ in answers).items():
-        seconds = [after for this, after in answers if this == end]
+    for end, count in Counter(end for end, _, _ in answers).items():
+        seconds = [after for this, after, _ in answers if this == end]
         print(f"  {count} streams: {end} ({min(seconds):.2f} to {max(seconds):.2f} s)", flush=True)
     return answers
 
@@ -73,7 +79,7 @@ async def watch(url: str, seconds: float) -> None:
 
     async def one(after: float) -> None:
         await asyncio.sleep(after)
-        end, took = await ask(url, 5, 1)
+        end, took, _ = await ask(url, 5, 1)
         print(f"  {after:5.1f} s: {end} after {took:.2f} s", flush=True)
         assert end == "status 200"
 
@@ -104,15 +110,25 @@ async def drive(folder: str, served: Served) -> None:
     for name, address in HOSTS.items():
         print(f"asked at {name}:")
         answers = await together(f"http://{address}:{served.port}", 60)
-        assert {end for end, _ in answers} == {"status 200"}
+        assert {end for end, _, _ in answers} == {"status 200"}
     print("answered, by engine:", await answered(served.url))
+    print("undisturbed:")
+    expected = await together(served.url, 1500)
     print("The cable is pulled out:")
     streams = asyncio.create_task(together(served.url, 1500))
     await asyncio.sleep(1.0)
     pull_cable()
     await watch(served.url, 60)
-    broken = [took for end, took in await streams if end != "status 200"]
+    answers = await streams
+    broken = [took for end, took, _ in answers if end != "status 200"]
     assert 0 < max(broken) < 1.0 + HOST_TIMEOUT + 2
+    whole = [
+        found == wanted
+        for (end, _, found), (_, _, wanted) in zip(answers, expected, strict=True)
+        if end == "status 200"
+    ]
+    assert whole and all(whole)
+    print(f"  {len(whole)} went on to their ends, with the text of the undisturbed run")
     print("It is put back, and the second host's node started anew:")
     pull_cable(out=False)
     node = start_node(OTHER, folder)

@@ -131,6 +131,19 @@ def test_pods_follow_from_the_shards(
     assert group(made) == (engines, pods, gpus)
 
 
+def test_pods_come_with_engines_that_the_load_asks_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = yaml.safe_load(
+        printed(capsys, "org/model", "--min-replicas", "2", "--max-replicas", "5")
+    )
+    check(made)
+    cluster = made["spec"]["rayClusterConfig"]
+    (engines,) = cluster["workerGroupSpecs"]
+    assert (engines["replicas"], engines["minReplicas"], engines["maxReplicas"]) == (2, 2, 5)
+    assert cluster["enableInTreeAutoscaling"] is True
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [

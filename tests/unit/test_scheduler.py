@@ -2,6 +2,7 @@
 promises of single decisions."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -36,9 +37,10 @@ def test_random_load_with_deaths_and_moves(seed):
 
 
 def add(engine, request_id, prompt, max_tokens, **options):
-    n = options.pop("n", 1)
+    n, moves = options.pop("n", 1), options.pop("moves", 0)
     sampling = SamplingParams(max_tokens=max_tokens, seed=0, n=n)
-    engine.add(begin(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, **options))
+    request = begin(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, **options)
+    engine.add(replace(request, moves=moves))
 
 
 def test_who_gives_way_loses_the_least_work():
@@ -198,6 +200,12 @@ def test_under_fair_shares_clients_get_as_many_tokens_each():
     order = first_tokens("fair", many, max_num_seqs=1)
     half = order[:20]
     assert 3 <= sum("long" in name for name in half) <= 6
+
+
+def test_under_fair_shares_a_request_that_moves_does_not_wait_behind_its_client_again():
+    hog = [(f"hog-{i}", 60, {"client": "hog"}) for i in range(20)]
+    moved = [("moved", 60, {"client": "hog", "moves": 1})]
+    assert first_tokens("fair", hog + moved).index("moved") < 6
 
 
 def test_fair_shares_charge_for_what_a_client_got_and_forget_who_is_idle():
