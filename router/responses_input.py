@@ -107,7 +107,7 @@ def _add(conversation: Conversation, where: str, item: Mapping[str, Any]) -> Non
             output = _content(f"{where}.output", item.get("output"))
             conversation.result(_string(where, item, "call_id"), output)
         case "item_reference":
-            message = "this server keeps no items; send the item itself"
+            message = "this server keeps no items; send it whole, as clients do with store false"
             raise _wrong(where, f"item_reference is not supported: {message}")
         case other:
             known = "message, reasoning, function_call, function_call_output, custom_tool_call"

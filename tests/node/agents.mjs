@@ -54,7 +54,10 @@ const responses = createOpenAI({ baseURL: `${url}/v1`, apiKey: "none" })(model);
 const chats = createOpenAICompatible({ name: "manta", baseURL: `${url}/v1`, apiKey: "none" })(model);
 found.texts = [];
 for (const provider of [responses, chats]) {
-  const options = { model: provider, prompt: "ponder", tools, stopWhen: stepCountIs(3), maxRetries: 0 };
+  const options = {
+    model: provider, prompt: "ponder", tools, stopWhen: stepCountIs(3), maxRetries: 0,
+    providerOptions: { openai: { store: false } }, // else it refers to items by their ids
+  };
   found.texts.push((await generateText(options)).text);
   const result = streamText(options);
   found.texts.push(await result.text);
