@@ -60,6 +60,8 @@ POSTS = [
     "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
     "/v1/messages/count_tokens", "/tokenize", "/detokenize",
 ]  # fmt: skip
+# Fewer where the way is that of a chat.
+EXAMPLES = {"/v1/responses": 25, "/v1/messages": 25, "/v1/messages/count_tokens": 10}
 STATELESS = ("background", "conversation", "previous_response_id", "prompt")
 GETS = ["/v1/models", "/v1/models/{id}", "/health", "/load", "/version", "/metrics"]
 
@@ -84,7 +86,7 @@ def test_valid_requests(path: str, schema: BaseSchema) -> None:
     """Valid by the description, that is. They get far enough for the engine to run many."""
     statuses = []
 
-    @settings(max_examples=60, **SETTINGS)
+    @settings(max_examples=EXAMPLES.get(path, 60), **SETTINGS)
     @given(case=schema[path]["post"].as_strategy())
     def attempt(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict):
@@ -134,7 +136,7 @@ def in_vocabulary(value: Any) -> Any:
 def test_invalid_requests(path: str, schema: BaseSchema) -> None:
     negative = schemathesis.GenerationMode.NEGATIVE
 
-    @settings(max_examples=60, **SETTINGS)
+    @settings(max_examples=EXAMPLES.get(path, 60), **SETTINGS)
     @given(case=schema[path]["post"].as_strategy(generation_mode=negative))
     def attempt(case: schemathesis.Case) -> None:
         case.call_and_validate(checks=CHECKS, timeout=PATIENCE)
