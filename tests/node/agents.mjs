@@ -7,6 +7,7 @@ import OpenAI from "openai";
 import { z } from "zod";
 
 const [url, model] = process.argv.slice(2);
+globalThis.AI_SDK_LOG_WARNINGS = false; // they would be lines before ours
 const found = {};
 
 // ---- OpenAI's Responses ----
