@@ -293,7 +293,7 @@ class Engine:
             if metrics.first_token_time is None:
                 metrics.first_token_time = now
                 self.stats.prompt(seq.prompt_len, seq.cached_tokens)
-            self.stats.token(active.times[seq.index], metrics, now)
+            self.stats.tokens(count, active.times[seq.index], metrics, now)
 
     def _expire(self) -> None:
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():

@@ -40,7 +40,7 @@ class Sequence:
     __slots__ = (
         "request", "request_id", "index", "tokens", "prompt_len", "max_total", "sampling", "seed",
         "stop_ids", "extras", "order", "runs_ahead", "state", "finish_reason", "stop_reason",
-        "slot", "prefill_end", "computed", "pending", "blocks", "swapped", "published",
+        "slot", "prefill_end", "computed", "pending", "untold", "blocks", "swapped", "published",
         "planned_in", "cached_tokens", "scheduled_time", "lost_tokens", "moved_tokens",
         "num_preemptions", "deaths", "begun", "_hashes",
     )  # fmt: skip
@@ -76,6 +76,7 @@ class Sequence:
         self.prefill_end = 0  # tokens known when it was admitted: a row of those is a prefill
         self.computed = 0
         self.pending = 0
+        self.untold = 0  # of its last tokens those that its workers did not sample
         self.blocks: list[int] = []  # device blocks, by index
         self.swapped: list[int] = []  # CPU blocks that stand in for them while swapped out
         self.published = 0  # leading blocks that were offered to the prefix cache

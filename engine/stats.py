@@ -141,11 +141,12 @@ class EngineStats:
         if request.sampling.max_tokens is not None:
             self.request_max_tokens.observe(request.sampling.max_tokens)
 
-    def token(self, times: SequenceTimes, metrics: RequestMetrics, now: float) -> None:
-        """A completion got a token."""
-        self.generation_tokens += 1
-        times.tokens += 1
-        if times.tokens == 1:
+    def tokens(self, count: int, times: SequenceTimes, metrics: RequestMetrics, now: float) -> None:
+        """A completion got ``count`` tokens at once."""
+        self.generation_tokens += count
+        first = not times.tokens
+        times.tokens += count
+        if first:
             times.first = now
             self._firsts += 1
             self.first_token.observe(now - metrics.arrival_time)

@@ -11,6 +11,7 @@ from engine.chat import check_variables
 from engine.errors import RequestError
 from engine.outputs import CompletionOutput, Piece
 from engine.sampling_params import SamplingParams
+from engine.structured_outputs import StructuredOutputsParams
 from router.answers import ChunkedAnswer, check, to_json
 from router.errors import ApiError, field_of, wrong
 from router.generation import Generation, Prompt
@@ -28,6 +29,7 @@ from router.shapes import (
     ChatMessage,
 )
 from router.structured import check_outputs, outputs_of
+from router.structured_calls import in_answers
 from router.tools import tool_use
 
 SILENCE = 10.0  # seconds after which a stream that tells nothing shows that it lives
@@ -61,7 +63,7 @@ async def run_of(service: Service, body: ChatRequest, fits: bool = False) -> Cha
     refuse_contradictions(body, model.info)
     if body.top_logprobs and not body.logprobs:
         raise wrong("top_logprobs needs logprobs to be true", "top_logprobs")
-    parsing, prompt = await _begun(service, model, body, model.info.max_model_len)
+    parsing, outputs, prompt = await _begun(service, model, body, model.info.max_model_len)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     room = room_for_output(model.info, len(prompt.ids), None if fits else asked, "messages")
     if asked is None:
@@ -72,10 +74,9 @@ async def run_of(service: Service, body: ChatRequest, fits: bool = False) -> Cha
         max_tokens=min(asked, room),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
-        structured_outputs=outputs_of(body),
+        structured_outputs=outputs,
         **({"skip_special_tokens": False} if parsing and parsing.shows_special else {}),
     )
-    await check_outputs(model, body, sampling)
     return ChatRun(model, prompt, sampling, parsing)
 
 
@@ -85,21 +86,26 @@ async def length_of(service: Service, body: ChatRequest, most: int) -> int:
     Raises ApiError and RequestError, naming what is wrong.
     """
     model = await service.model(body.model)
-    _, prompt = await _begun(service, model, body, max(most, model.info.max_model_len))
+    _, _, prompt = await _begun(service, model, body, max(most, model.info.max_model_len))
     return len(prompt.ids)
 
 
 async def _begun(
     service: Service, model: ServedModel, body: ChatRequest, most: int
-) -> tuple[Parsing | None, Prompt]:
-    """How the answers are taken apart, and the prompt that begins them."""
+) -> tuple[Parsing | None, StructuredOutputsParams | None, Prompt]:
+    """How the answers are taken apart, what they must match, and the prompt that begins them."""
     use = tool_use(body)
     form = form_of(service.config, model, _template(service, model, body.chat_template), use)
     text = await _rendered(service, model, body, use.tools)
     final = last_text(body) if body.continue_final_message else ""
-    parsing = None if form is None else parsing_of(form, model, use, text, final, body)
-    text += parsing.prefix if parsing else ""
-    return parsing, await _encoded(service, model, body, text, most)
+    outputs, parsing = outputs_of(body), None
+    await check_outputs(model, body, outputs)
+    if form is not None:
+        opened = form.opened_by(text, final)
+        plain, outputs = outputs, await in_answers(model, form, use, opened, bool(final), outputs)
+        parsing = parsing_of(form, model, use, opened, outputs is not plain, body)
+        text += parsing.prefix
+    return parsing, outputs, await _encoded(service, model, body, text, most)
 
 
 def last_text(body: ChatRequest) -> str:

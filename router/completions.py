@@ -52,7 +52,7 @@ async def answer_completion(service: Service, body: CompletionRequest) -> "Compl
         prompt_logprobs=shown,
         structured_outputs=outputs_of(body),
     )
-    await check_outputs(model, body, sampling)
+    await check_outputs(model, body, sampling.structured_outputs)
     return CompletionAnswer(service, model, body, prompts, sampling)
 
 

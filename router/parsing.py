@@ -85,6 +85,13 @@ def form_of(
             " --tool-call-parser names a format",
             "tools",
         )
+    if use.strict and form is not None and not form.layouts:
+        name = found_by(template)[0] if names[0] == AUTO else names[0]
+        name = "the checkpoint's response_template" if name == NONE else name
+        raise wrong(
+            f"tools: strict is not supported in the format of this model's calls ({name})",
+            "tools",
+        )
     return form
 
 
@@ -107,16 +114,20 @@ def _special(tokenizer: Tokenizer, form: AnswerFormat) -> tuple[bool, Tags]:
 
 
 def parsing_of(
-    form: AnswerFormat, model: ServedModel, use: ToolUse, text: str, final: str, body: ChatRequest
+    form: AnswerFormat,
+    model: ServedModel,
+    use: ToolUse,
+    opened: bool,
+    constrained: bool,
+    body: ChatRequest,
 ) -> Parsing:
-    """How the answers that follow the rendered chat ``text`` are taken apart. final: the message
-    at its end that goes on, if one does.
+    """How answers are taken apart. opened: whether the prompt has begun the thinking. constrained:
+    whether a grammar makes them calls, where they must be.
 
     Raises ApiError if the answer cannot be made to begin with a call.
     """
-    opened = form.opened_by(text, final)
-    prefix = form.prefix(use.name, opened) if use.forced else ""
-    if prefix is None or (prefix and final):
+    prefix = form.prefix(use.name, opened) if use.forced and not constrained else ""
+    if prefix is None or (use.forced and body.continue_final_message):
         raise wrong("tool_choice: this answer cannot be made to begin with a call", "tool_choice")
     uses_special, others = _special(model.tokenizer, form)
     return Parsing(

@@ -113,13 +113,14 @@ class Pending:
 
     def result(self) -> StepResult:
         """Waits for this step, and for none after it."""
+        forced: dict[int, list[int]] = {}
         if self.sampled is None:
             tokens, failed, logprobs = ints(), np.zeros(0, np.bool_), {}
         else:
             host = self.sampled.result()
             tokens, failed, logprobs = host.tokens, host.failed, host.logprobs
             for learn in self.learn:
-                learn(tokens)
+                forced |= learn(tokens)
         return StepResult(
             step=self.plan.step,
             rows=ints(np.flatnonzero(self.plan.wants)) if self.sampled is not None else ints(),
@@ -129,6 +130,7 @@ class Pending:
             prompt_logprobs=self.prompt_logprobs,
             seconds=self.clock.seconds(),
             copied=self.copied,
+            forced=forced,
         )
 
 

@@ -27,7 +27,11 @@ TOOLS: list[Any] = [
         "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
         "cache_control": {"type": "ephemeral"},
     },
-    {"name": "look_up", "input_schema": {"type": "object"}, "type": "custom"},
+    {
+        "name": "look_up",
+        "input_schema": {"type": "object", "properties": {"at": {"type": "string"}}},
+        "type": "custom",
+    },
 ]
 ENABLED: Any = {"type": "enabled", "budget_tokens": 1024}
 
@@ -144,13 +148,13 @@ def test_the_template_hears_of_thinking(client: anthropic.Anthropic) -> None:
 
 
 def test_calls_that_are_asked_for(client: anthropic.Anthropic) -> None:
-    def only(**fields: Any) -> Any:
-        (block,) = both(client, "hello", tools=TOOLS, **fields)[0].content
-        return block
-
-    assert only(tool_choice={"type": "tool", "name": "get_weather"}).input == {"city": "Lima"}
-    assert only(tool_choice={"type": "any"}).name == "get_now"
-    assert only(tool_choice={"type": "auto"}).text == ANSWERS["hello"]
+    greedy: Any = {"tools": TOOLS, "max_tokens": 60, "extra_body": {"temperature": 0}}
+    named: Any = {"type": "tool", "name": "look_up"}
+    call = both(client, "ponder", tool_choice=named, **greedy)[0].content[-1]
+    assert call.type == "tool_use" and call.name == "look_up"
+    for choice in (named, {"type": "any"}):  # what is no call must not be said
+        assert not text_of(ask(client, "hello", tool_choice=choice, **greedy))
+    assert text_of(ask(client, "hello", tools=TOOLS)) == ANSWERS["hello"]
     quiet = ask(client, "weather", tools=TOOLS, tool_choice={"type": "none"})
     assert text_of(quiet) == ANSWERS["weather"]
     assert len(ask(client, "two", tools=TOOLS).content) == 2

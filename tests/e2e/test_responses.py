@@ -40,7 +40,9 @@ TEAM: dict[str, Any] = {
     "name": "team",
     "tools": [{"type": "function", "name": "spawn"}],
 }
-TOOLS: list[Any] = [WEATHER, PATCHES, TEAM, {"type": "function", "name": "look_up"}]
+AT: Any = {"type": "object", "properties": {"at": {"type": "string"}}}
+LOOK_UP = {"type": "function", "name": "look_up", "parameters": AT}
+TOOLS: list[Any] = [WEATHER, PATCHES, TEAM, LOOK_UP]
 SEALED: Any = ["reasoning.encrypted_content"]
 
 
@@ -149,13 +151,14 @@ def test_several_calls_and_one(client: openai.OpenAI) -> None:
 
 
 def test_calls_that_are_asked_for(client: openai.OpenAI) -> None:
-    named = {"type": "function", "name": "get_weather"}
-    (call,) = both(client, "hello", tools=TOOLS, tool_choice=named)[0].output
-    assert call.type == "function_call" and json.loads(call.arguments) == {"city": "Lima"}
+    named = {"type": "function", "name": "look_up"}
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [named]}
-    for choice in ("required", allowed):
-        (call,) = both(client, "hello", tools=TOOLS, tool_choice=choice)[0].output
-        assert call.type == "function_call" and call.name == "get_now"
+    greedy: Any = {"tools": TOOLS, "temperature": 0, "max_output_tokens": 60}
+    for choice in (named, allowed):
+        call = both(client, "ponder", tool_choice=choice, **greedy)[0].output[-1]
+        assert call.type == "function_call" and call.name == "look_up"
+    for choice in (named, allowed, "required"):  # what is no call must not be said
+        assert not both(client, "hello", tool_choice=choice, **greedy)[0].output_text
     quiet, _ = both(client, "weather", tools=TOOLS, tool_choice="none")
     assert quiet.output_text == ANSWERS["weather"]
 
@@ -224,9 +227,7 @@ def test_the_clients_helpers(client: openai.OpenAI) -> None:
         final = stream.get_final_response()
     assert final.output_parsed == Trip(city="Oslo")
     assert snapshots[-1] == final.output_text
-    tool = openai.pydantic_function_tool(Trip, name="get_weather")["function"]
-    tools: Any = [{"type": "function", **tool}]
-    with client.responses.stream(model=MODEL, input="weather", tools=tools) as stream:
+    with client.responses.stream(model=MODEL, input="weather", tools=[WEATHER]) as stream:  # type: ignore[list-item]
         call = stream.get_final_response().output[-1]
     assert call.type == "function_call" and json.loads(call.arguments) == ARGUMENTS
 

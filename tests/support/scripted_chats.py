@@ -33,11 +33,7 @@ ANSWERS = {
     "shell": called("exec_command", {"cmd": "echo manta was here"}),
     "bash": called("Bash", {"command": "echo manta was here", "description": "Say it"}),
 }
-_SCRIPTS = {f"<|say:{words}|>": text for words, text in ANSWERS.items()} | {
-    # After what begins a forced call.
-    'get_weather", "arguments":': ' {"city": "Lima"}}</tool_call>',
-    '{"name": "': 'get_now", "arguments": {}}\n\n</tool_call>',
-}
+_SCRIPTS = {f"<|say:{words}|>": text for words, text in ANSWERS.items()}
 _TEMPLATE = """\
 {%- set seen = namespace(words=[], last='') %}
 {%- if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}

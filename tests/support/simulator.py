@@ -79,9 +79,11 @@ class SimulatedExecutor:
         costs: MeasuredCosts | None = None,
         pipelined: bool = False,
         steps_ahead: int = 0,
+        most_forced: int = 0,
     ) -> None:
         self.pipelined = pipelined
         self.steps_ahead = steps_ahead
+        self.most_forced = most_forced
         self.costs = costs or MeasuredCosts(1e-5, 1e-5, 1e-4)
         self.block_size = block_size
         self.max_model_len = max_model_len
@@ -101,6 +103,7 @@ class SimulatedExecutor:
         self.known = np.zeros(num_slots, np.int32)  # tokens that may be fed; 0 is a free slot
         self.seeds = np.zeros(num_slots, np.uint64)
         self.admissions = np.zeros(num_slots, np.int32)  # of each slot so far
+        self.grammars = np.zeros(num_slots, np.bool_)  # whether the slot's sequence has one
         self.spoilt = np.zeros((num_device_blocks, block_size), np.bool_)  # cells that are not
         self.spoilt_cpu = np.zeros((num_cpu_blocks, block_size), np.bool_)
 
@@ -121,6 +124,10 @@ class SimulatedExecutor:
         self.tables[plan.release] = -1
         for admit in plan.admits:
             self._admit(admit.slot, admit.tokens.tolist(), admit.seed)
+            self.grammars[admit.slot] = admit.extras.grammar is not None
+        for told in plan.told:
+            assert told[1] == self.known[told[0]], "a token is told too soon, or twice"
+            self.learn(told[:1], told[2:])
         slots, index, block = plan.cells.T
         assert self.known[slots].all(), "a cell for a slot that nobody has"
         self.tables[slots, index] = block
@@ -128,12 +135,14 @@ class SimulatedExecutor:
         tokens, failed = self._rows(plan)
         rows = ints(np.flatnonzero(plan.wants))
         slots, late = plan.slots[rows], None
+        forced = self._forced(slots, tokens, failed)
         if self.pipelined:
             late = self.admissions[slots].copy(), slots, tokens
         else:
             self.learn(slots, tokens)
         copied = CopyTimes(len(plan.copies.out), 1e-5, len(plan.copies.in_), 1e-5)
-        return _Done(self, StepResult(plan.step, rows, tokens, failed, {}, {}, 1e-3, copied), late)
+        result = StepResult(plan.step, rows, tokens, failed, {}, {}, 1e-3, copied, forced)
+        return _Done(self, result, late)
 
     def restart(self) -> None:
         self._forget()
@@ -151,6 +160,21 @@ class SimulatedExecutor:
         z = (before ^ (tokens.astype(np.uint64) + np.uint64(1))) * np.uint64(_MIX)
         self.chains[slots, at] = z ^ (z >> np.uint64(29))
         self.known[slots] = at + 1
+
+    def _forced(self, slots: Ints, tokens: Ints, failed: NDArray[np.bool_]) -> dict[int, list[int]]:
+        """Of sequences with a grammar some tokens are forced: those that would be sampled."""
+        found: dict[int, list[int]] = {}
+        if not self.most_forced:
+            return found
+        for i in np.flatnonzero(self.grammars[slots] & ~failed):
+            chain, token = int(self.chains[slots[i], self.known[slots[i]] - 1]), int(tokens[i])
+            seed = int(self.seeds[slots[i]])
+            forced = found[int(i)] = list[int]()
+            while len(forced) < self.most_forced and (token * _PICK >> 7) % 4:
+                chain = extend(chain, token)
+                token = (((chain ^ seed) * _PICK & _MASK) >> 33) % VOCAB
+                forced.append(token)
+        return found
 
     def _admit(self, slot: int, tokens: list[int], seed: int) -> None:
         assert self.known[slot] == 0, "the slot is taken"
