@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from engine.config import ChatOptions, FailoverConfig
 from engine.continuation import Continuation
 from engine.outcome import Outcome
+from engine.pooling import Pooling
 from engine.sampling_params import SamplingParams
 from engine.stats import Metric
 
@@ -46,6 +47,9 @@ class EngineInfo:
     failover: FailoverConfig = FailoverConfig()
     chat_options: ChatOptions = ChatOptions()
     batch_invariant: bool = True  # a row's bits do not depend on the others of its batch
+    generates: bool = True  # see ``ModelFacts``
+    pooling: Pooling | None = None
+    vector_size: int = 0
     start_seconds: float = 0.0  # from the start of its process's work until it served
 
 

@@ -5,6 +5,7 @@ runs the same application.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib
 import math
@@ -31,6 +32,7 @@ MOST_AT_ONCE = 1 << 20  # requests that Serve lets through: the engines' queues 
 # Seconds after which Serve asks again, and which it waits: a replica that hangs, or whose host
 # vanished, is replaced after three times the latter.
 HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 10.0
+LAST_SPANS = 3.0  # seconds in which a replica that ends sends what it has traced
 
 
 def _keep_to_loopback() -> None:
@@ -78,6 +80,9 @@ class Router:
         for part in (getattr(self, name, None) for name in ("_peers", "_engines")):
             if part is not None:
                 await part.close()
+        if (tracer := getattr(self._app.state, "tracer_provider", None)) is not None:
+            with contextlib.suppress(TimeoutError):  # it would try for long where no collector is
+                await asyncio.wait_for(asyncio.to_thread(tracer.shutdown), LAST_SPANS)
 
 
 class EngineReplica:

@@ -68,14 +68,7 @@ def _run(args: argparse.Namespace) -> None:
     if "api_key" not in options and os.environ.get(KEY_VARIABLE):
         options["api_key"] = (os.environ[KEY_VARIABLE],)
     options.setdefault("served_model_name", (options["model"],))
-    for name in (
-        "model",
-        "tokenizer",
-        "chat_template",
-        "api_key_file",
-    ):  # Ray's processes run elsewhere
-        if isinstance(options.get(name), str) and os.path.exists(options[name]):
-            options[name] = os.path.abspath(options[name])
+    make_absolute(options)
     if getattr(args, "api_key", None):
         log.warning(
             "--api-key can be read in the list of processes: --api-key-file and %s cannot",
@@ -102,10 +95,21 @@ def _run(args: argparse.Namespace) -> None:
             log.warning("The configuration holds the API keys themselves: see --api-key-file")
         print(serve_config(settings), end="")
         return
+    if settings.router.otlp_endpoint is not None:
+        from router.tracing import check_installed
+
+        check_installed()
     _check_files(settings.router.ssl_certfile, settings.router.ssl_keyfile)
     from deploy.server import run
 
     raise SystemExit(run(settings))
+
+
+def make_absolute(options: dict[str, Any]) -> None:
+    """Have options name files in whole: Ray's processes run elsewhere."""
+    for name in ("model", "tokenizer", "chat_template", "api_key_file"):
+        if isinstance(options.get(name), str) and os.path.exists(options[name]):
+            options[name] = os.path.abspath(options[name])
 
 
 def _check_files(*names: str | None) -> None:

@@ -115,7 +115,8 @@ class StepResult:
     ``forced`` are tokens that can only follow the one that was sampled, so that nobody has to
     sample them; the workers know them once a plan has ``told`` them.
     ``seconds`` is what one rank computed for, without copies. ``copied`` are the copies that
-    ended since the result before, of this step or an earlier one.
+    ended since the result before, of this step or an earlier one. ``vectors`` are those of
+    prompts that are pooled, of which the row had the last token.
     """
 
     step: int
@@ -126,4 +127,5 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by row: of positions start + 1, ...
     seconds: float
     copied: CopyTimes = CopyTimes()
+    vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # by row
     forced: dict[int, list[int]] = field(default_factory=dict)  # by index into ``tokens``

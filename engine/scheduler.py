@@ -18,11 +18,14 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from engine.blocks import blocks_for
 from engine.config import SchedulerConfig
 from engine.kv import KVBlocks, Prefix
 from engine.outcome import Outcome, StepOutcomes, end_of
 from engine.plan import Admit, StepPlan, StepResult, ints
+from engine.pooling import Vector
 from engine.preempt import Costs
 from engine.sequence import FinishReason, Sequence, State
 from engine.shares import FairShares
@@ -352,7 +355,7 @@ class Scheduler:
             self.kv.swap_in(seq)
         else:
             self.kv.claim(seq, prefix)
-            if seq.num_preemptions == 0:
+            if not seq.preempted_at:
                 seq.cached_tokens = seq.computed
                 seq.scheduled_time = time.monotonic()
             if self._shares is not None:
@@ -414,7 +417,7 @@ class Scheduler:
 
     def _swap_pays(self, seq: Sequence) -> bool:
         """Whether to preempt ``seq`` by swapping, rather than recomputing."""
-        mode = self.config.preemption_mode
+        mode = "recompute" if seq.pools else self.config.preemption_mode
         if mode == "auto":
             swap = self.costs.swap(*self.kv.swap_cost(seq))
             return swap < self.costs.recompute(seq.computed)
@@ -431,7 +434,7 @@ class Scheduler:
             seq.lost_tokens, seq.computed = seq.computed, 0
             self.stats.preemptions_recompute += 1
             self.stats.preemption("recompute", seq.request.priority)
-        seq.num_preemptions += 1
+        seq.preempted_at += (time.monotonic(),)
         self._leave(seq)
         self._enqueue(seq)
 
@@ -494,7 +497,21 @@ class Scheduler:
                 outcome = Outcome(row.seq.index, len(row.seq.tokens) - row.seq.prompt_len, [])
                 outcome.prompt_logprobs = [(row.start + 1, entries)]
                 outcomes.others.append((row.seq, outcome))
+        for number, vector in result.vectors.items():
+            self._take_vector(draft.rows[number].seq, vector, outcomes)
         return outcomes
+
+    def _take_vector(self, seq: Sequence, vector: Vector, outcomes: StepOutcomes) -> None:
+        """The end of a sequence that pools."""
+        if seq.finished:
+            return
+        if not np.isfinite(vector).all():
+            self._fail(seq, outcomes)
+            return
+        self._finish(seq, FinishReason.STOP)
+        outcome = end_of(seq)
+        outcome.vector = vector
+        outcomes.others.append((seq, outcome))
 
     def _fail(self, seq: Sequence, outcomes: StepOutcomes) -> None:
         """Logits of the sequence were not finite."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from engine.outputs import Logprob as Logprob
     from engine.outputs import Piece as Piece
     from engine.outputs import RequestOutput as RequestOutput
+    from engine.pooling import PoolingParams as PoolingParams
+    from engine.pooling import PoolingRequestOutput as PoolingRequestOutput
     from engine.sampling_params import SamplingParams as SamplingParams
     from engine.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
@@ -51,6 +53,8 @@ _HOMES = {
     "RequestOutput": "engine.outputs",
     "CompletionOutput": "engine.outputs",
     "Logprob": "engine.outputs",
+    "PoolingParams": "engine.pooling",
+    "PoolingRequestOutput": "engine.pooling",
     "MantaError": "engine.errors",
     "ConfigError": "engine.errors",
     "CheckpointError": "engine.errors",

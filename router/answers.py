@@ -27,12 +27,31 @@ WAITING = b": the engine was lost; the answer goes on at another as soon as ther
 to_json = msgspec.json.Encoder().encode
 
 
-class Answer(ABC):
-    """One request's way out. A subclass gives the shapes of its API."""
+class WholeAnswer(ABC):
+    """One request's way out, as a ``Reply`` runs it, in one piece.
+
+    pools: its prompts become vectors, not completions.
+    """
+
+    service: Service
+    model: ServedModel
+    prompts: list[Prompt]
+    sampling: SamplingParams
+    priority: int
+    id: str
+    id_headers: tuple[str, ...] = ("x-request-id",)
+    pools = False
+
+    @abstractmethod
+    async def complete(self, generations: list[Generation]) -> bytes:
+        """The body, when it is there."""
+
+
+class Answer(WholeAnswer):
+    """One request's way out, whole or as a stream. A subclass gives the shapes of its API."""
 
     prefix: str  # of the id
     joint = "-"  # between that and the rest
-    id_headers: tuple[str, ...] = ("x-request-id",)
     waiting = WAITING  # what a stream tells while it has no engine
 
     def __init__(
@@ -59,10 +78,6 @@ class Answer(ABC):
         )
 
     # ---- the shapes ----
-
-    @abstractmethod
-    async def complete(self, generations: list[Generation]) -> bytes:
-        """The body of the whole answer, when it is there."""
 
     @abstractmethod
     def _chunks(self, generation: Generation, pieces: list[Piece]) -> bytes:

@@ -45,15 +45,20 @@ from router.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
     Sampling,
+    ScoreRequest,
     TokenizeRequest,
 )
 from router.service import Look, Others, Service
 from router.states import engine_states
 from router.stats import AnswerCounter
+from router.vectors import answer_embedding, answer_rerank, answer_score
 
 T = TypeVar("T")
-Identified = Sampling | ResponsesRequest | MessagesRequest
+Identified = Sampling | ResponsesRequest | MessagesRequest | PoolingRequest
 MOST_TOKENIZED = 1 << 17  # tokens that /tokenize counts, or as many as the model's length
 
 
@@ -64,7 +69,8 @@ def build_app(
     others: Others | None = None,
     look: Look | None = None,
 ) -> FastAPI:
-    """The application over a live set of engines. ``app.state.service`` is its state.
+    """The application over a live set of engines. ``app.state.service`` is its state;
+    ``app.state.tracer_provider``, where it traces, is to be shut down after it.
 
     others: gives the metrics (``Service.metrics``) of the application's other ingress processes,
         by their ids.
@@ -94,6 +100,13 @@ def build_app(
     app.add_middleware(RequestId)
     if config.access_log:
         app.add_middleware(AccessLog)
+    if config.otlp_endpoint is not None:
+        from router.tracing import Tracing, make_provider  # an optional package
+
+        provider = app.state.tracer_provider = make_provider(
+            config.otlp_endpoint, service.id, version
+        )
+        app.add_middleware(Tracing, tracer=provider.get_tracer("manta", version))
     app.add_middleware(OldHttp)
     if config.root_path:
         app.add_middleware(RootPath, path=config.root_path)
@@ -126,6 +139,10 @@ class _Routes:
             ("POST", "/v1/responses", self.responses),
             ("POST", "/v1/messages", self.messages),
             ("POST", "/v1/messages/count_tokens", self.count_tokens),
+            ("POST", "/v1/embeddings", self.embeddings),
+            ("POST", "/v1/rerank", self.rerank),
+            ("POST", "/v2/rerank", self.rerank),  # Cohere's clients
+            ("POST", "/v1/score", self.score),
             ("GET", "/v1/models", self.models),
             ("GET", "/v1/models/{id:path}", self.one_model),
             ("POST", "/tokenize", self.tokenize),
@@ -170,6 +187,27 @@ class _Routes:
         """How many tokens the prompt of such a chat has."""
         body = await self._body(request, CountRequest)
         return _json(await count_tokens(self._service, body, MOST_TOKENIZED))
+
+    async def embeddings(self, request: Request) -> Response:
+        """Make vectors of texts."""
+        self._service.check_admission()
+        body = await self._body(request, EmbeddingRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_embedding(self._service, body), own_id)
+
+    async def rerank(self, request: Request) -> Response:
+        """Order documents by how well they answer a query."""
+        self._service.check_admission()
+        body = await self._body(request, RerankRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_rerank(self._service, body), own_id)
+
+    async def score(self, request: Request) -> Response:
+        """Say how well texts go together."""
+        self._service.check_admission()
+        body = await self._body(request, ScoreRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_score(self._service, body), own_id)
 
     async def models(self) -> Response:
         """The names that requests may give."""

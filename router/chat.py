@@ -1,7 +1,8 @@
 """POST /v1/chat/completions, and the way from messages to a prompt."""
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,8 +156,15 @@ async def _rendered(
             **variables,
         )
 
-    try:
+    with refused_by_template():
         return await service.rendered(rendered)
+
+
+@contextlib.contextmanager
+def refused_by_template() -> Iterator[None]:
+    """What the chat template refuses is ApiError 422; other RequestErrors stay what they are."""
+    try:
+        yield
     except RequestError as error:
         if "chat template" in str(error):  # nothing is wrong with them but for this model
             param = field_of(str(error)) or "messages"

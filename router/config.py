@@ -36,6 +36,11 @@ class RouterConfig:
         False, "log a line for each request: its id, status, tokens and times, never its text"
     )
     log_format: str = option("text", "lines for people, or JSON objects", choices=FORMATS)
+    otlp_endpoint: str | None = option(
+        None,
+        "send traces to an OpenTelemetry collector at this URL, by OTLP over HTTP"
+        " (http://localhost:4318); it needs manta-serve[otel]",
+    )
     root_path: str = option("", "the path under which a proxy in front serves this")
     allowed_origins: tuple[str, ...] = option(
         ("*",), "origins whose web pages may call this (CORS); repeatable"
@@ -136,4 +141,10 @@ class RouterConfig:
             raise ConfigError(f"min_replicas={least} is more than max_replicas={most}")
         if config.root_path and not config.root_path.startswith("/"):
             raise ConfigError(f"root_path must begin with '/', got {config.root_path!r}")
+        endpoint = config.otlp_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                "otlp_endpoint must be the URL of a collector that takes OTLP over HTTP, as"
+                f" http://localhost:4318, got {endpoint!r}"
+            )
         return config

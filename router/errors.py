@@ -8,11 +8,21 @@ import msgspec
 
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError, Unavailable
 from engine.log import get_logger
-from router.schema import ChatRequest, CompletionRequest
+from router.schema import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 
 log = get_logger("router")
 
-_FIELDS = frozenset(CompletionRequest.__struct_fields__ + ChatRequest.__struct_fields__)
+_FIELDS = frozenset(
+    name
+    for kind in (ChatRequest, CompletionRequest, EmbeddingRequest, RerankRequest, ScoreRequest)
+    for name in kind.__struct_fields__
+)
 
 MOST_CHARACTERS = 2000  # of a message: what was sent may be in it, whatever its size
 # Where a worker is: for the log, and for programs of the cluster, but for no client.
@@ -139,5 +149,5 @@ def _answer(error: BaseException) -> ApiError:
 
 def field_of(message: str) -> str | None:
     """The field that a RequestError names, which is the message's first word; None for none."""
-    match = re.match(r"[a-z_]+", message)
+    match = re.match(r"[a-z_0-9]+", message)
     return match[0] if match and match[0] in _FIELDS else None

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from router.schema import Harmless, Messages, Positive, Priority, RequestId, Stop, TopK
+from router.schema import Harmless, Id, Messages, Positive, Priority, Stop, TopK
 
 Blocks = Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
 
@@ -93,6 +93,6 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: TopK = None
     priority: Priority = None
-    request_id: RequestId = None
+    request_id: Id = None
     diagnostics: Harmless = None
     inference_geo: Harmless = None

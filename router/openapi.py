@@ -18,7 +18,10 @@ from router.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     Message,
+    RerankRequest,
+    ScoreRequest,
     TokenizeRequest,
     Tool,
 )
@@ -49,6 +52,12 @@ _PATHS: Mapping[str, tuple[str, Any, Any, tuple[int, ...]]] = {
     ),
     "/v1/messages": ("post", MessagesRequest, AssistantMessage, (*_BODY, 404, 422, 429)),
     "/v1/messages/count_tokens": ("post", CountRequest, TokenCount, (*_BODY, 404, 422)),
+    "/v1/embeddings": (
+        "post", EmbeddingRequest, shapes.EmbeddingList, (*_BODY, 404, 429)
+    ),
+    "/v1/rerank": ("post", RerankRequest, shapes.Ranking, (*_BODY, 404, 422, 429)),
+    "/v2/rerank": ("post", RerankRequest, shapes.Ranking, (*_BODY, 404, 422, 429)),
+    "/v1/score": ("post", ScoreRequest, shapes.ScoreList, (*_BODY, 404, 422, 429)),
     "/v1/models": ("get", None, shapes.ModelList, (503,)),
     "/v1/models/{id}": ("get", None, shapes.Model, (404, 503)),
     "/tokenize": ("post", TokenizeRequest, shapes.Tokens, (*_BODY, 404, 422)),
@@ -176,13 +185,18 @@ def _complete(schemas: dict[str, Any]) -> None:
             for kind in (listed, *listed.get("anyOf", ())):
                 if "items" in kind:
                     kind["items"] = {"$ref": _REF.format(name=item)}
-    for name in (*_GENERATING, "TokenizeRequest", "DetokenizeRequest"):
+    asked = [kind.__name__ for _, kind, _, _ in _PATHS.values() if kind is not None]
+    for name in asked:
         schemas[name]["additionalProperties"] = {"type": "null"}
-    for name in (*_GENERATING, "ThinkingOptions"):
+    kinds = {
+        name: set(schemas[name]["properties"])
+        for name in asked
+        if name not in ("TokenizeRequest", "DetokenizeRequest")
+    }
+    for name in (*kinds, "ThinkingOptions"):
         properties = schemas[name]["properties"]
         for field in properties:
             properties[field] = _with_numbers_as_text(properties[field])
-    kinds = {name: set(schemas[name]["properties"]) for name in _GENERATING}
     for name in kinds:
         properties = schemas[name]["properties"]
         for field in set(HARMLESS) - kinds[name]:

@@ -7,9 +7,9 @@ from msgspec import Meta
 
 from router.schema import (
     Harmless,
+    Id,
     Positive,
     Priority,
-    RequestId,
     TemplateVariables,
     Tools,
     TopK,
@@ -116,7 +116,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         dict[str, str] | None, Meta(description="comes back; has no other effect")
     ] = None
     chat_template_kwargs: TemplateVariables = None
-    request_id: RequestId = None
+    request_id: Id = None
     priority: Priority = None
     truncation: Annotated[
         Literal["disabled"] | None, Meta(description="nothing is ever left out of the input")

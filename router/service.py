@@ -266,8 +266,10 @@ class Service:
         priority: int,
         streaming: bool,
         client: str = "",
+        pools: bool = False,
     ) -> AsyncIterator[list[Generation]]:
         """The prompts' generations, all queued; none outlives the block. ``client`` asks for them.
+        ``pools``: they become vectors, which the outputs have.
 
         Raises RequestError (QueueFull, PromptTooLong) and EngineError.
         """
@@ -282,12 +284,14 @@ class Service:
                 bad_words=bad_words,
                 priority=priority,
                 client=client,
+                pools=pools,
                 timeout=self.config.request_timeout,
             )
             route = _Route(self, model)
             stream = await Stream(request, route, model.info.failover).start()
             text = Collector(request, prompt.text, model.tokenizer, stream.metrics, streaming)
-            started.append(Generation(text, stream, number * sampling.n))
+            first = number * sampling.n
+            started.append(Generation(text, stream, first, sampling, model.names[0]))
 
         try:
             await settled(start(number, prompt) for number, prompt in enumerate(prompts))
@@ -348,6 +352,7 @@ class Service:
                 async with asyncio.timeout(patience):
                     attempt = await ticket.client.submit(request, sink)
                 attempt.place = ticket
+                attempt.stay.engine = ticket.client.info.engine_id
                 return attempt
             except TimeoutError:  # it may hang; submit has taken the request back
                 ticket.ended()

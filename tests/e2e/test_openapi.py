@@ -45,7 +45,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving({"api_key": KEY, "request_timeout": 0.3}, max_model_len=256) as server:
+    options = {"api_key": KEY, "request_timeout": 0.3}
+    with serving(options, max_model_len=256, pooling="last") as server:
         yield server
 
 
@@ -58,17 +59,19 @@ def schema(server: Server) -> BaseSchema:
 
 POSTS = [
     "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
-    "/v1/messages/count_tokens", "/tokenize", "/detokenize",
+    "/v1/messages/count_tokens", "/v1/embeddings", "/tokenize", "/detokenize",
 ]  # fmt: skip
 # Fewer where the way is that of a chat.
 EXAMPLES = {"/v1/responses": 25, "/v1/messages": 25, "/v1/messages/count_tokens": 10}
 STATELESS = ("background", "conversation", "previous_response_id", "prompt")
+RERANKS = ["/v1/rerank", "/v2/rerank", "/v1/score"]  # which this model does not
 GETS = ["/v1/models", "/v1/models/{id}", "/health", "/load", "/version", "/metrics"]
 
 
 def test_every_route_is_described(schema: BaseSchema) -> None:
     described = {(method, path) for path in schema for method in schema[path]}
-    assert described == {("post", path) for path in POSTS} | {("get", path) for path in GETS}
+    posts = {("post", path) for path in POSTS + RERANKS}
+    assert described == posts | {("get", path) for path in GETS}
 
 
 @pytest.mark.parametrize("path", GETS)
@@ -90,7 +93,7 @@ def test_valid_requests(path: str, schema: BaseSchema) -> None:
     @given(case=schema[path]["post"].as_strategy())
     def attempt(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict):
-            case.body = likely(case.body)
+            case.body = likely(case.body, path)
             if path == "/v1/messages":
                 case.body["max_tokens"] = 5
         statuses.append(case.call_and_validate(checks=CHECKS, timeout=PATIENCE).status_code)
@@ -99,13 +102,14 @@ def test_valid_requests(path: str, schema: BaseSchema) -> None:
     assert statuses.count(200) >= 5, statuses
 
 
-def likely(body: dict[str, Any]) -> dict[str, Any]:
+def likely(body: dict[str, Any], path: str) -> dict[str, Any]:
     """The request without what is valid by itself, but hardly ever for this model, or together."""
     for field in ("model", "chat_template", "chat_template_kwargs", "documents", "max_tokens"):
         body.pop(field, None)
-    for field in ("tools", "tool_choice", "text", "output_config", "system", *STATELESS):
+    options = ("tools", "tool_choice", "text", "output_config", "system", "dimensions")
+    for field in (*options, *(STATELESS if path == "/v1/responses" else ())):
         body.pop(field, None)
-    for field in ("prompt", "tokens", "stop_token_ids", "allowed_token_ids"):
+    for field in ("prompt", "input", "tokens", "stop_token_ids", "allowed_token_ids"):
         if field in body:
             body[field] = in_vocabulary(body[field])
     if body.get("messages"):
@@ -115,7 +119,9 @@ def likely(body: dict[str, Any]) -> dict[str, Any]:
             message["role"] = "user"
             message["content"] = message.get("content") or "Hello"
     elif "input" in body:
-        body["input"] = body["input"] if isinstance(body["input"], str) else "Hello"
+        if path == "/v1/responses" and not isinstance(body["input"], str):
+            body["input"] = "Hello"
+        body["input"] = body["input"] or "Hello"
     elif "tokens" not in body:
         body["prompt"] = body.get("prompt") or "Hello"
     if body.get("continue_final_message"):
@@ -132,7 +138,7 @@ def in_vocabulary(value: Any) -> Any:
     return value % 4096 if isinstance(value, int) else value
 
 
-@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("path", [*POSTS, "/v1/rerank", "/v1/score"])
 def test_invalid_requests(path: str, schema: BaseSchema) -> None:
     negative = schemathesis.GenerationMode.NEGATIVE
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engine.executor import Capacity, ModelFacts
 from engine.plan import CopyTimes, Ints, StepPlan, StepResult, ints
+from engine.pooling import Pooling
 from engine.preempt import MeasuredCosts
 
 VOCAB = 50_000
@@ -46,6 +47,14 @@ def foretell(prompt: list[int], seed: int, num: int) -> list[int]:
         out.append(token)
         chain = extend(chain, token)
     return out
+
+
+def foretell_vector(prompt: list[int]) -> list[float]:
+    """What ``prompt`` is pooled to."""
+    chain = 0
+    for token in prompt:
+        chain = extend(chain, token)
+    return [float(chain >> 40), float(len(prompt))]
 
 
 @dataclass
@@ -106,9 +115,13 @@ class SimulatedExecutor:
         self.grammars = np.zeros(num_slots, np.bool_)  # whether the slot's sequence has one
         self.spoilt = np.zeros((num_device_blocks, block_size), np.bool_)  # cells that are not
         self.spoilt_cpu = np.zeros((num_cpu_blocks, block_size), np.bool_)
+        self.pooled: dict[int, tuple[int, int]] = {}  # slot: prompt's tokens, those that were fed
 
     def load(self) -> ModelFacts:
-        return ModelFacts("Simulated", VOCAB, self.max_model_len, 0, 0, 0.0, "none", "none")
+        return ModelFacts(
+            "Simulated", VOCAB, self.max_model_len, 0, 0, 0.0, "none", "none",
+            pooling=Pooling("mean"), vector_size=2,
+        )  # fmt: skip
 
     def reserve(self) -> Capacity:
         return Capacity(
@@ -122,8 +135,12 @@ class SimulatedExecutor:
         self.known[plan.release] = 0
         self.admissions[plan.release] += 1
         self.tables[plan.release] = -1
+        for slot in plan.release.tolist():
+            self.pooled.pop(slot, None)
         for admit in plan.admits:
             self._admit(admit.slot, admit.tokens.tolist(), admit.seed)
+            if admit.extras.pools:
+                self.pooled[admit.slot] = admit.prompt_len, 0
             self.grammars[admit.slot] = admit.extras.grammar is not None
         for told in plan.told:
             assert told[1] == self.known[told[0]], "a token is told too soon, or twice"
@@ -132,7 +149,8 @@ class SimulatedExecutor:
         assert self.known[slots].all(), "a cell for a slot that nobody has"
         self.tables[slots, index] = block
         self._copy(plan)
-        tokens, failed = self._rows(plan)
+        tokens, spoilt = self._rows(plan)
+        failed, vectors = spoilt[plan.wants == 1], self._pool(plan, spoilt)
         rows = ints(np.flatnonzero(plan.wants))
         slots, late = plan.slots[rows], None
         forced = self._forced(slots, tokens, failed)
@@ -141,7 +159,9 @@ class SimulatedExecutor:
         else:
             self.learn(slots, tokens)
         copied = CopyTimes(len(plan.copies.out), 1e-5, len(plan.copies.in_), 1e-5)
-        result = StepResult(plan.step, rows, tokens, failed, {}, {}, 1e-3, copied, forced)
+        result = StepResult(
+            plan.step, rows, tokens, failed, {}, {}, 1e-3, copied, vectors=vectors, forced=forced
+        )
         return _Done(self, result, late)
 
     def restart(self) -> None:
@@ -196,8 +216,8 @@ class SimulatedExecutor:
             device[in_[:, 1]] = cpu[in_[:, 0]]
 
     def _rows(self, plan: StepPlan) -> tuple[Ints, NDArray[np.bool_]]:
-        """Write and check every row; the tokens that were wanted, and which of these rows read a
-        cell that is not finite, so that their tokens mean nothing."""
+        """Write and check every row; the tokens that were wanted, and which of all rows read a cell
+        that is not finite, so that what comes of them means nothing."""
         slots, starts, counts, size = plan.slots, plan.starts, plan.counts, self.block_size
         contexts = starts + counts
         assert len(np.unique(slots)) == len(slots), "a slot has two rows"
@@ -225,4 +245,19 @@ class SimulatedExecutor:
         assert (contexts[wants] == self.known[slots[wants]]).all()
         last = self.chains[slots[wants], contexts[wants] - 1] ^ self.seeds[slots[wants]]
         picked = ((last * np.uint64(_PICK)) >> np.uint64(33)) % np.uint64(VOCAB)
-        return ints(picked), spoilt[wants]
+        return ints(picked), spoilt
+
+    def _pool(self, plan: StepPlan, spoilt: NDArray[np.bool_]) -> dict[int, NDArray[np.float32]]:
+        """By row: the vectors of the prompts that end, all of whose tokens were fed in one stay."""
+        vectors: dict[int, NDArray[np.float32]] = {}
+        for row, slot in enumerate(plan.slots.tolist()):
+            if slot not in self.pooled:
+                continue
+            length, fed = self.pooled[slot]
+            fed += int(plan.counts[row])
+            self.pooled[slot] = length, fed
+            if int(plan.starts[row] + plan.counts[row]) == length:
+                chain = int(self.chains[slot, length - 1])
+                value = np.nan if spoilt[row] else float(chain >> 40)
+                vectors[row] = np.array([value, fed], np.float32)
+        return vectors
