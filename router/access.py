@@ -8,7 +8,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.log import get_logger
 from engine.outputs import RequestOutput
 from router.generation import Generation
-from router.guard import OPEN_PATHS, REQUEST_ID, client_address, path_of
+from router.guard import OPEN_PATHS, REQUEST_ID, client_address
+from router.scopes import path_of
 
 log = get_logger("access")
 

@@ -13,13 +13,14 @@ from starlette.responses import Response
 from cluster.client import EngineClient
 from engine.errors import MantaError
 from engine.tokenizer import Tokenizer
-from router import responses
+from router import shapes
 from router.access import AccessLog
 from router.bodies import receive_body
 from router.chat import answer_chat, render
 from router.completions import answer_completion
 from router.config import RouterConfig
 from router.dashboard import Dashboard, open_paths
+from router.error_shapes import error_response
 from router.errors import ApiError, api_error, unavailable, wrong
 from router.fields import read
 from router.guard import (
@@ -32,10 +33,14 @@ from router.guard import (
     Unforeseen,
     given_id,
 )
+from router.messages_answer import answer_messages, count_tokens
+from router.messages_schema import CountRequest, MessagesRequest
 from router.metrics import CONTENT_TYPE, PREFIXES
 from router.models import ServedModel
 from router.openapi import describe
 from router.replies import Reply
+from router.responses_answer import answer_responses
+from router.responses_schema import ResponsesRequest
 from router.schema import (
     MOST_DETOKENIZED,
     ChatRequest,
@@ -54,6 +59,7 @@ from router.stats import AnswerCounter
 from router.vectors import answer_embedding, answer_rerank, answer_score
 
 T = TypeVar("T")
+Identified = Sampling | ResponsesRequest | MessagesRequest | PoolingRequest
 MOST_TOKENIZED = 1 << 17  # tokens that /tokenize counts, or as many as the model's length
 
 
@@ -119,9 +125,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # no such route or method
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
-        return ApiError(error.status_code, message, headers=headers).response()
+        return error_response(ApiError(error.status_code, message, headers=headers), request.scope)
     service: Service = request.app.state.service
-    return api_error(error, service.retry_after(error)).response()
+    return error_response(api_error(error, service.retry_after(error)), request.scope)
 
 
 class _Routes:
@@ -133,6 +139,9 @@ class _Routes:
         routes: list[tuple[str, str, Callable[..., Awaitable[Response]]]] = [
             ("POST", "/v1/completions", self.completions),
             ("POST", "/v1/chat/completions", self.chat_completions),
+            ("POST", "/v1/responses", self.responses),
+            ("POST", "/v1/messages", self.messages),
+            ("POST", "/v1/messages/count_tokens", self.count_tokens),
             ("POST", "/v1/embeddings", self.embeddings),
             ("POST", "/v1/rerank", self.rerank),
             ("POST", "/v2/rerank", self.rerank),  # Cohere's clients
@@ -163,6 +172,25 @@ class _Routes:
         own_id = _take_id(request, body)
         return Reply(await answer_chat(self._service, body), own_id)
 
+    async def responses(self, request: Request) -> Response:
+        """Answer a chat in the shapes of OpenAI's Responses, keeping nothing of it."""
+        self._service.check_admission()
+        body = await self._body(request, ResponsesRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_responses(self._service, body), own_id)
+
+    async def messages(self, request: Request) -> Response:
+        """Answer a chat in the shapes of Anthropic's Messages."""
+        self._service.check_admission()
+        body = await self._body(request, MessagesRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_messages(self._service, body), own_id)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """How many tokens the prompt of such a chat has."""
+        body = await self._body(request, CountRequest)
+        return _json(await count_tokens(self._service, body, MOST_TOKENIZED))
+
     async def embeddings(self, request: Request) -> Response:
         """Make vectors of texts."""
         self._service.check_admission()
@@ -188,15 +216,15 @@ class _Routes:
         """The names that requests may give."""
         models = await self._service.served()
         cards = [self._card(model, name) for model in models for name in model.info.names]
-        return _json(responses.ModelList("list", cards))
+        return _json(shapes.ModelList("list", cards))
 
     async def one_model(self, id: str) -> Response:
         """One of the names that requests may give."""
         return _json(self._card(await self._service.model(id), id))
 
     @staticmethod
-    def _card(model: ServedModel, name: str) -> responses.Model:
-        return responses.Model(
+    def _card(model: ServedModel, name: str) -> shapes.Model:
+        return shapes.Model(
             id=name,
             object="model",
             created=model.created,
@@ -219,7 +247,7 @@ class _Routes:
             (ids,) = await self._service.encode(model, [body.prompt], special, most, "prompt")
         else:
             ids = (await render(self._service, model, body, most)).ids
-        answer = responses.Tokens(
+        answer = shapes.Tokens(
             count=len(ids), max_model_len=model.info.max_model_len, tokens=ids, token_strs=None
         )
         if body.return_token_strs:
@@ -239,7 +267,7 @@ class _Routes:
                 "tokens",
             )
         text = await self._service.off_loop(model.tokenizer.decode, tokens)
-        return _json(responses.Detokenized(text))
+        return _json(shapes.Detokenized(text))
 
     async def health(self) -> Response:
         """200 while an engine answers and makes progress, 503 otherwise."""
@@ -257,12 +285,12 @@ class _Routes:
     async def load(self) -> Response:
         """What the engines have to do."""
         states = engine_states(self._service.engines)
-        return _json(responses.Load(server_load=self._service.stats.in_flight, engines=states))
+        return _json(shapes.Load(server_load=self._service.stats.in_flight, engines=states))
 
     async def version(self) -> Response:
         """The server's version."""
         found = [engine.info.batch_invariant for engine in self._service.engines]
-        return _json(responses.Version(self._version, all(found) if found else None))
+        return _json(shapes.Version(self._version, all(found) if found else None))
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus text of every engine and ingress process."""
@@ -287,7 +315,7 @@ def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [tokenizer.id_to_piece(i) or "" for i in ids]
 
 
-def _take_id(request: Request, body: Sampling | PoolingRequest) -> bool:
+def _take_id(request: Request, body: Identified) -> bool:
     """Make the request's X-Request-Id its id, unless the body has one; False if that was done."""
     given = given_id(request.scope)
     if given is None or body.request_id is not None:

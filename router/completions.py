@@ -6,7 +6,7 @@ from engine.outputs import CompletionOutput, Piece, PositionLogprobs
 from engine.sampling_params import SamplingParams
 from engine.text import detokenizer
 from engine.tokenizer import Tokenizer
-from router.answers import Answer, check, to_json
+from router.answers import ChunkedAnswer, check, to_json
 from router.errors import wrong
 from router.generation import Generation, Prompt
 from router.logprobs import completion_logprobs, prompt_logprobs
@@ -14,9 +14,9 @@ from router.models import ServedModel
 from router.offsets import TextOffsets
 from router.parameters import refuse_contradictions, room_for_output, sampling_of
 from router.prompts import read_prompts
-from router.responses import Completion, CompletionChoice, CompletionLogprobs
 from router.schema import MOST_PROMPTS, CompletionRequest
 from router.service import Service
+from router.shapes import Completion, CompletionChoice, CompletionLogprobs
 from router.structured import check_outputs, outputs_of
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -67,7 +67,7 @@ def _echoed(tokenizer: Tokenizer, ids: Sequence[int], alone: bool) -> str:
     return text.push(ids) + (text.finish() if alone else "")
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChunkedAnswer):
     """Completions, whole or as a stream."""
 
     prefix = "cmpl"

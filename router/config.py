@@ -62,6 +62,11 @@ class RouterConfig:
         "how the model writes what it thinks; auto finds it by the chat template",
         choices=(AUTO, NONE, *THINKING_NAMES),
     )
+    strict_tools: bool = option(
+        False,
+        "refuse tools that a provider would run itself (web search and the like) in /v1/responses"
+        " and /v1/messages, which are passed over otherwise",
+    )
     max_body_bytes: int = option(16 << 20, "refuse larger request bodies", least=1)
     max_connections_per_client: int | None = option(
         None,

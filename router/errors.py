@@ -1,9 +1,10 @@
 """Errors as HTTP answers, in the shape that OpenAI's clients know."""
 
+import contextlib
 import re
+from collections.abc import Iterator, Mapping
 
 import msgspec
-from starlette.responses import Response
 
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError, Unavailable
 from engine.log import get_logger
@@ -67,10 +68,6 @@ class ApiError(Exception):
         """The body as JSON."""
         return msgspec.json.encode(ErrorResponse(self.info))
 
-    def response(self) -> Response:
-        """The whole answer."""
-        return Response(self.body(), self.status, self.headers, "application/json")
-
 
 def wrong(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that cannot be served as it is: 400."""
@@ -109,6 +106,20 @@ def api_error(error: BaseException, retry_after: int = 1) -> ApiError:
     if answer.status in (429, 503):
         answer.headers["retry-after"] = str(retry_after)
     return answer
+
+
+@contextlib.contextmanager
+def blaming(fields: Mapping[str, str]) -> Iterator[None]:
+    """What the block blames on one of ``fields`` is blamed on what that is called in the request.
+
+    Raises ApiError for ApiError and RequestError.
+    """
+    try:
+        yield
+    except (ApiError, RequestError) as error:
+        answer = api_error(error)
+        answer.info.param = fields.get(answer.info.param or "", answer.info.param)
+        raise answer from None
 
 
 def _answer(error: BaseException) -> ApiError:

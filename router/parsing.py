@@ -25,8 +25,8 @@ from engine.parsing.source import NO_TAGS, Tags
 from engine.tokenizer import Tokenizer
 from router.errors import wrong
 from router.models import ServedModel
-from router.responses import CalledFunction, ChatDelta, ChatMessage, ToolCall
 from router.schema import ChatRequest
+from router.shapes import CalledFunction, ChatDelta, ChatMessage, ToolCall
 from router.tools import ToolUse
 
 log = get_logger("router")

@@ -6,7 +6,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from router.access import remember
-from router.answers import DONE, Answer, WholeAnswer
+from router.answers import Answer, WholeAnswer
+from router.error_shapes import error_response
 from router.errors import api_error, client_closed
 from router.guard import client_of
 
@@ -28,7 +29,7 @@ class Reply(Response):
     def __init__(self, answer: WholeAnswer, own_id: bool) -> None:
         super().__init__(None)
         self._answer = answer
-        self._id = {"x-request-id": answer.id} if own_id else {}
+        self._id = dict.fromkeys(answer.id_headers, answer.id) if own_id else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stats = self._answer.service.stats
@@ -49,7 +50,7 @@ class Reply(Response):
                 work.cancel()
                 await asyncio.wait((work,))  # so that nothing of it is left
         if work.cancelled():
-            await client_closed().response()(scope, receive, send)
+            await error_response(client_closed(), scope)(scope, receive, send)
         else:
             work.result()
 
@@ -79,10 +80,10 @@ class Reply(Response):
                     body = await answer.complete(generations)
         except Exception as error:
             failure = api_error(error, answer.service.retry_after(error))
-            if not started:
-                await failure.response()(scope, receive, send)
+            if stream is None or not started:
+                await error_response(failure, scope)(scope, receive, send)
                 return
-            data = b"data: " + failure.body() + b"\n\n" + DONE
+            data = stream.failed(failure)
             await send({"type": "http.response.body", "body": data, "more_body": True})
         if started:
             await send({"type": "http.response.body", "body": b""})

@@ -69,6 +69,8 @@ Tools = Annotated[
 Documents = Annotated[
     list[dict[str, str]] | None, Meta(description="for chat templates that take documents")
 ]
+TopK = Annotated[Annotated[int, Meta(ge=-1, le=_INT32)] | None, Meta(description="0 or -1 is off")]
+Harmless = Annotated[Any, Meta(description="accepted; has no effect")]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -144,9 +146,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Annotated[float, Meta(ge=0, le=100)] | None, Meta(description="0 is greedy")
     ] = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[
-        Annotated[int, Meta(ge=-1, le=_INT32)] | None, Meta(description="0 or -1 is off")
-    ] = None
+    top_k: TopK = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 
 from cluster.client import EngineClient
 from engine.stats import Metric, Sample
-from router.responses import EngineState
+from router.shapes import EngineState
 
 STATES = ("healthy", "recovering", "draining", "unhealthy")
 

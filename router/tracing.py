@@ -28,7 +28,8 @@ from engine.errors import ConfigError
 from engine.sampling_params import SamplingParams
 from router.access import TRACE_ID, UNLOGGED, generations_of
 from router.generation import Generation
-from router.guard import REQUEST_ID, client_address, path_of
+from router.guard import REQUEST_ID, client_address
+from router.scopes import path_of
 from router.stats import STAGES_SEEN
 
 if TYPE_CHECKING:

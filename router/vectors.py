@@ -18,7 +18,15 @@ from router.generation import Generation, Prompt, merged
 from router.models import ServedModel
 from router.parameters import refuse_priority
 from router.prompts import read_prompts
-from router.responses import (
+from router.schema import (
+    MOST_PROMPTS,
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
+from router.service import Service
+from router.shapes import (
     Embedding,
     EmbeddingList,
     PromptTokensDetails,
@@ -29,14 +37,6 @@ from router.responses import (
     Score,
     ScoreList,
 )
-from router.schema import (
-    MOST_PROMPTS,
-    EmbeddingRequest,
-    PoolingRequest,
-    RerankRequest,
-    ScoreRequest,
-)
-from router.service import Service
 
 INLINE_VALUES = 1 << 13  # of an answer's vectors; more are written in a thread, off the event loop
 

@@ -104,6 +104,9 @@ backend app
 def test_haproxy_is_given_the_certificate_and_a_better_answer():
     plain = adapt(HAPROXY, Path("/f"))
     assert "status 503 hdr Retry-After 5" in plain and "404" not in plain
+    answers = plain.partition("backend default_backend\n")[2].splitlines()
+    assert "overloaded_error" in answers[0] and answers[0].endswith("{ path -m sub /v1/messages }")
+    assert "overloaded_error" not in answers[1] and "server_error" in answers[1]
     assert "    bind 127.0.0.1:8000\n" in plain and "server a 127.0.0.1:30000" in plain
     tls = adapt(HAPROXY, Path("/f"), "/k.pem")
     assert "    bind 127.0.0.1:8000 ssl crt /k.pem alpn h2,http/1.1\n" in tls
