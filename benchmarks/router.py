@@ -84,7 +84,7 @@ class IdleEngine:
             await asyncio.sleep(self._interval)
             step += 1
             update = Update(accepted=self._new)
-            update.times = [Times(number, 0.0, 0.0, None, 0, 0) for number in self._new]
+            update.times = [Times(number, 0.0, 0.0, None, 0, []) for number in self._new]
             self._new = []
             for number in list(self._left):
                 self._left[number] -= 1

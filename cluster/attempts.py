@@ -3,10 +3,11 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.client import EngineLoad, Sink
-from cluster.messages import Ask, Cancel, Command, Refused, StopAtText, Submit, Update
+from cluster.messages import Ask, Cancel, Command, Refused, StopAtText, Submit, Times, Update
 from engine import errors
 from engine.continuation import Continuation
 from engine.stats import Metric
@@ -24,6 +25,22 @@ class Place(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Stay:
+    """When a request was at one engine, in seconds of ``time.monotonic``, for whoever tells of it.
+
+    times: what the engine has told. cause: lost, drained or recovering, if the request went on
+    elsewhere. error: of an engine that was lost, in words.
+    """
+
+    sent_at: float
+    engine: str = ""
+    times: Times | None = None
+    left_at: float | None = None
+    cause: str = ""
+    error: str = ""
+
+
 class Attempt:
     """A request at one engine, until it ends there, the engine is lost, or it is cancelled.
 
@@ -35,7 +52,7 @@ class Attempt:
     ) -> None:
         self.request = request
         self.begun = self.proven = False
-        self.sent_at = time.monotonic()
+        self.stay = Stay(time.monotonic())
         self.place: Place | None = None
         self.sink = sink
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -63,7 +80,9 @@ class Attempt:
         self.left()
 
     def left(self) -> None:
-        """The place is free."""
+        """The place is free; harmless to say again."""
+        if self.stay.left_at is None:
+            self.stay.left_at = time.monotonic()
         if self.place is not None:
             self.place.ended()
 

@@ -8,9 +8,10 @@ after the other, is ``cluster.streams.Stream``.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from engine.config import ChatOptions, FailoverConfig
+from engine.config import ChatOptions, FailoverConfig, ServedAs
 from engine.continuation import Continuation
 from engine.outcome import Outcome
+from engine.pooling import Pooling
 from engine.sampling_params import SamplingParams
 from engine.stats import Metric
 
@@ -45,8 +46,17 @@ class EngineInfo:
     step_timeout: float = 60.0
     failover: FailoverConfig = FailoverConfig()
     chat_options: ChatOptions = ChatOptions()
+    served: ServedAs = ServedAs()
     batch_invariant: bool = True  # a row's bits do not depend on the others of its batch
+    generates: bool = True  # see ``ModelFacts``
+    pooling: Pooling | None = None
+    vector_size: int = 0
     start_seconds: float = 0.0  # from the start of its process's work until it served
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of its model, for clients. The first tells it from a server's other models."""
+        return self.served.names or (self.model,)
 
 
 @dataclass(frozen=True, slots=True)

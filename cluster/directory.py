@@ -1,4 +1,5 @@
-"""Where engines and ingress replicas of an application are found, across the cluster.
+"""Where engines and ingress replicas of an application are found, across the cluster, and which
+models it has.
 
 The entries are keys in Ray's own store (the GCS), which lives as long as the cluster: no process
 of ours holds them, so none must be restarted. An entry says where something listens, not that it
@@ -11,7 +12,7 @@ from typing import Literal
 
 from ray.experimental import internal_kv
 
-Kind = Literal["engine", "ingress"]
+Kind = Literal["engine", "ingress", "model"]  # a model's address is the number of its engines
 _NAMESPACE = "manta"
 FORGET_AFTER = 30.0  # seconds without an answer, after which an entry is dead
 

@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -23,7 +23,7 @@ from cluster.joining import connect_ray, own_host
 from cluster.loop import EngineLoop
 from cluster.ray_metrics import RayMetrics
 from cluster.transport import Server
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ServedAs
 from engine.errors import ConfigError, EngineError, MantaError
 from engine.log import get_logger, waiting_for
 
@@ -39,23 +39,22 @@ class EngineHost:
     """Builds a replica in this process and serves it until ``stop``.
 
     ``name`` is that of the application, in whose ``Directory`` it can be found. ``share`` is how
-    many engines divide this machine's cores. An engine that fails takes its process along, once
-    its clients know why: whoever started it starts another.
+    many engines divide this machine's cores. ``served`` is what clients see of its model. An engine
+    that fails takes its process along, once its clients know why: whoever started it starts
+    another.
     """
 
-    def __init__(self, config: EngineConfig, name: str, share: int = 1) -> None:
+    def __init__(
+        self, config: EngineConfig, name: str, share: int = 1, served: ServedAs | None = None
+    ) -> None:
         started = time.monotonic()
-        if config.parallel.world_size == 1:  # it computes here; Ray has set a thread for each CPU
-            cpus = config.parallel.worker_cpus or (os.cpu_count() or 1) // share
-            os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
-            # Whoever serves shares these cores with the router: its threads are to let go of them
-            # while Python runs between two kernels, sooner than workers/__init__.py has it.
-            os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+        take_cores(config, share)
         from cluster.replica import start_engine  # imports torch, which reads the environment
 
         self.engine_id = secrets.token_hex(4)
         engine, info = start_engine(config, self.engine_id)
-        info = dataclasses.replace(info, start_seconds=time.monotonic() - started)
+        seconds = time.monotonic() - started
+        info = dataclasses.replace(info, start_seconds=seconds, served=served or ServedAs())
         self._hang_after = info.step_timeout
         self._stopping = False
         self.loop = EngineLoop(engine, self._on_failure, self._on_leaving)
@@ -64,7 +63,7 @@ class EngineHost:
         self.loop.start()
         self._directory = Directory(name)
         self._directory.add("engine", self.engine_id, self.address)
-        labels = {"model_name": info.model, "engine": self.engine_id}
+        labels = {"model_name": info.names[0], "engine": self.engine_id}
         self._metrics = RayMetrics(self.loop.metrics, labels)
         self._metrics.start()
 
@@ -111,6 +110,18 @@ class EngineHost:
         os._exit(1)
 
 
+def take_cores(config: EngineConfig, share: int) -> None:
+    """Have an engine that computes in this process use this machine's cores, of which ``share``
+    engines each have a part. Torch must not be loaded yet."""
+    if config.parallel.world_size > 1:
+        return
+    cpus = config.parallel.worker_cpus or (os.cpu_count() or 1) // share
+    os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))  # Ray has set a thread for each CPU
+    # Whoever serves shares these cores with the router: its threads are to let go of them while
+    # Python runs between two kernels, sooner than workers/__init__.py has it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
 def needed(config: EngineConfig) -> dict[str, float]:
     """The CPUs and GPUs that the process of an engine asks Ray for.
 
@@ -130,8 +141,10 @@ class _EngineActor:
     """The actor of a named engine. Where Ray starts it again, because its process or its node has
     gone, it serves again by itself; if it cannot, it is gone for good."""
 
-    def __init__(self, options: Mapping[str, Any], name: str) -> None:
-        self._options, self._name = options, name
+    def __init__(
+        self, options: Mapping[str, Any], name: str, share: int, served: ServedAs | None
+    ) -> None:
+        self._options, self._name, self._share, self._served = options, name, share, served
         self._started = threading.Event()
         self._host: EngineHost | None = None
         if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -144,7 +157,8 @@ class _EngineActor:
         """Load the model and serve it."""
         from cluster.replica import engine_config  # imports torch
 
-        self._host = EngineHost(engine_config(**self._options), f"engine:{self._name}")
+        config = engine_config(**self._options)
+        self._host = EngineHost(config, f"engine:{self._name}", self._share, self._served)
         self._started.set()
 
     def address(self) -> str:
@@ -168,44 +182,77 @@ def start_actor(name: str, options: Mapping[str, Any]) -> None:
     connect_ray()
     if _actor(name) is not None:
         raise ConfigError(f"an engine called {name!r} runs already")
-    need = needed(config)
-    timeout = config.parallel.placement_timeout
-    actor_class: Any = ray.remote(_EngineActor)
-    actor = actor_class.options(
-        name=name,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        max_concurrency=16,
-        max_restarts=-1,
-        **need,
-    ).remote(dict(options), name)
+    place = {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
+    _start(config, dict(options), name, 1, place)
+
+
+@contextlib.contextmanager
+def own_engines(
+    name: str, options: Mapping[str, Any], count: int, served: ServedAs
+) -> Iterator[str]:
+    """``count`` engines on the cluster that live as long as the block, or this process. Gives the
+    name of their ``Directory``. ``served`` is what clients see of their model.
+
+    Raises ConfigError, CheckpointError or EngineError; then nothing of them stays.
+    """
+    config = EngineConfig.from_options(**options)
+    connect_ray()
+    actors = _start(config, dict(options), name, count, {}, served)
     try:
-        try:
-            with waiting_for(log, f"room for engine {name!r} in the cluster"):
-                ray.get(actor.ping.remote(), timeout=timeout)
-        except GetTimeoutError:
-            there = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            free = ray.available_resources()  # type: ignore[no-untyped-call]
-            has = ", ".join(
-                f"{free.get(k, 0):g} of {there.get(k, 0):g} {k}" for k in ("CPU", "GPU")
-            )
-            asked = ", ".join(f"{value:g} {key[4:].upper()[:-1]}" for key, value in need.items())
-            raise ConfigError(
-                f"no room for engine {name!r} within placement_timeout ({timeout:g} s): it needs"
-                f" {asked}; of the cluster are free {has}"
-            ) from None
-        with waiting_for(log, f"engine {name!r} to load its model"):
-            ray.get(actor.start.remote())
-    except RayTaskError as error:
-        _end(actor)
-        if isinstance(error.cause, MantaError):
-            raise error.cause from None
-        raise EngineError(f"engine {name!r} did not start: {error}") from error
-    except RayActorError as error:
-        raise EngineError(f"engine {name!r} died while it started: {error}") from error
-    except BaseException:
-        _end(actor)
+        yield f"engine:{name}"
+    finally:
+        _stop(actors, 0.0)
+        Directory(f"engine:{name}").clear()
+
+
+def _start(
+    config: EngineConfig,
+    options: dict[str, Any],
+    name: str,
+    count: int,
+    place: dict[str, Any],
+    served: ServedAs | None = None,
+) -> list[Any]:
+    """``count`` actors that serve; ``place`` are further options of theirs."""
+    need = needed(config)
+    actor_class: Any = ray.remote(_EngineActor).options(
+        max_concurrency=16, max_restarts=-1, **need, **place
+    )
+    actors = [actor_class.remote(options, name, count, served) for _ in range(count)]
+    engines = f"engine {name!r}" if count == 1 else f"{count} engines"
+    try:
+        _wait_for_room(actors, engines, config.parallel.placement_timeout, need)
+        with waiting_for(log, f"{engines} to load the model"):
+            ray.get([actor.start.remote() for actor in actors])
+        return actors
+    except BaseException as error:
+        for actor in actors:
+            _end(actor)
+        if isinstance(error, RayTaskError):
+            if isinstance(error.cause, MantaError):
+                raise error.cause from None
+            raise EngineError(f"{engines} did not start: {error}") from error
+        if isinstance(error, RayActorError):
+            raise EngineError(f"{engines} died at the start: {error}") from error
         raise
+
+
+def _wait_for_room(
+    actors: list[Any], engines: str, timeout: float, need: Mapping[str, float]
+) -> None:
+    try:
+        with waiting_for(log, f"room for {engines} in the cluster"):
+            ray.get([actor.ping.remote() for actor in actors], timeout=timeout)
+    except GetTimeoutError:
+        there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        free = ray.available_resources()  # type: ignore[no-untyped-call]
+        has = ", ".join(f"{free.get(k, 0):g} of {there.get(k, 0):g} {k}" for k in ("CPU", "GPU"))
+        asked = ", ".join(f"{value:g} {key[4:].upper()[:-1]}" for key, value in need.items())
+        each = "it needs" if len(actors) == 1 else "each needs"
+        raise ConfigError(
+            f"no room for {engines} within placement_timeout ({timeout:g} s): {each}"
+            f" {asked}; of the cluster are free {has}"
+        ) from None
 
 
 def find_actor(name: str, timeout: float) -> str:
@@ -230,9 +277,15 @@ def stop_actor(name: str, drain_seconds: float) -> None:
     actor = _actor(name)
     if actor is None:
         raise EngineError(f"there is no engine called {name!r}")
+    _stop([actor], drain_seconds)
+
+
+def _stop(actors: list[Any], drain_seconds: float) -> None:
     with contextlib.suppress(RayActorError, GetTimeoutError):
-        ray.get(actor.stop.remote(drain_seconds), timeout=drain_seconds + 2 * STOP_SECONDS)
-    _end(actor)
+        stopping = [actor.stop.remote(drain_seconds) for actor in actors]
+        ray.get(stopping, timeout=drain_seconds + 2 * STOP_SECONDS)
+    for actor in actors:
+        _end(actor)
 
 
 def _address(actor: Any, deadline: float) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Collection, Iterator
 from functools import partial
+from urllib.parse import unquote
 
 from cluster.client import EngineClient
 from cluster.directory import Directory
@@ -21,10 +22,12 @@ class Engines(Collection[EngineClient]):
     """The engines of an application that can be reached now, kept current while it is open.
 
     An engine comes in when it is found in the directory and answers, and goes when its connection
-    breaks. Belongs to one asyncio loop.
+    breaks. Belongs to one asyncio loop. ``models`` are the names of those that the application is
+    to have, whether their engines live or not; none where nobody has said so.
     """
 
     def __init__(self, name: str) -> None:
+        self.models: frozenset[str] = frozenset()
         self._directory = Directory(name)
         self._clients: dict[str, RemoteClient] = {}
         self._task: asyncio.Task[None] | None = None
@@ -89,6 +92,8 @@ class Engines(Collection[EngineClient]):
 
     async def _look(self) -> None:
         try:
+            models = await asyncio.to_thread(self._directory.find, "model")
+            self.models = frozenset(map(unquote, models))
             await self._update(await asyncio.to_thread(self._directory.find, "engine"))
         except Exception as error:  # the GCS is away for a moment: go on with what is known
             log.warning("The directory cannot be read: %s", error)

@@ -11,7 +11,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -426,14 +426,10 @@ class ParallelExecutor:
             self._workers.stop(gently=False)
             raise
         facts = [report.facts for report in reports if report.facts is not None]
-        return ModelFacts(
-            architecture=facts[0].architecture,
-            vocab_size=facts[0].vocab_size,
-            max_model_len=facts[0].max_model_len,
-            num_parameters=facts[0].num_parameters,
+        return replace(
+            facts[0],
             weight_bytes=sum(f.weight_bytes for f in facts),
             load_seconds=max(f.load_seconds for f in facts),
-            dtype=facts[0].dtype,
             device=self._device if len(facts) == 1 else f"{len(facts)} × {self._device}",
             batch_invariant=all(f.batch_invariant for f in facts),
         )

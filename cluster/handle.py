@@ -17,10 +17,10 @@ import contextlib
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from cluster.attempts import Attempt
-from cluster.client import EngineInfo, EngineLoad, Sink
+from cluster.client import EngineClient, EngineInfo, EngineLoad, Sink
 from cluster.prompts import (
     Message,
     Prompt,
@@ -31,7 +31,7 @@ from cluster.prompts import (
     requests_of,
     text_prompts,
 )
-from cluster.streams import Stream, settled
+from cluster.streams import Route, Stream, settled
 from cluster.transport import RemoteClient
 from engine.chat import load_template
 from engine.collector import Collector
@@ -52,11 +52,17 @@ CONNECT_TIMEOUT = 10.0  # seconds for the engine that takes a lost one's place t
 T = TypeVar("T")
 
 
+class EngineRoute(Route, Protocol):
+    """A route to one engine; ``client`` leads to it."""
+
+    client: EngineClient
+
+
 class NamedEngine:
     """The ``Route`` to an engine that is found by its name: when it is lost, to the one that takes
     its place. ``client`` leads to the last one."""
 
-    def __init__(self, name: str, client: RemoteClient) -> None:
+    def __init__(self, name: str, client: EngineClient) -> None:
         self.client = client
         self._name = name
         self._opening = asyncio.Lock()
@@ -82,7 +88,7 @@ class NamedEngine:
 class AsyncEngineHandle:
     """A named engine, for one asyncio loop; made by ``connect_async``."""
 
-    def __init__(self, route: NamedEngine, tokenizer: Tokenizer) -> None:
+    def __init__(self, route: EngineRoute, tokenizer: Tokenizer) -> None:
         self._route = route
         self.tokenizer = tokenizer
         template = route.client.info.chat_template

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.interrupts import interrupts_held
 from cluster.progress import PromptBar
 from cluster.prompts import (
     Message,
     Prompt,
+    Tokenized,
     chat_prompts,
     checked_priority,
     one_for_each,
@@ -21,13 +22,22 @@ from cluster.prompts import (
     text_prompts,
 )
 from cluster.replica import default_sampling, engine_config, open_checkpoint, start_replica
+from cluster.vectors import pair_prompt, pair_template, paired, pooled, pooling_requests
 from engine.chat import load_template
 from engine.collector import Collector
 from engine.config import EMBEDDED_MODEL
+from engine.continuation import Continuation
 from engine.errors import EngineError, RequestError
 from engine.grammar_trial import trial_of
 from engine.log import get_logger
 from engine.outputs import RequestOutput
+from engine.pooling import (
+    EmbeddingOutput,
+    PoolingParams,
+    PoolingRequestOutput,
+    ScoringOutput,
+    Vector,
+)
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.tokenizer_files import load_transformers
@@ -36,6 +46,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = get_logger("llm")
+
+T = TypeVar("T")
 
 
 class LLM:
@@ -146,11 +158,95 @@ class LLM:
         )
         return self._run(prompts, sampling_params, use_tqdm, priority, timeout)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        pooling_params: PoolingParams | None = None,
+        priority: int | Sequence[int] | None = None,
+        timeout: float | None = None,
+        **vllm_arguments: Any,
+    ) -> list[PoolingRequestOutput[EmbeddingOutput]]:
+        """A vector for each prompt: ``outputs.embedding``, as the checkpoint makes it, or the
+        option ``pooling``. Prompts and the other arguments are those of ``generate``.
+
+        Raises RequestError if the model makes no embeddings, and EngineError if a prompt comes to
+        none, by ``timeout`` say.
+        """
+        refuse_arguments("embed", vllm_arguments)
+        pooling_params = self._checked_pooling(pooling_params, scores=False)
+        made = text_prompts(self.tokenizer, prompts)
+
+        def embedding(vector: Vector) -> EmbeddingOutput:
+            return EmbeddingOutput(vector.tolist())
+
+        return self._pool(made, pooling_params, embedding, use_tqdm, priority, timeout)
+
+    def score(
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        *,
+        use_tqdm: bool = True,
+        pooling_params: PoolingParams | None = None,
+        priority: int | Sequence[int] | None = None,
+        timeout: float | None = None,
+        chat_template: str | None = None,
+        **vllm_arguments: Any,
+    ) -> list[PoolingRequestOutput[ScoringOutput]]:
+        """How well each text of ``text_2`` goes with its one of ``text_1``, or with that one if
+        there is only one: ``outputs.score``.
+
+        The two are one prompt: as ``chat_template`` (or the option of that name) has messages of
+        the roles query and document, else one after the other. Raises RequestError if the model is
+        no reranker, and what ``embed`` raises.
+        """
+        refuse_arguments("score", vllm_arguments)
+        pooling_params = self._checked_pooling(pooling_params, scores=True)
+        given = self._chat_template if chat_template is None else load_template(chat_template)
+        template = pair_template(self.tokenizer, given)
+        made = [pair_prompt(self.tokenizer, *pair, template) for pair in paired(text_1, text_2)]
+
+        def score(vector: Vector) -> ScoringOutput:
+            return ScoringOutput(float(vector[0]))
+
+        return self._pool(made, pooling_params, score, use_tqdm, priority, timeout)
+
     # ---- inside ----
+
+    def _checked_pooling(self, params: PoolingParams | None, scores: bool) -> PoolingParams:
+        facts, params = self.engine.facts, params or PoolingParams()
+        params.check(facts.pooling, facts.vector_size, scores)
+        return params
+
+    def _pool(
+        self,
+        prompts: list[Tokenized],
+        params: PoolingParams,
+        make: Callable[[Vector], T],
+        use_tqdm: bool,
+        priority: int | Sequence[int] | None,
+        timeout: float | None,
+    ) -> list[PoolingRequestOutput[T]]:
+        policy, pooling = self.config.scheduler.scheduling_policy, self.engine.facts.pooling
+        assert pooling is not None
+        priority = checked_priority(priority, policy, len(prompts))
+        requests = pooling_requests(prompts, priority, timeout, map(str, self._request_ids))
+        outputs = self._complete(requests, prompts, use_tqdm)
+        return [
+            PoolingRequestOutput(
+                output.request_id,
+                make(pooled(pooling, params, output)),
+                output.prompt_token_ids,
+                output.num_cached_tokens,
+            )
+            for output in outputs
+        ]
 
     def _run(
         self,
-        prompts: list[tuple[str | None, list[int]]],
+        prompts: list[Tokenized],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
         priority: int | Sequence[int] | None,
@@ -162,6 +258,11 @@ class LLM:
         requests = requests_of(
             self.tokenizer, prompts, params, priority, timeout, ids, self._random
         )
+        return self._complete(requests, prompts, use_tqdm)
+
+    def _complete(
+        self, requests: list[Continuation], prompts: list[Tokenized], use_tqdm: bool
+    ) -> list[RequestOutput]:
         collectors: dict[str, Collector] = {}
         with interrupts_held() as check_interrupt:
             try:

@@ -474,9 +474,8 @@ def _times(request: _Request) -> Times:
             metrics.finished_time,
         )
     )
-    return Times(
-        request.number, queued, first, end, metrics.num_cached_tokens, metrics.num_preemptions
-    )
+    preemptions = [moment - start for moment in metrics.preempted_at]
+    return Times(request.number, queued, first, end, metrics.num_cached_tokens, preemptions)
 
 
 class LocalClient:

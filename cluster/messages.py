@@ -63,7 +63,7 @@ class Times(msgspec.Struct, array_like=True):
     first_token: float | None
     finished: float | None
     cached_tokens: int
-    preemptions: int
+    preemptions: list[float]
 
 
 class Refused(msgspec.Struct, array_like=True):

@@ -33,17 +33,22 @@ class LoadBar:
 
 
 class PromptBar:
-    """``Processed prompts``, with the estimated speed of input and output so far."""
+    """``Processed prompts``, with the estimated speed of input and output so far. ``before``: of
+    them were processed earlier."""
 
-    def __init__(self, total: int, show: bool) -> None:
+    def __init__(self, total: int, show: bool, before: int = 0) -> None:
         self._input = self._output = 0
         self._started = time.perf_counter()
-        self._bar = tqdm(total=total, desc="Processed prompts", disable=not show)
+        self._bar = tqdm(total=total, initial=before, desc="Processed prompts", disable=not show)
         self._postfix()
 
     def finished(self, output: RequestOutput) -> None:
-        self._input += len(output.prompt_token_ids)
-        self._output += sum(len(o.token_ids) for o in output.outputs)
+        self.add(len(output.prompt_token_ids), sum(len(o.token_ids) for o in output.outputs))
+
+    def add(self, input_tokens: int, output_tokens: int) -> None:
+        """A prompt is done, of so many tokens."""
+        self._input += input_tokens
+        self._output += output_tokens
         self._postfix()
         self._bar.update(1)
 

@@ -160,6 +160,9 @@ def _start_engine(config: EngineConfig, engine_id: str) -> tuple[Engine, EngineI
         failover=config.failover,
         chat_options=options.chat,
         batch_invariant=engine.facts.batch_invariant,
+        generates=engine.facts.generates,
+        pooling=engine.facts.pooling,
+        vector_size=engine.facts.vector_size,
     )
     return engine, info
 

@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import replace
 from typing import Any, Protocol
 
-from cluster.attempts import Attempt
+from cluster.attempts import Attempt, Stay
 from cluster.client import Sink
 from cluster.messages import Times
 from engine.config import FailoverConfig
@@ -76,6 +76,7 @@ class Stream:
         self._request = request
         self._route = route
         self._policy = policy
+        self.stays: list[Stay] = []  # where it was, in order
         self._attempt: Attempt | None = None
         self._tokens = [array("i", request.output(i)) for i in range(request.sampling.n)]
         self._unfinished = set(request.unfinished)
@@ -90,7 +91,7 @@ class Stream:
 
     async def start(self) -> "Stream":
         """Queue it. Raises as ``Route.admit`` does; the stream then has nothing."""
-        self._attempt = await self._route.admit(self._request, self)
+        self._arrive(await self._route.admit(self._request, self))
         return self
 
     def __aiter__(self) -> "Stream":
@@ -139,7 +140,8 @@ class Stream:
     # ---- what an attempt brings ----
 
     def put_times(self, attempt: Attempt, times: Times) -> None:
-        metrics, sent = self.metrics, attempt.sent_at
+        metrics, sent = self.metrics, attempt.stay.sent_at
+        attempt.stay.times = times
         if metrics.first_scheduled_time is None and times.queued is not None:
             metrics.first_scheduled_time = sent + times.queued
             metrics.num_cached_tokens = times.cached_tokens
@@ -147,7 +149,7 @@ class Stream:
             metrics.first_token_time = sent + times.first_token
         if times.finished is not None:
             metrics.finished_time = sent + times.finished
-            metrics.num_preemptions += times.preemptions
+            metrics.preempted_at += tuple(sent + moment for moment in times.preemptions)
 
     def put_token(self, attempt: Attempt, index: int, position: int, token: int) -> None:
         if index not in self._unfinished:
@@ -178,7 +180,7 @@ class Stream:
             outcome.tokens = outcome.tokens[known:]
             outcome.logprobs = outcome.logprobs and outcome.logprobs[known:]
         self._tokens[index].extend(outcome.tokens)
-        if outcome.tokens:
+        if outcome.tokens or outcome.vector is not None:
             self._note_token(attempt)
         self._add(outcome)
         if outcome.finish_reason is not None:
@@ -193,6 +195,7 @@ class Stream:
         self._moves += 1
         self._lost_at = self._lost_at or time.monotonic()
         self._cause, self._why, self._leave_at = "lost", cause, math.inf
+        attempt.stay.cause, attempt.stay.error = "lost", cause
         if not self._policy.max_failovers:
             self._error = EngineError(cause)
         elif self._deaths > self._policy.max_failovers:
@@ -238,7 +241,7 @@ class Stream:
             try:
                 found = await self._route.admit(self._continuation(), self)
                 if self._unfinished:
-                    self._attempt = found
+                    self._arrive(found)
                 else:
                     found.cancel()  # it was cancelled meanwhile
                 return
@@ -265,13 +268,19 @@ class Stream:
         if self._attempt is attempt:
             self._cause = "drained" if attempt.load.draining else "recovering"
             self._lost_at = time.monotonic()
+            attempt.stay.cause = self._cause
             attempt.cancel()
         elif self._attempt is not None or not self._unfinished:
             found.cancel()  # it ended meanwhile
             return
-        self._attempt, self._moves = found, request.moves
+        self._arrive(found)
+        self._moves = request.moves
         for index in set(request.unfinished) - self._unfinished:
             found.stop_at_text(index)
+
+    def _arrive(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self.stays.append(attempt.stay)
 
     def _check_position(self, attempt: Attempt, index: int, position: int) -> bool:
         """Whether an outcome follows on what is there. What was there already is nothing new, but

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NoReturn
 
-from deploy import bench_serve, chat, control, doctor, replay, serve_command
+from deploy import bench_serve, chat, control, doctor, replay, run_batch, serve_command
 from deploy.options import (
     Declared,
     add_model_option,
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate, parser=generate)
 
     serve_command.add_command(commands)
+    run_batch.add_command(commands)
     control.add_commands(commands)
     chat.add_commands(commands)
 

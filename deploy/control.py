@@ -1,10 +1,12 @@
-"""``manta engines``, ``scale`` and ``drain``: what operators do to a server that runs."""
+"""``manta engines``, ``models``, ``scale`` and so on: what operators do to a server that runs."""
 
 import argparse
 import os
+from collections import Counter
 from typing import Any
 
-from deploy.settings import SCALABLE
+from deploy.options import add_model_option, add_options, given, given_model
+from deploy.settings import SCALABLE, model_options, read_config
 from engine.errors import ConfigError, EngineError
 from engine.folders import TOKEN, RunFolder
 
@@ -28,6 +30,7 @@ def add_commands(commands: Any) -> None:
     scale.add_argument("--tensor-parallel-size", type=int, metavar="N", help="ranks of an engine")
     scale.add_argument("--pipeline-parallel-size", type=int, metavar="N", help="stages of one")
     scale.add_argument("--revision", help="of the checkpoint")
+    scale.add_argument("--model", metavar="NAME", help="of which model, where there are several")
     scale.set_defaults(run=_scale, parser=scale)
 
     drain = commands.add_parser(
@@ -42,7 +45,37 @@ def add_commands(commands: Any) -> None:
     )
     drain.set_defaults(run=_drain, parser=drain)
 
-    for parser in (engines, scale, drain):
+    models = commands.add_parser("models", help="list the models of a server that runs")
+    models.set_defaults(run=_models, parser=models)
+
+    add = commands.add_parser(
+        "add-model",
+        help="have a server that runs serve one more model, or another under the same name",
+        usage="manta add-model [OPTION ...] MODEL",
+        description="Have a server that runs serve one more model, with its own engines and"
+        " options. It ends when the model answers; the other models go on as they are.",
+    )
+    add.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint's folder, or a hub id")
+    add_model_option(add)
+    add.add_argument("--config", metavar="FILE", help="its options as YAML, under their names")
+    add.add_argument(
+        "--replace",
+        action="store_true",
+        help="take the place of the model of the same name, once the new engines serve",
+    )
+    add_options(add, model_options())
+    add.set_defaults(run=_add_model, parser=add)
+
+    remove = commands.add_parser(
+        "remove-model",
+        help="have a server that runs serve a model no longer",
+        description="Have a server that runs serve a model no longer. Requests that it has may"
+        " finish; the other models go on as they are.",
+    )
+    remove.add_argument("name", metavar="NAME", help="one of its names; `manta models` lists them")
+    remove.set_defaults(run=_remove_model, parser=remove)
+
+    for parser in (engines, scale, drain, models, add, remove):
         parser.add_argument(
             "--port",
             type=int,
@@ -55,9 +88,41 @@ def _engines(args: argparse.Namespace) -> None:
     join_server(args.port)
     from deploy.engine_set import engines
 
-    for id, load in engines().items():
+    for id, (model, load) in engines().items():
         state = "" if load.admits else "  recovering" if load.recovering else "  draining"
-        print(f"{id}  {load.running} running  {load.waiting} waiting{state}")
+        print(f"{id}  {model}  {load.running} running  {load.waiting} waiting{state}")
+
+
+def _models(args: argparse.Namespace) -> None:
+    join_server(args.port)
+    from deploy.engine_set import engines, found_sets
+
+    there = Counter(model for model, _ in engines().values())
+    for one in found_sets():
+        id, *others = one.names
+        also = f"  also {', '.join(others)}" if others else ""
+        count = f"{there[id]} engine{'' if there[id] == 1 else 's'}"
+        print(f"{id}  {count}  {one.settings.engine.model.model}{also}")
+
+
+def _add_model(args: argparse.Namespace) -> None:
+    options = read_config(args.config) if args.config else {}
+    options |= given(args, model_options())
+    if (model := given_model(args)) is not None:
+        options["model"] = model
+    if options.get("model") is None:
+        raise ConfigError("MODEL is missing: a checkpoint's folder, or a hub id")
+    join_server(args.port)
+    from deploy.models import add_model
+
+    add_model(replace=args.replace, **options)
+
+
+def _remove_model(args: argparse.Namespace) -> None:
+    join_server(args.port)
+    from deploy.models import remove_model
+
+    remove_model(args.name)
 
 
 def _scale(args: argparse.Namespace) -> None:
@@ -68,7 +133,7 @@ def _scale(args: argparse.Namespace) -> None:
     join_server(args.port)
     from deploy.engine_set import scale
 
-    scale(**changes)
+    scale(model=args.model, **changes)
 
 
 def _drain(args: argparse.Namespace) -> None:

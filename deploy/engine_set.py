@@ -1,18 +1,21 @@
-"""The engines of a running server: how many, of what shape, and which of them leave.
+"""The engines of a running server: of which models, how many, of what shape, and which of them
+leave.
 
-Engines are a Serve application of their own, ``manta-engines-N``. One of another shape or revision
-is made beside the old one and takes its place once it serves: then the old engines drain, and
-their requests move. What the engines are is kept in Ray's store, so that any program of the
-cluster can change it.
+The engines of a model are a Serve application of their own, ``manta-engines-N``. One of another
+shape or revision is made beside the old one and takes its place once it serves: then the old
+engines drain, and their requests move. What the engines are is kept in Ray's store, so that any
+program of the cluster can change it.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from ray import serve
 from ray.experimental import internal_kv
@@ -23,31 +26,51 @@ from cluster.directory import Directory
 from cluster.joining import connect_ray
 from cluster.transport import RemoteClient
 from deploy.serve import APPLICATION, engine_application
-from deploy.settings import SCALABLE, SIZES, Settings
+from deploy.settings import SCALABLE, SIZES, STOP_BUFFER, Settings
 from engine.errors import ConfigError, EngineError
 from engine.log import get_logger, waiting_for
 
 log = get_logger("serve")
 
-_KEY, _NAMESPACE = f"{APPLICATION}/engine_set", "manta"
+_SETS, _NUMBERS = f"{APPLICATION}/engine_set/", f"{APPLICATION}/engine_number/"
+_NAMESPACE = "manta"
 _LOOK_EVERY = 0.1  # seconds
+_SERVES_OWN = 30.0  # seconds that Serve itself may take to end an application
+_SECRET = ("api_key", "api_key_file")  # the ingress alone needs them
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineSet:
-    """The engines that a server is to have. ``sizes`` are the options that say how many;
-    ``generation`` counts shapes and revisions; ``options`` are those with which it began: with
-    others Serve would replace it."""
+    """The engines that a model of a server is to have. ``sizes`` are the options that say how many;
+    ``number`` tells it from all others, of other models and of other shapes and revisions of this
+    one; ``beside`` is how many engines other models had when it began. ``options`` are those with
+    which it began: with others Serve would replace it."""
 
     options: Mapping[str, Any]
     sizes: Mapping[str, int]
-    generation: int = 0
+    number: int = 0
+    beside: int = 0
 
     @classmethod
-    def first(cls, settings: Settings) -> "EngineSet":
-        """Those with which a server starts."""
-        given = settings.options
-        return cls(given, {name: given[name] for name in SIZES if given.get(name) is not None})
+    def of(cls, settings: Settings, number: int, beside: int) -> "EngineSet":
+        """That of a model which is new."""
+        given = {name: value for name, value in settings.options.items() if name not in _SECRET}
+        sizes = {name: given[name] for name in SIZES if given.get(name) is not None}
+        return cls(given, sizes, number, beside)
+
+    @classmethod
+    def first(cls, models: Sequence[Settings]) -> "list[EngineSet]":
+        """Those with which a server starts. What a server before it has left is taken away."""
+        most = sum(settings.router.replica_bounds[1] for settings in models)
+        sets = []
+        for number, settings in enumerate(models):
+            _is_claimed(number)
+            sets.append(cls.of(settings, number, most - settings.router.replica_bounds[1]))
+        for left in cls.all():
+            left.forget()
+            if left.number >= len(models):
+                serve.delete(left.application)
+        return sets
 
     @property
     def settings(self) -> Settings:
@@ -56,29 +79,78 @@ class EngineSet:
         return Settings.from_options({**others, **self.sizes})
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Those of its model; the first is the model's id."""
+        return self.settings.names
+
+    @property
     def application(self) -> str:
-        return f"{APPLICATION}-engines-{self.generation}"
+        return f"{APPLICATION}-engines-{self.number}"
 
     def target(self) -> serve.RunTarget:
         """What Serve is to run."""
-        engines = engine_application(self.settings, self.options, str(self.generation))
+        version = str(self.number)
+        engines = engine_application(self.settings, self.options, version, self.beside)
         return serve.RunTarget(engines, name=self.application, route_prefix=None)
 
     def save(self) -> None:
-        """Have others find it."""
+        """Have others find it, and have clients find its model."""
         value = json.dumps(dataclasses.asdict(self)).encode()
-        internal_kv._internal_kv_put(_KEY, value, namespace=_NAMESPACE)
+        internal_kv._internal_kv_put(f"{_SETS}{self.number}", value, namespace=_NAMESPACE)
+        for name in self.names:
+            Directory(APPLICATION).add("model", quote(name, safe=""), str(self.number))
+
+    def forget(self) -> None:
+        """Have nobody find it any longer."""
+        internal_kv._internal_kv_del(f"{_SETS}{self.number}", namespace=_NAMESPACE)
+        for name in self.names:
+            Directory(APPLICATION).remove("model", quote(name, safe=""), str(self.number))
+
+    def end(self) -> None:
+        """Have its engines drain; returns when they have gone."""
+        patience = self.settings.router.shutdown_timeout + STOP_BUFFER + _SERVES_OWN
+        deadline = time.monotonic() + patience
+        serve.delete(self.application, _blocking=False)
+        while self.application in serve.status().applications:
+            if time.monotonic() > deadline:
+                raise EngineError(f"{self.application} has not ended after {patience:g} s")
+            time.sleep(_LOOK_EVERY)
 
     @classmethod
-    def found(cls) -> "EngineSet":
-        """That of the server on this cluster. Raises EngineError if there is none."""
-        value = internal_kv._internal_kv_get(_KEY, namespace=_NAMESPACE)
-        if value is None:
-            raise EngineError("no `manta serve` runs on this cluster")
-        return cls(**json.loads(value))
+    def all(cls) -> "list[EngineSet]":
+        """Those of the server on this cluster."""
+        keys = internal_kv._internal_kv_list(_SETS, namespace=_NAMESPACE)
+        values = [internal_kv._internal_kv_get(key, namespace=_NAMESPACE) for key in keys]
+        found = [cls(**json.loads(value)) for value in values if value is not None]
+        return sorted(found, key=lambda engines: engines.number)
 
 
-def scale(timeout: float | None = None, **changes: Any) -> None:
+def found_sets() -> list[EngineSet]:
+    """Those of the server on this cluster, at least one. Raises EngineError if there is none."""
+    found = EngineSet.all()
+    if not found:
+        raise EngineError("no `manta serve` runs on this cluster")
+    return found
+
+
+def set_of(model: str | None) -> EngineSet:
+    """That of a model of the server on this cluster, by any of its names; None stands for the only
+    one.
+
+    Raises ConfigError if there is no such model, or if None could be any of several, and
+    EngineError if there is no server.
+    """
+    sets = found_sets()
+    there = ", ".join(engines.names[0] for engines in sets)
+    if model is None and len(sets) > 1:
+        raise ConfigError(f"model is missing: the server has {there}")
+    for engines in sets:
+        if model is None or model in engines.names:
+            return engines
+    raise ConfigError(f"the server has no model {model!r}; it has {there}")
+
+
+def scale(timeout: float | None = None, model: str | None = None, **changes: Any) -> None:
     """Change the engines of the server on this cluster, without losing a request; returns when it
     is done. It joins the cluster of RAY_ADDRESS, or of this machine, if it is in none.
 
@@ -87,6 +159,7 @@ def scale(timeout: float | None = None, **changes: Any) -> None:
         another shape or revision new ones start first, for which there must be room beside the old
         ones. Requests go on at them if they serve the same model and revision, else they finish
         where they are. timeout: seconds for new engines to serve; ``startup_timeout`` by default.
+        model: whose engines, where the server has several.
 
     Raises ConfigError, naming what is wrong, and EngineError if the new engines do not start: then
     the old ones serve as before.
@@ -95,57 +168,94 @@ def scale(timeout: float | None = None, **changes: Any) -> None:
     if wrong:
         raise ConfigError(f"{wrong[0]} cannot be changed by scale: {', '.join(SCALABLE)} can")
     connect_ray()
-    now = EngineSet.found()
+    now = set_of(model)
     asked = {name: value for name, value in changes.items() if value is not None}
     sizes = {name: asked.pop(name) for name in SIZES if name in asked}
     if sizes and "num_replicas" not in sizes:
         bounds = {name: value for name, value in now.sizes.items() if name != "num_replicas"}
         sizes = bounds | sizes
     new = dataclasses.replace(now, sizes=sizes or now.sizes)
-    reshaped = any(now.options.get(name) != value for name, value in asked.items())
-    if reshaped:
-        new = EngineSet({**now.options, **asked}, new.sizes, now.generation + 1)
-    settings = new.settings
-    if timeout is None:
-        timeout = settings.router.startup_timeout
-    if reshaped:
-        check_room(settings)
-    serve.run_many([new.target()], wait_for_applications_running=False)
+    if any(now.options.get(name) != value for name, value in asked.items()):
+        options = {**now.options, **asked}
+        introduce(dataclasses.replace(new, options=options, number=new_number()), now, timeout)
+        return
     try:
-        _wait_until_it_runs(new, time.monotonic() + timeout)
+        _run(new, timeout)
     except BaseException:
-        if reshaped:
-            serve.delete(new.application)
-        else:
-            serve.run_many([now.target()], wait_for_applications_running=False)
+        serve.run_many([now.target()], wait_for_applications_running=False)
         raise
     new.save()
-    if reshaped:
+
+
+def introduce(new: EngineSet, old: EngineSet | None, timeout: float | None = None) -> None:
+    """Start engines, which take the place of the ``old`` ones, if there are any, once they serve.
+
+    Raises as ``scale`` does.
+    """
+    check_room(new.settings)
+    try:
+        _run(new, timeout)
+    except BaseException:
+        serve.delete(new.application)
+        raise
+    new.save()
+    if old is not None:
         log.info("The new engines serve: the old ones drain")
-        serve.delete(now.application)
+        old.forget()
+        old.end()
 
 
-def check_room(settings: Settings) -> None:
-    """Raises ConfigError if the cluster has not free what the engines ask for: Serve would wait."""
+def new_number() -> int:
+    """One that no engines of this server had; several programs may ask at the same time."""
+    return next(number for number in itertools.count() if not _is_claimed(number))
+
+
+def _is_claimed(number: int) -> bool:
+    """Whether a number was claimed before this claim."""
+    key = f"{_NUMBERS}{number}"
+    return internal_kv._internal_kv_put(key, b"", overwrite=False, namespace=_NAMESPACE)
+
+
+def _run(new: EngineSet, timeout: float | None) -> None:
+    """Have Serve run engines; returns when it does. Raises EngineError if that is not in time."""
+    if timeout is None:
+        timeout = new.settings.router.startup_timeout
+    serve.run_many([new.target()], wait_for_applications_running=False)
+    _wait_until_it_runs(new, time.monotonic() + timeout)
+
+
+def check_room(*models: Settings) -> None:
+    """Raises ConfigError if the cluster has not free what all engines of models ask for: Serve
+    would wait."""
     import ray
 
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+        need = sum(_needed(settings).get(key, 0) for settings in models)
+        if need > free.get(name, 0):
+            workers = [
+                f"{settings.router.replica_bounds[0]} engines of"
+                f" {settings.engine.parallel.world_size} workers"
+                for settings in models
+            ]
+            raise ConfigError(
+                f"{', '.join(workers)} need {need:g} {name}; of the cluster's,"
+                f" {free.get(name, 0):g} are free (--worker-cpus and --worker-gpus say what a"
+                " worker asks for)"
+            )
+
+
+def _needed(settings: Settings) -> dict[str, float]:
+    """What all engines of a model ask for."""
     from cluster.engine_actor import needed
 
-    parallel, router = settings.engine.parallel, settings.router
+    parallel = settings.engine.parallel
     need = needed(settings.engine)
     if parallel.world_size > 1:  # its workers ask, not the engine; see RayLauncher
         alone = dataclasses.replace(parallel, tensor_parallel_size=1, pipeline_parallel_size=1)
         need = needed(dataclasses.replace(settings.engine, parallel=alone))
-    replicas = router.replica_bounds[0]
-    count = replicas * parallel.world_size
-    free = ray.available_resources()  # type: ignore[no-untyped-call]
-    for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-        if need.get(key, 0) * count > free.get(name, 0):
-            raise ConfigError(
-                f"{replicas} engines of {parallel.world_size} workers need"
-                f" {need[key] * count:g} {name}; of the cluster's, {free.get(name, 0):g} are free"
-                " (--worker-cpus and --worker-gpus say what a worker asks for)"
-            )
+    count = settings.router.replica_bounds[0] * parallel.world_size
+    return {name: value * count for name, value in need.items()}
 
 
 def drain(engine_id: str, timeout: float = 60.0) -> None:
@@ -168,26 +278,27 @@ def drain(engine_id: str, timeout: float = 60.0) -> None:
         time.sleep(_LOOK_EVERY)
 
 
-def engines() -> dict[str, EngineLoad]:
-    """What each engine that answers has to do, by its id."""
+def engines() -> dict[str, tuple[str, EngineLoad]]:
+    """The model of each engine that answers, by its first name, and what the engine has to do; by
+    its id."""
 
-    async def loads() -> dict[str, EngineLoad]:
+    async def asked() -> dict[str, tuple[str, EngineLoad]]:
         found = sorted(Directory(APPLICATION).find("engine").items())
-        loads = await asyncio.gather(*(_load(address) for _, address in found))
-        return {id: load for (id, _), load in zip(found, loads, strict=True) if load is not None}
+        answers = await asyncio.gather(*(_ask(address) for _, address in found))
+        return {id: answer for (id, _), answer in zip(found, answers, strict=True) if answer}
 
-    return asyncio.run(loads())
+    return asyncio.run(asked())
 
 
-async def _load(address: str) -> EngineLoad | None:
+async def _ask(address: str) -> tuple[str, EngineLoad] | None:
     """None where nobody answers: an engine that died leaves its entry to whoever finds it so."""
     try:
         client = await RemoteClient.open(address, timeout=2.0)
     except EngineError:
         return None
-    load = client.load
+    answer = client.info.names[0], client.load
     await client.close()
-    return load
+    return answer
 
 
 async def _leave(address: str) -> None:

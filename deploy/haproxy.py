@@ -7,7 +7,8 @@ Serve runs this (by ``RAY_SERVE_HAPROXY_BINARY_PATH``, see ``program``) in HAPro
   which only HAProxy listens on, as Serve itself keeps to loopback);
 - its own statistics listen where Serve does, or where the server does, not everywhere;
 - a request id that is no text, on which Serve would fail, is dropped;
-- while no ingress replica is there, clients get an answer in OpenAI's shape, 503 with Retry-After;
+- while no ingress replica is there, clients get an answer in OpenAI's or Anthropic's shape, 503
+  with Retry-After;
 - an answer has one x-request-id, its own: Serve adds another;
 - nothing is spliced: after a request whose body came in a packet of its own, as httpx sends it,
   HAProxy 2.8 spun on a core to the end of the answer, and did not see its client go;
@@ -53,7 +54,12 @@ def _error(message: str, kind: str, code: str) -> str:
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
 
 
-_UNAVAILABLE = _error("the server is starting or stopping", "server_error", "unavailable")
+_STOPPED = "the server is starting or stopping"
+_UNAVAILABLE = _error(_STOPPED, "server_error", "unavailable")
+_OVERLOADED = json.dumps(
+    {"type": "error", "error": {"type": "overloaded_error", "message": _STOPPED}}
+)
+_ANTHROPIC = " if { path -m sub /v1/messages }"  # whose clients want errors of another shape
 # HAProxy's own answers, by the name of their file. Serve makes one page for 502, 503 and 504.
 _PAGES = {
     "500": (f"503 Service Unavailable\r\nRetry-After: {RETRY_AFTER}", _UNAVAILABLE),
@@ -169,9 +175,7 @@ def adapt(
     server was told to listen on. each: most connections of one address. files: most that this
     process may open.
     """
-    escaped = _UNAVAILABLE.replace('"', '\\"').replace(" ", "\\ ")
-    answer = f"    http-request return status 503 hdr Retry-After {RETRY_AFTER}"
-    answer += f" content-type application/json string {escaped}\n"
+    answer = _unavailable(_OVERLOADED) + _ANTHROPIC + "\n" + _unavailable(_UNAVAILABLE) + "\n"
     pages = "".join(f"    errorfile {name} {folder}/{name}.http\n" for name in ("400", "408"))
     found = _MAXCONN.search(config)
     if found is None:
@@ -191,6 +195,13 @@ def adapt(
     config = _SERVER.sub(lambda match: f"{match[0]} tcp-ut {HOST_TIMEOUT}s", config)
     share = _SHARE.format(each=each or max(1, most // 4), seconds=BODY_TIMEOUT)
     return _listen(config, tls_pem, host, f"{share}{_TEXT_ID}{_ONE_ID}")
+
+
+def _unavailable(body: str) -> str:
+    """What answers where no ingress replica is there."""
+    escaped = body.replace('"', '\\"').replace(" ", "\\ ")
+    answer = f"    http-request return status 503 hdr Retry-After {RETRY_AFTER}"
+    return answer + f" content-type application/json string {escaped}"
 
 
 def _listen(config: str, tls_pem: str | None, host: str | None, rules: str) -> str:

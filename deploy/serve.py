@@ -5,6 +5,7 @@ runs the same application.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib
 import math
@@ -31,6 +32,7 @@ MOST_AT_ONCE = 1 << 20  # requests that Serve lets through: the engines' queues 
 # Seconds after which Serve asks again, and which it waits: a replica that hangs, or whose host
 # vanished, is replaced after three times the latter.
 HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 10.0
+LAST_SPANS = 3.0  # seconds in which a replica that ends sends what it has traced
 
 
 def _keep_to_loopback() -> None:
@@ -57,7 +59,12 @@ class Router:
         self._engines = Engines(application)
         self._peers = Peers(application, self._metrics)
         self._app = build_app(
-            config, self._engines, __version__, self._peers.others, self._engines.look
+            config,
+            self._engines,
+            __version__,
+            self._peers.others,
+            self._engines.look,
+            lambda: self._engines.models,
         )
         await self._engines.open()
         id = self._app.state.service.id
@@ -78,21 +85,26 @@ class Router:
         for part in (getattr(self, name, None) for name in ("_peers", "_engines")):
             if part is not None:
                 await part.close()
+        if (tracer := getattr(self._app.state, "tracer_provider", None)) is not None:
+            with contextlib.suppress(TimeoutError):  # it would try for long where no collector is
+                await asyncio.wait_for(asyncio.to_thread(tracer.shutdown), LAST_SPANS)
 
 
 class EngineReplica:
     """An engine replica. Serve replaces it when it fails or hangs."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, options: Mapping[str, Any], application: str
+        self, options: Mapping[str, Any], application: str, beside: int
     ) -> None:
         _keep_to_loopback()
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        settings = Settings.from_options(with_server_defaults(options, resources.get("GPU", 0)))
+        gpus = resources.get("GPU", 0)
+        settings = Settings.from_options(with_server_defaults(options, gpus, beside))
         router = settings.router
         self._grace = router.shutdown_timeout
+        share = router.replica_bounds[1] + beside
         self._host = await asyncio.to_thread(
-            EngineHost, settings.engine, application, share=router.replica_bounds[1]
+            EngineHost, settings.engine, application, share, router.served
         )
         self._gauge = LoadGauge(self._host.loop)
 
@@ -120,11 +132,14 @@ def build(options: Mapping[str, Any]) -> serve.Application:
 
 
 def engine_application(
-    settings: Settings, options: Mapping[str, Any] | None = None, version: str | None = None
+    settings: Settings,
+    options: Mapping[str, Any] | None = None,
+    version: str | None = None,
+    beside: int = 0,
 ) -> serve.Application:
     """The engines alone. ``options`` are those that each is told, those of the settings by default.
     ``version``: those that run of the same one and with the same options stay, where Serve would
-    replace them for another number."""
+    replace them for another number. ``beside``: engines that other models have."""
     router, (least, most) = settings.router, settings.router.replica_bounds
     number: dict[str, Any] = {"num_replicas": least}
     if least < most:
@@ -141,7 +156,8 @@ def engine_application(
         **_common(settings),
     )(EngineReplica)
     engine._version = version
-    return engine.bind(dict(settings.options if options is None else options), APPLICATION)
+    told = dict(settings.options if options is None else options)
+    return engine.bind(told, APPLICATION, beside)
 
 
 def ingress_application(

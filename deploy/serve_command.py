@@ -2,13 +2,16 @@
 
 import argparse
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy.options import add_model_option, add_options, from_words, given, given_model
 from engine.config import EMBEDDED_MODEL
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import ConfigError
 from engine.log import get_logger, set_format
 from engine.vllm_options import translated
+
+if TYPE_CHECKING:
+    from deploy.settings import Settings
 
 log = get_logger("serve")
 
@@ -32,7 +35,8 @@ def add_command(commands: Any) -> None:
     serve.add_argument(
         "--config",
         metavar="FILE",
-        help="options as YAML, under their names; those of the command line go before",
+        help="options as YAML, under their names; those of the command line go before. For several"
+        " models `models` is a list of their options",
     )
     serve.add_argument(
         "--print-serve-config",
@@ -56,39 +60,14 @@ def add_command(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from deploy.settings import Settings, read_config, server_options
-
-    names = [f.name for _, f in server_options()]
-    in_file = read_config(args.config) if args.config else {}
-    options = translated(from_words(in_file, server_options()), names)
-    options |= translated(given(args, server_options()), names)
-    if args.model is None and args.model_option is None and "model" in options:
-        args.model = options["model"]
-    options["model"] = given_model(args) or EMBEDDED_MODEL
-    if "api_key" not in options and os.environ.get(KEY_VARIABLE):
-        options["api_key"] = (os.environ[KEY_VARIABLE],)
-    options.setdefault("served_model_name", (options["model"],))
-    for name in (
-        "model",
-        "tokenizer",
-        "chat_template",
-        "api_key_file",
-    ):  # Ray's processes run elsewhere
-        if isinstance(options.get(name), str) and os.path.exists(options[name]):
-            options[name] = os.path.abspath(options[name])
-    if getattr(args, "api_key", None):
-        log.warning(
-            "--api-key can be read in the list of processes: --api-key-file and %s cannot",
-            KEY_VARIABLE,
-        )
-    settings = Settings.from_options(options)
+    models = _models(args)
+    settings = models[0]
     set_format(settings.router.log_format)
     settings.router.keys()
-    model = settings.engine.model.model
-    if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
-        raise CheckpointError(f"there is no folder {model!r}")
     if args.gpus_per_node is not None and not args.print_kuberay:
         raise ConfigError("--gpus-per-node needs --print-kuberay")
+    if len(models) > 1 and (args.print_kuberay or args.print_serve_config):
+        raise ConfigError("models: only `manta serve` itself runs several; print one at a time")
     if args.print_kuberay:
         from deploy.kuberay import GPUS_PER_NODE, manifest
 
@@ -102,10 +81,44 @@ def _run(args: argparse.Namespace) -> None:
             log.warning("The configuration holds the API keys themselves: see --api-key-file")
         print(serve_config(settings), end="")
         return
+    if settings.router.otlp_endpoint is not None:
+        from router.tracing import check_installed
+
+        check_installed()
     _check_files(settings.router.ssl_certfile, settings.router.ssl_keyfile)
     from deploy.server import run
 
-    raise SystemExit(run(settings))
+    raise SystemExit(run(models))
+
+
+def _models(args: argparse.Namespace) -> "list[Settings]":
+    """The settings of each model that the file and the command line name. Raises ConfigError."""
+    from deploy.settings import Settings, read_config, server_options
+
+    names = [f.name for _, f in server_options()]
+    in_file = read_config(args.config) if args.config else {}
+    several = in_file.pop("models", None)
+    options = translated(from_words(in_file, server_options()), names)
+    options |= translated(given(args, server_options()), names)
+    _add_key(args, options)
+    if several is not None:
+        if (model := given_model(args)) is not None:
+            raise ConfigError(f"{args.config} has models: {model} cannot be given beside them")
+        return Settings.of_models(options, several)
+    if args.model is None and args.model_option is None and "model" in options:
+        args.model = options["model"]
+    options["model"] = given_model(args) or EMBEDDED_MODEL
+    return [Settings.from_options(options).completed()]
+
+
+def _add_key(args: argparse.Namespace, options: dict[str, Any]) -> None:
+    if "api_key" not in options and os.environ.get(KEY_VARIABLE):
+        options["api_key"] = (os.environ[KEY_VARIABLE],)
+    if getattr(args, "api_key", None):
+        log.warning(
+            "--api-key can be read in the list of processes: --api-key-file and %s cannot",
+            KEY_VARIABLE,
+        )
 
 
 def _check_files(*names: str | None) -> None:

@@ -10,7 +10,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -38,14 +38,15 @@ CONTROLLER_TIMEOUT = 30.0  # seconds in which Serve must have ended
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def run(settings: Settings) -> int:
-    """Serve until SIGTERM, SIGINT or SIGHUP; the exit status: 1 if Ray failed meanwhile.
+def run(models: Sequence[Settings]) -> int:
+    """Serve models until SIGTERM, SIGINT or SIGHUP; the exit status: 1 if Ray failed meanwhile. The
+    server's options are in those of each model.
 
     Raises ConfigError for a port that is taken, and EngineError if the application does not start.
     """
     # What Ray's processes leave behind when they are killed stays below this one, to be found.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    server = _Server(settings)
+    server = _Server(models)
     try:
         try:
             server.start()
@@ -70,8 +71,9 @@ class _StoppedEarly(BaseException):
 
 
 class _Server:
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, models: Sequence[Settings]) -> None:
+        self._models = models
+        self._settings = models[0]  # those of the server are in each
         self._started = time.monotonic()
         self.signalled = False
         self._ready = False
@@ -107,13 +109,17 @@ class _Server:
             from deploy.serve import APPLICATION, ingress_application
 
             self._deployed = True
-            engines = EngineSet.first(self._settings)
+            engine_sets = EngineSet.first(self._models)
             ingress = ingress_application(self._settings)
+            for engines in engine_sets:
+                engines.save()  # a request that comes at once is told that its model starts
             serve.run_many(
-                [serve.RunTarget(ingress, APPLICATION, route_prefix="/"), engines.target()],
+                [
+                    serve.RunTarget(ingress, APPLICATION, route_prefix="/"),
+                    *(engines.target() for engines in engine_sets),
+                ],
                 wait_for_applications_running=False,
             )
-            engines.save()
         self._waiting = True
         self._wait_until_ready()
         self._ready = True
@@ -219,7 +225,7 @@ class _Server:
         self._files.note({"ray": self._ray.address, "port": str(router.port)})
         from deploy.engine_set import check_room
 
-        check_room(self._settings)
+        check_room(*self._models)
 
     def _start_serve(self) -> None:
         from ray import serve
@@ -268,7 +274,7 @@ class _Server:
 
         timeout = self._settings.router.startup_timeout
         deadline = self._started + timeout
-        names = EngineSet.first(self._settings).application, APPLICATION
+        names = [APPLICATION, *(engines.application for engines in EngineSet.all())]
         with waiting_for(log, "the engines to be ready"):
             while not self._may_serve:
                 if self.signalled:
@@ -343,7 +349,8 @@ class _Server:
             _end_serve()
         elif self._deployed:
             serve.delete(APPLICATION)
-            serve.delete(EngineSet.found().application)
+            for engines in EngineSet.all():
+                serve.delete(engines.application)
         if self._deployed:
             Directory(APPLICATION).clear()
 

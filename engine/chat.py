@@ -8,6 +8,7 @@ from typing import Any
 from engine.errors import ConfigError, RequestError
 from engine.forms import calls_taken, content_as, content_taken
 from engine.templates import compiled
+from engine.turns import settled
 from engine.values import asks_for_nothing
 
 MESSAGE_FIELDS = (
@@ -137,8 +138,6 @@ def _as_taken(
         shown["tool_calls"] = [_with_arguments(c, calls.objects) for c in message["tool_calls"]]
         if not calls.no_content:
             shown.setdefault("content", "")
-    if message["role"] == "developer" and not any(content_taken(template, "developer", with_tools)):
-        shown["role"] = "system"  # OpenAI's newer name for it, which most templates pass over
     if "content" in message:
         takes = content_taken(template, shown["role"], with_tools)
         shown["content"] = content_as(message["content"], takes, content_format)
@@ -180,7 +179,8 @@ def render(
     for name, value in (("tools", tools), ("documents", template_kwargs.get("documents"))):
         if value and name not in variables:
             raise RequestError(f"{name}: the chat template takes none")
-    chat = [_as_taken(template, message, bool(tools), content_format) for message in checked]
+    placed = settled(checked, template, bool(tools))
+    chat = [_as_taken(template, message, bool(tools), content_format) for message in placed]
     final = _open_end(chat[-1]) if continue_final_message else None
     try:
         prompt = runnable.render(

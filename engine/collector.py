@@ -83,6 +83,8 @@ class Collector:
         elif reason is not None:
             new += text.finish()
             output.finish_reason, output.stop_reason = reason.value, outcome.stop_reason
+        if outcome.vector is not None:
+            self.output.vector = outcome.vector
         if outcome.logprobs is not None:
             self._take_logprobs(output, start, outcome.logprobs)
         if output.finish_reason is not None:

@@ -48,6 +48,16 @@ class ChatOptions:
 
 
 @dataclass(frozen=True)
+class ServedAs:
+    """What clients see of a model beside its checkpoint: the ``names`` that they may give for it,
+    the checkpoint's own by default, and how what it writes is read."""
+
+    names: tuple[str, ...] = ()
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What is served."""
 
@@ -88,6 +98,14 @@ class ModelConfig:
         False,
         "encode control tokens that messages hold (<|im_end|>, say) as ordinary text; without it"
         " they are control tokens, as in transformers",
+    )
+    pooling: str = option(
+        "auto",
+        "what prompts become vectors by: auto, as the checkpoint's sentence-transformers files or"
+        " its architecture say; the hidden state of the last token or of the first (cls), or the"
+        " mean of all, also of a model that generates; yes_no, a score from the logits of the"
+        " tokens yes and no (Qwen3-Reranker); none, no vectors",
+        choices=("auto", "none", "last", "mean", "cls", "yes_no"),
     )
     max_logprobs: int = option(
         20, "most logprobs that a request may ask for; -1 is no limit", least=-1
@@ -328,6 +346,17 @@ class EngineConfig:
                 f"pipeline_partition has {len(partition)} numbers, pipeline_parallel_size is"
                 f" {stages}: give one number for each stage"
             )
+
+    def with_whole_prompts(self, length: int) -> "EngineConfig":
+        """The same for an encoder, whose prompts of up to ``length`` tokens are never split: a step
+        has room for one of these."""
+        budget = max(self.scheduler.max_num_batched_tokens, length)
+        return replace(
+            self,
+            scheduler=replace(
+                self.scheduler, enable_chunked_prefill=False, max_num_batched_tokens=budget
+            ),
+        )
 
     def resolve_model_len(self, model_limit: int) -> int:
         """max_model_len for a model that allows ``model_limit`` tokens.

@@ -25,6 +25,7 @@ class Continuation:
     bad_words: the token id sequences of ``sampling.bad_words``, which the tokenizer made.
     priority: lower runs first, under the policy of that name.
     client: who asks, for the policy ``fair``.
+    pools: no completion is wanted but the prompt's vector (``engine.pooling``).
     time_left: seconds after which it is aborted; None is never. Clocks of hosts differ.
     age: seconds since it first came to an engine, where it has left one.
     moves: engines that it has left.
@@ -39,6 +40,7 @@ class Continuation:
     bad_words: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
     client: str = ""
+    pools: bool = False
     time_left: float | None = None
     age: float = 0.0
     moves: int = 0
@@ -63,6 +65,7 @@ def begin(
     bad_words: Sequence[Sequence[int]] = (),
     priority: int = 0,
     client: str = "",
+    pools: bool = False,
     timeout: float | None = None,
     draw: random.Random = SYSTEM_RANDOM,
 ) -> Continuation:
@@ -75,6 +78,7 @@ def begin(
         bad_words=tuple(map(tuple, bad_words)),
         priority=priority,
         client=client,
+        pools=pools,
         time_left=timeout,
     )
 

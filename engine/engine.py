@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.continuation import Continuation
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError
 from engine.executor import Capacity, Executor, ModelFacts, PendingResult
-from engine.extras import extras_of
+from engine.extras import POOLS, extras_of
 from engine.kv import KVBlocks
 from engine.log import get_logger
 from engine.outcome import Outcome, StepOutcomes, end_of
@@ -64,6 +64,8 @@ class Engine:
         max_model_len: int,
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
+        if not facts.causal:
+            config = config.with_whole_prompts(facts.max_model_len)
         self.config = config
         self.executor = executor
         self.facts = facts
@@ -110,10 +112,27 @@ class Engine:
             raise
 
     def _add(self, request: Continuation) -> RequestMetrics:
-        sampling = request.sampling
         if request.request_id in self._active:
             raise RequestError(f"request_id {request.request_id!r} is running already")
         _check_values(request)
+        made = self._pooling_sequences if request.pools else self._sequences
+        sequences = made(request)
+        now = time.monotonic()
+        active = _Active(sequences, RequestMetrics(arrival_time=now))
+        self._active[request.request_id] = active
+        if request.time_left is not None:
+            deadline = now + request.time_left
+            heapq.heappush(self._deadlines, (deadline, request.request_id, active))
+        for seq in sequences.values():
+            self.scheduler.add(seq)
+        self.stats.added(request)
+        return active.metrics
+
+    def _sequences(self, request: Continuation) -> dict[int, Sequence]:
+        """Of a request that generates, by the index of the completion."""
+        sampling = request.sampling
+        if not self.facts.generates:
+            raise RequestError("the model generates no tokens: it has no output layer")
         max_total = self._admissible(request)
         sampling.check_vocabulary(self.facts.vocab_size)
         eos = () if sampling.ignore_eos else self.eos_token_ids
@@ -129,7 +148,7 @@ class Engine:
         extras, sampling = extras_of(sampling, stop_ids)
         if not request.moves:
             self._check_queue(request)
-        sequences = {
+        return {
             index: Sequence(
                 request,
                 index,
@@ -141,16 +160,18 @@ class Engine:
             )
             for index in request.unfinished
         }
-        now = time.monotonic()
-        active = _Active(sequences, RequestMetrics(arrival_time=now))
-        self._active[request.request_id] = active
-        if request.time_left is not None:
-            deadline = now + request.time_left
-            heapq.heappush(self._deadlines, (deadline, request.request_id, active))
-        for seq in sequences.values():
-            self.scheduler.add(seq)
-        self.stats.added(request)
-        return active.metrics
+
+    def _pooling_sequences(self, request: Continuation) -> dict[int, Sequence]:
+        """The one of a request for a vector."""
+        pooling = self.facts.pooling
+        if pooling is None:
+            raise RequestError("the model makes no vectors")
+        self._check_prompt(request, self.max_model_len, "")
+        if not request.moves:
+            self._check_queue(request)
+        length = len(request.prompt_token_ids)
+        from_start = pooling.method != "last" or not self.facts.causal
+        return {0: Sequence(request, max_total=length, extras=POOLS, from_start=from_start)}
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown and finished ones are left alone."""
@@ -168,19 +189,7 @@ class Engine:
     def _admissible(self, request: Continuation) -> int:
         """The most tokens that the request may come to."""
         prompt, sampling = request.prompt_token_ids, request.sampling
-        if not len(prompt):
-            raise RequestError("prompt must not be empty")
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= self.facts.vocab_size:
-            raise RequestError(
-                f"prompt has token id {low if low < 0 else high}; the model's go from 0 to"
-                f" {self.facts.vocab_size - 1}"
-            )
-        if len(prompt) >= self.max_model_len:
-            raise PromptTooLong(
-                f"prompt has {len(prompt)} tokens; with max_model_len {self.max_model_len} it may"
-                f" have at most {self.max_model_len - 1}, which leaves one for the output"
-            )
+        self._check_prompt(request, self.max_model_len - 1, ", which leaves one for the output")
         if sampling.max_tokens is None:
             max_total = self.max_model_len
         else:
@@ -195,6 +204,23 @@ class Engine:
         if len(prompt) + longest >= max_total:
             raise RequestError(f"outputs: a completion has all of its {longest} tokens already")
         return max_total
+
+    def _check_prompt(self, request: Continuation, most: int, why: str) -> None:
+        """Raises RequestError; PromptTooLong if it has more than ``most`` tokens, and ``why``."""
+        prompt = request.prompt_token_ids
+        if not len(prompt):
+            raise RequestError("prompt must not be empty")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= self.facts.vocab_size:
+            raise RequestError(
+                f"prompt has token id {low if low < 0 else high}; the model's go from 0 to"
+                f" {self.facts.vocab_size - 1}"
+            )
+        if len(prompt) > most:
+            raise PromptTooLong(
+                f"prompt has {len(prompt)} tokens; with max_model_len {self.max_model_len} it may"
+                f" have at most {most}{why}"
+            )
 
     @staticmethod
     def _check_bad_words(request: Continuation) -> None:
@@ -277,6 +303,9 @@ class Engine:
             self._note_tokens(seq, 1, now)
         for seq, outcome in outcomes.others:
             self._note_tokens(seq, len(outcome.tokens), now)
+            if outcome.vector is not None:
+                self.stats.vector(self._active[seq.request_id].times[seq.index], now)
+                self.stats.prompt(seq.prompt_len, seq.cached_tokens)
             if outcome.finish_reason is not None:
                 self._retire(seq)
         self._restarts = 0
@@ -293,7 +322,7 @@ class Engine:
             if metrics.first_token_time is None:
                 metrics.first_token_time = now
                 self.stats.prompt(seq.prompt_len, seq.cached_tokens)
-            self.stats.token(active.times[seq.index], metrics, now)
+            self.stats.tokens(count, active.times[seq.index], metrics, now)
 
     def _expire(self) -> None:
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
@@ -316,11 +345,11 @@ class Engine:
     def _retire(self, seq: Sequence) -> None:
         active = self._active[seq.request_id]
         active.unfinished -= 1
-        active.metrics.num_preemptions += seq.num_preemptions
+        active.metrics.preempted_at += seq.preempted_at
         now = time.monotonic()
         assert seq.finish_reason is not None
         times, reason = active.times[seq.index], seq.finish_reason.value
-        self.stats.ended(times, active.metrics, reason, seq.num_preemptions, now)
+        self.stats.ended(times, active.metrics, reason, len(seq.preempted_at), now)
         if active.unfinished == 0:
             active.metrics.finished_time = now
             self.stats.request_ended(list(active.times.values()))

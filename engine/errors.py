@@ -54,8 +54,10 @@ class EngineError(MantaError, RuntimeError):
 
 
 class Unavailable(EngineError):
-    """No engine takes requests now. ``code`` is starting, or draining."""
+    """No engine takes requests now. ``code`` is starting, or draining; ``model``, if given, is the
+    one that has none."""
 
-    def __init__(self, message: str, code: str) -> None:
+    def __init__(self, message: str, code: str, model: str = "") -> None:
         super().__init__(message)
         self.code = code
+        self.model = model

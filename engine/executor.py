@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.plan import StepPlan, StepResult
+from engine.pooling import Pooling
 from engine.preempt import MeasuredCosts
 
 
@@ -20,6 +21,10 @@ class ModelFacts:
     dtype: str
     device: str
     batch_invariant: bool = True  # a row's bits do not depend on the others of its batch
+    generates: bool = True  # tokens; without an output layer there are none
+    pooling: Pooling | None = None  # None: it makes no vectors
+    vector_size: int = 0
+    causal: bool = True  # else a prompt is computed in one piece, and none of it is found cached
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ class Extras:
     """
 
     grammar: Grammar | None = None
+    pools: bool = False
 
 
 NONE = Extras()
+POOLS = Extras(pools=True)
 
 
 def extras_of(sampling: SamplingParams, stop_ids: Sequence[int]) -> tuple[Extras, SamplingParams]:
@@ -35,4 +37,4 @@ def extras_of(sampling: SamplingParams, stop_ids: Sequence[int]) -> tuple[Extras
             " stop_token_ids must have one"
         )
     grammar = Grammar.of(sampling.structured_outputs)
-    return Extras(grammar), replace(sampling, structured_outputs=None)
+    return Extras(grammar=grammar), replace(sampling, structured_outputs=None)

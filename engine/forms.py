@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from engine.templates import compiled
 
 ALL = 1 << 30
-_WORDS = ("alphaword", "betaword")
+WORDS = ("alphaword", "betaword")
 _ARGUMENTS = {"at": "gammaword"}
-_DUMPED = re.compile(rf"""["']text["']\s*:\s*["']{_WORDS[0]}""")  # a list of parts printed as it is
+_DUMPED = re.compile(rf"""["']text["']\s*:\s*["']{WORDS[0]}""")  # a list of parts printed as it is
 _USER: dict[str, Any] = {"role": "user", "content": "Hello"}
 _TOOL = {
     "type": "function",
@@ -77,13 +77,13 @@ def _content_taken(template: str, role: str, with_tools: bool) -> Takes:
             calls = calls_taken(template, with_tools)
             named = {"name": "look", "tool_call_id": "abcdefghi"}
             chat = [_USER, _called(calls), message | named, _USER]
-        text = _render(template, chat, with_tools)
+        text = rendered(template, chat, with_tools)
         places = [text.find(word) for word in words]
         return -1 not in places and places == sorted(places) and not _DUMPED.search(text)
 
-    parts = [_part(word) for word in _WORDS]
-    most = ALL if shows(parts, _WORDS) else int(shows(parts[:1], _WORDS[:1]))
-    return Takes(shows(" ".join(_WORDS), _WORDS), most)
+    parts = [_part(word) for word in WORDS]
+    most = ALL if shows(parts, WORDS) else int(shows(parts[:1], WORDS[:1]))
+    return Takes(shows(" ".join(WORDS), WORDS), most)
 
 
 @functools.lru_cache(maxsize=64)
@@ -91,7 +91,7 @@ def calls_taken(template: str, with_tools: bool) -> Calls:
     """How ``template`` takes an assistant's tool calls: as objects and without content, as
     transformers passes them, unless it shows them in another way only."""
     for calls in (Calls(True, True), Calls(True, False), Calls(False, True), Calls(False, False)):
-        text = _render(template, [_USER, _called(calls), _USER], with_tools)
+        text = rendered(template, [_USER, _called(calls), _USER], with_tools)
         if _ARGUMENTS["at"] in text:
             return calls
     return Calls(True, True)
@@ -110,7 +110,7 @@ def _called(calls: Calls) -> dict[str, Any]:
     return message if calls.no_content else message | {"content": ""}
 
 
-def _render(template: str, messages: list[dict[str, Any]], with_tools: bool) -> str:
+def rendered(template: str, messages: list[dict[str, Any]], with_tools: bool) -> str:
     """The chat as ``template`` renders it; nothing if it will not."""
     try:
         return compiled(template)[0].render(

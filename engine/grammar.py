@@ -1,21 +1,18 @@
 """A grammar as a value that travels with a request, and as the text that llguidance compiles."""
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import RequestError, shown
+from engine.errors import RequestError
 from engine.json_schema import enforceable
+from engine.lark import MOST_CHARACTERS, as_lark, check_attributes, quoted, regex_terminal
+from engine.structural_tag import Rules, checked
 from engine.structured_outputs import StructuredOutputsParams
 
-MOST_CHARACTERS = 1 << 18
 WHITESPACE = r"\x20|\r?\n[\x20\t]{0,40}"  # as JSON is written; what is unbounded may never end
 _ESCAPES = 'nrbtf\\"'  # in JSON strings; see engine.json_schema
-_GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
-# Attributes of Lark rules that would have no effect here, or need tokens to be taken back.
-_ATTRIBUTES = re.compile(r"^\s*[?!]?[\w-]+\[[^\]\n]*\b(temperature|max_tokens|stop)\s*=", re.M)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +50,25 @@ class Grammar:
             )
         return cls(kind, text, whitespace)
 
-    def lark(self, special: Mapping[str, int]) -> str:
-        """The grammar in Lark's notation, as llguidance extends it.
+    def larks(self, special: Mapping[str, int]) -> dict[str, str]:
+        """The grammar in Lark's notation, as llguidance extends it: the first one, and those that
+        it has by name.
 
         special: tokens that are no text, with their ids. Raises RequestError.
         """
-        if self.kind == "regex":
-            return _rule(self.text)
-        if self.kind == "choice":
-            return "start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, json.loads(self.text)))
-        if self.kind == "grammar":
-            return _as_lark(self.text)
         if self.kind == "structural_tag":
-            return self._tags(json.loads(self.text), special)
+            rules = Rules(special, self._json)
+            start = rules.start(json.loads(self.text))
+            return {"": start, **rules.grammars}
+        return {"": self._lark()}
+
+    def _lark(self) -> str:
+        if self.kind == "regex":
+            return f"start: REGEX\nREGEX: {regex_terminal(self.text)}"
+        if self.kind == "choice":
+            return "start: CHOICE\nCHOICE: " + " | ".join(map(quoted, json.loads(self.text)))
+        if self.kind == "grammar":
+            return as_lark(self.text)
         return f"start: {self._json(json.loads(self.text))}"
 
     def _json(self, schema: Any) -> str:
@@ -74,28 +77,6 @@ class Grammar:
         if self.whitespace:
             options["whitespace_pattern"] = self.whitespace
         return f"%json {json.dumps({**({} if schema is True else schema), 'x-guidance': options})}"
-
-    def _tags(self, tag: Any, special: Mapping[str, int]) -> str:
-        """Free text in which a trigger forces what it begins: a lazy lexeme ends with the first
-        trigger, so that no free text has one (llguidance's documentation of tool calls)."""
-        rules, names = [], []
-        for number, one in enumerate(tag["structures"]):
-            trigger = next(t for t in tag["triggers"] if one["begin"].startswith(t))
-            name = f"tag_{number}"
-            names.append(name)
-            body = [
-                *_parts(one["begin"][len(trigger) :], special),
-                self._json(one["schema"]),
-                *_parts(one["end"], special),
-            ]
-            if trigger in special:
-                head = f"TEXT <[{special[trigger]}]>"
-            else:
-                head = f"{name}_head"
-                rules.append(f"{head}[lazy]: TEXT {_quoted(trigger)}")
-            rules.append(f"{name}: {head} {' '.join(body)}")
-        start = f"start: ({' | '.join(names)})* tail\ntail: TEXT\nTEXT: /(?s:.*)/"
-        return "\n".join([start, *rules])
 
 
 def _text(kind: str, params: StructuredOutputsParams) -> str:
@@ -106,8 +87,7 @@ def _text(kind: str, params: StructuredOutputsParams) -> str:
         return params.regex
     if kind == "grammar":
         assert params.grammar is not None
-        if found := _ATTRIBUTES.search(params.grammar[:MOST_CHARACTERS]):
-            raise RequestError(f"the attribute {found[1]} of a rule is not supported")
+        check_attributes(params.grammar)
         return params.grammar
     if kind == "choice":
         assert params.choice is not None
@@ -117,66 +97,5 @@ def _text(kind: str, params: StructuredOutputsParams) -> str:
         if len(given) > MOST_CHARACTERS:
             return given  # refused for its length
         given = json.loads(given)
-    checked = enforceable(given) if kind == "json" else _checked_tags(given)
-    return json.dumps(checked, ensure_ascii=False, allow_nan=False)
-
-
-def _as_lark(grammar: str) -> str:
-    if not _GBNF.search(grammar):
-        return grammar
-    from llguidance.gbnf_to_lark import any_to_lark
-
-    try:
-        return any_to_lark(grammar)
-    except Exception as error:  # it raises anything
-        raise RequestError(f"no GBNF: {' '.join(str(error).split())[:300]}") from None
-
-
-def _checked_tags(tag: Any) -> dict[str, Any]:
-    """Raises RequestError, naming the field."""
-    if not isinstance(tag, dict) or "format" in tag:
-        raise RequestError("it must have structures and triggers (a format is not supported)")
-    structures: Any = tag.get("structures")
-    triggers: Any = tag.get("triggers")
-    if not _are_texts(triggers):
-        raise RequestError("triggers must be a list of strings, none of them empty")
-    if not isinstance(structures, list) or not structures:
-        raise RequestError("structures must be a list, at least of one")
-    clean = []
-    for one in structures:
-        if not isinstance(one, dict) or not {"begin", "schema", "end"} >= one.keys():
-            raise RequestError("a structure must have begin, schema and end, and no more")
-        begin, end = one.get("begin"), one.get("end", "")
-        if not isinstance(begin, str) or not isinstance(end, str):
-            raise RequestError("begin and end of a structure must be strings")
-        if not any(begin.startswith(trigger) for trigger in triggers):
-            raise RequestError(f"begin must start with one of the triggers, got {shown(begin)}")
-        clean.append({"begin": begin, "schema": enforceable(one.get("schema", {})), "end": end})
-    return {"structures": clean, "triggers": triggers}
-
-
-def _are_texts(values: Any) -> bool:
-    return (
-        isinstance(values, list)
-        and bool(values)
-        and all(isinstance(one, str) and one for one in values)
-    )
-
-
-def _rule(regex: str) -> str:
-    return "start: REGEX\nREGEX: /" + re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", regex) + "/"
-
-
-def _quoted(text: str) -> str:
-    """A literal of Lark's: JSON's way of writing strings, and no control characters."""
-    written = json.dumps(text, ensure_ascii=False)
-    return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", written)
-
-
-def _parts(text: str, special: Mapping[str, int]) -> Iterator[str]:
-    """``text`` as literals and special tokens."""
-    names = sorted(special, key=len, reverse=True)
-    pieces = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
-    for piece in pieces:
-        if piece:
-            yield f"<[{special[piece]}]>" if piece in special else _quoted(piece)
+    clean = enforceable(given) if kind == "json" else checked(given)
+    return json.dumps(clean, ensure_ascii=False, allow_nan=False)

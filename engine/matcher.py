@@ -72,8 +72,9 @@ class Matcher:
         return self.inner.consume_tokens(list(tokens))
 
     def forced_tokens(self) -> list[int]:
-        """The tokens that must come next whatever is sampled, as the tokenizer would write their
-        text; they are not consumed."""
+        """Tokens of text that must come next, as the tokenizer writes it after the last token; they
+        are not consumed. The mask allows the first of them and nothing else (llguidance's
+        TokenParser makes it of these); of further ones that is not sure."""
         return self.inner.compute_ff_tokens()
 
 
@@ -132,8 +133,9 @@ class Grammars:
         import llguidance
 
         try:
-            source = grammar.lark(self.special)
-            text = llguidance.LLMatcher.grammar_from_lark(source)
+            larks = grammar.larks(self.special).items()
+            grammars = [{"name": name or None, "lark_grammar": lark} for name, lark in larks]
+            text = json.dumps({"grammars": grammars})
             limits = llguidance.LLParserLimits(**_LIMITS, verbose_errors=False)  # type: ignore[arg-type]
             made = Matcher(llguidance.LLMatcher(self.tokens, text, log_level=0, limits=limits))
             if made.error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engine.plan import TokenLogprobs
+from engine.pooling import Vector
 from engine.sequence import FinishReason, Sequence
 
 
@@ -22,6 +23,7 @@ class Outcome(msgspec.Struct, array_like=True):
     logprobs: of each token, if asked for.
     prompt_logprobs: parts, each (position in the prompt of the first entry, entries); the same may
         come twice.
+    vector: of the prompt, raw, if that is what was asked for; it comes with the end.
     stop_reason: the stop string or stop token that ended it, ``timeout``, or for an error what went
         wrong.
     """
@@ -33,6 +35,7 @@ class Outcome(msgspec.Struct, array_like=True):
     prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    vector: Vector | None = None
 
     def add(self, later: "Outcome") -> None:
         """Take in the outcome that follows on this one."""
@@ -43,6 +46,7 @@ class Outcome(msgspec.Struct, array_like=True):
         if later.prompt_logprobs is not None:
             self.prompt_logprobs = [*(self.prompt_logprobs or ()), *later.prompt_logprobs]
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.vector = later.vector
 
 
 @dataclass(slots=True)

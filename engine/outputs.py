@@ -1,6 +1,10 @@
 """What a user gets back, with the names of vLLM's outputs."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.pooling import Vector
 
 
 @dataclass(slots=True)
@@ -44,7 +48,11 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     num_cached_tokens: int = 0
-    num_preemptions: int = 0
+    preempted_at: tuple[float, ...] = ()  # of all its completions
+
+    @property
+    def num_preemptions(self) -> int:
+        return len(self.preempted_at)
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -59,7 +67,10 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request and its completions, in the order of their indices."""
+    """A request and its completions, in the order of their indices.
+
+    ``vector``: the prompt's, raw, of a request that pools.
+    """
 
     request_id: str
     prompt: str | None
@@ -67,6 +78,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    vector: "Vector | None" = None
 
     @property
     def num_cached_tokens(self) -> int:

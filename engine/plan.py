@@ -63,7 +63,8 @@ class Copies:
 class StepPlan:
     """What the workers do in one step.
 
-    Order of effects: ``release``, ``admits``, ``cells``, ``copies``, then the rows compute.
+    Order of effects: ``release``, ``admits``, ``told``, ``cells``, ``copies``, then the rows
+    compute.
     Row i feeds tokens ``starts[i] : starts[i] + counts[i]`` of slot ``slots[i]``; where
     ``wants[i]`` is 1 the worker samples the token at position ``starts[i] + counts[i]`` and
     keeps it in its token table, so that a later plan may feed it without knowing its value.
@@ -78,6 +79,7 @@ class StepPlan:
     admits: tuple[Admit, ...] = ()
     release: Ints = field(default_factory=ints)  # slots
     copies: Copies = field(default_factory=Copies)
+    told: Ints = field(default_factory=ints)  # [n, 3]: slot, position, token that none sampled
 
     @property
     def num_tokens(self) -> int:
@@ -110,8 +112,11 @@ class CopyTimes:
 class StepResult:
     """What came of a plan: tokens in row order. A row may yield none, one or several.
 
+    ``forced`` are tokens that can only follow the one that was sampled, so that nobody has to
+    sample them; the workers know them once a plan has ``told`` them.
     ``seconds`` is what one rank computed for, without copies. ``copied`` are the copies that
-    ended since the result before, of this step or an earlier one.
+    ended since the result before, of this step or an earlier one. ``vectors`` are those of
+    prompts that are pooled, of which the row had the last token.
     """
 
     step: int
@@ -122,3 +127,5 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # by row: of positions start + 1, ...
     seconds: float
     copied: CopyTimes = CopyTimes()
+    vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # by row
+    forced: dict[int, list[int]] = field(default_factory=dict)  # by index into ``tokens``

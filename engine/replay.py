@@ -9,7 +9,8 @@ from engine.schedule_log import ScheduleLog
 
 @dataclass(frozen=True)
 class Difference:
-    """The first token that came out otherwise. None stands for logits that were not finite."""
+    """The first token that came out otherwise. None stands for logits that were not finite, or for
+    a token that came in another step."""
 
     step: int
     slot: int
@@ -37,7 +38,7 @@ def replay(schedule: ScheduleLog, executor: Executor) -> Replay:
     for record in schedule.records():
         if isinstance(record, StepPlan):
             requests.update((admit.slot, admit.name) for admit in record.admits)
-            names = [requests[slot] for slot in record.slots[record.wants == 1].tolist()]
+            names = [requests[slot] for slot in record.slots.tolist()]
             ours[record.step] = record, executor.run(record).result(), names
             continue
         plan, got, names = ours.pop(record.step)
@@ -53,15 +54,23 @@ def replay(schedule: ScheduleLog, executor: Executor) -> Replay:
 def _compare(
     plan: StepPlan, expected: StepResult, got: StepResult, names: list[str]
 ) -> Difference | None:
-    rows = expected.rows.tolist()
-    positions = (plan.starts + plan.counts)[plan.wants == 1].tolist()
-    theirs, mine = _values(expected), _values(got)
-    for i, (a, b) in enumerate(zip(theirs, mine, strict=True)):
+    theirs, mine = _values(plan, expected), _values(plan, got)
+    for row, position in sorted(theirs.keys() | mine.keys()):
+        a, b = theirs.get((row, position)), mine.get((row, position))
         if a != b:
-            return Difference(plan.step, int(plan.slots[rows[i]]), names[i], positions[i], a, b)
+            return Difference(plan.step, int(plan.slots[row]), names[row], position, a, b)
     return None
 
 
-def _values(result: StepResult) -> list[int | None]:
-    tokens, failed = result.tokens.tolist(), result.failed.tolist()
-    return [None if bad else token for token, bad in zip(tokens, failed, strict=True)]
+def _values(plan: StepPlan, result: StepResult) -> dict[tuple[int, int], int | None]:
+    """What each row got, by row and position."""
+    found: dict[tuple[int, int], int | None] = {}
+    for i, (row, token) in enumerate(
+        zip(result.rows.tolist(), result.tokens.tolist(), strict=True)
+    ):
+        position = int(plan.starts[row] + plan.counts[row])
+        found[row, position] = None if result.failed[i] else token
+        for further in result.forced.get(i, ()):
+            position += 1
+            found[row, position] = further
+    return found

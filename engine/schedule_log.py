@@ -22,7 +22,7 @@ from engine.executor import Capacity, Executor, ModelFacts, PendingResult
 from engine.log import get_logger
 from engine.plan import StepPlan, StepResult
 
-FORMAT = b"manta schedule log 2\n"
+FORMAT = b"manta schedule log 3\n"
 _HEADER, _PLAN, _RESULT = 0, 1, 2
 _frame = struct.Struct("<IB")
 T = TypeVar("T")

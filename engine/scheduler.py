@@ -18,11 +18,14 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from engine.blocks import blocks_for
 from engine.config import SchedulerConfig
 from engine.kv import KVBlocks, Prefix
 from engine.outcome import Outcome, StepOutcomes, end_of
 from engine.plan import Admit, StepPlan, StepResult, ints
+from engine.pooling import Vector
 from engine.preempt import Costs
 from engine.sequence import FinishReason, Sequence, State
 from engine.shares import FairShares
@@ -60,7 +63,7 @@ class _Kind(enum.Enum):
     """What a row of a plan is."""
 
     PREFILL = "prefill"  # of tokens that were known when its sequence was admitted
-    DECODE = "decode"  # of the token that was sampled last
+    DECODE = "decode"  # of the token that was sampled last, and those that it forced
 
 
 _PREFILL, _DECODE = _Kind.PREFILL, _Kind.DECODE  # looked up for every row
@@ -85,6 +88,7 @@ class _Draft:
     prefill_tokens: int = 0
     rows: list[_Row] = field(default_factory=list)
     admits: list[Admit] = field(default_factory=list)
+    told: list[tuple[int, int, int]] = field(default_factory=list)  # see ``StepPlan``
     begun: list[Sequence] = field(default_factory=list)  # those that these workers run first here
     promised: int = 0  # blocks that running prefills will still need
     victims: list[tuple[int, int, float, int, Sequence]] | None = None  # a heap, once it is needed
@@ -227,6 +231,7 @@ class Scheduler:
             admits=tuple(draft.admits),
             release=ints(self._released),
             copies=copies,
+            told=ints(draft.told),
         )
         self._released = []
         self._begun += draft.begun
@@ -237,15 +242,23 @@ class Scheduler:
         return plan
 
     def _plan_running(self, draft: _Draft) -> None:
-        decodes, prefills = [], []
+        decodes: list[tuple[Sequence, int]] = []
+        prefills: list[Sequence] = []
         self._running = self.running
         for seq in self._running:
             if (computed := seq.computed) < seq.prefill_end:
                 prefills.append(seq)
-            elif computed < seq.known < seq.max_total and (seq.runs_ahead or not seq.pending):
-                decodes.append(seq)  # else all of its tokens are planned, or it waits for one
-        for seq in self._batch(decodes):
-            self._run(draft, seq, _DECODE, 1)
+            elif computed < (known := seq.known) < seq.max_total and (
+                seq.runs_ahead or not seq.pending
+            ):  # else all of its tokens are planned, or it waits for one
+                decodes.append((seq, known - computed))
+        decodes = self._batch(decodes)
+        spare = draft.budget - len(decodes)  # each has one token at least
+        for seq, count in decodes:
+            if count > 1:
+                count = min(count, spare + 1)
+                spare -= count - 1
+            self._run(draft, seq, _DECODE, count)
         draft.victims = None
         if self.batches > 1 and self.config.enable_chunked_prefill:
             draft.budget = min(draft.budget, self._prefill_share(prefills))
@@ -257,9 +270,10 @@ class Scheduler:
             blocks_for(seq.known, self.kv.block_size) - len(seq.blocks) for seq in prefills
         )
 
-    def _batch(self, decodes: list[Sequence]) -> list[Sequence]:
-        """Of the decoding sequences those that this plan takes: in a pipeline no more than an even
-        share of all that decode, which leaves the next batch its own."""
+    def _batch(self, decodes: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """Of the decoding sequences, each with the tokens that it has to compute, those that this
+        plan takes: in a pipeline no more than an even share of all that decode, which leaves the
+        next batch its own."""
         if self.batches == 1:
             return decodes
         decoding = sum(seq.computed >= seq.prefill_end for seq in self._running)
@@ -294,9 +308,18 @@ class Scheduler:
         draft.tokens += count
         if wants:
             seq.pending += 1
+        if seq.untold:
+            self._tell(draft, seq)
         if kind is _PREFILL:
             draft.prefill_tokens += count
             self.kv.publish(seq)  # what this step writes, later rows of it may already share
+
+    def _tell(self, draft: _Draft, seq: Sequence) -> None:
+        first = len(seq.tokens) - seq.untold
+        draft.told += [
+            (seq.slot, position, token) for position, token in enumerate(seq.tokens[first:], first)
+        ]
+        seq.untold = 0
 
     def _plan_waiting(self, draft: _Draft) -> None:
         while draft.budget and self._free_slots:
@@ -332,7 +355,7 @@ class Scheduler:
             self.kv.swap_in(seq)
         else:
             self.kv.claim(seq, prefix)
-            if seq.num_preemptions == 0:
+            if not seq.preempted_at:
                 seq.cached_tokens = seq.computed
                 seq.scheduled_time = time.monotonic()
             if self._shares is not None:
@@ -341,6 +364,7 @@ class Scheduler:
             self.stats.moved_tokens += max(0, seq.moved_tokens - seq.computed)
             seq.lost_tokens = seq.moved_tokens = 0
         draft.admits.append(seq.admit())
+        seq.untold = 0
         self.num_running += 1
         self._running.append(seq)
         seq.prefill_end = seq.known
@@ -393,7 +417,7 @@ class Scheduler:
 
     def _swap_pays(self, seq: Sequence) -> bool:
         """Whether to preempt ``seq`` by swapping, rather than recomputing."""
-        mode = self.config.preemption_mode
+        mode = "recompute" if seq.pools else self.config.preemption_mode
         if mode == "auto":
             swap = self.costs.swap(*self.kv.swap_cost(seq))
             return swap < self.costs.recompute(seq.computed)
@@ -410,7 +434,7 @@ class Scheduler:
             seq.lost_tokens, seq.computed = seq.computed, 0
             self.stats.preemptions_recompute += 1
             self.stats.preemption("recompute", seq.request.priority)
-        seq.num_preemptions += 1
+        seq.preempted_at += (time.monotonic(),)
         self._leave(seq)
         self._enqueue(seq)
 
@@ -456,11 +480,13 @@ class Scheduler:
             if seq.state is State.RUNNING:
                 self.kv.publish(seq)
             self._end_if_done(seq, token)
+            forced = self._take_forced(seq, result.forced[i]) if i in result.forced else []
             logprobs, entries = result.logprobs.get(i), prompts.pop(number, None)
-            if logprobs is None and entries is None and seq.state is not State.FINISHED:
+            plain = logprobs is None and entries is None and not forced
+            if plain and seq.state is not State.FINISHED:
                 outcomes.add(seq, position, token)
                 continue
-            outcome = Outcome(seq.index, position, [token])
+            outcome = Outcome(seq.index, position, [token, *forced])
             outcome.logprobs = None if logprobs is None else [logprobs]
             outcome.prompt_logprobs = None if entries is None else [(row.start + 1, entries)]
             outcome.finish_reason, outcome.stop_reason = seq.finish_reason, seq.stop_reason
@@ -471,7 +497,21 @@ class Scheduler:
                 outcome = Outcome(row.seq.index, len(row.seq.tokens) - row.seq.prompt_len, [])
                 outcome.prompt_logprobs = [(row.start + 1, entries)]
                 outcomes.others.append((row.seq, outcome))
+        for number, vector in result.vectors.items():
+            self._take_vector(draft.rows[number].seq, vector, outcomes)
         return outcomes
+
+    def _take_vector(self, seq: Sequence, vector: Vector, outcomes: StepOutcomes) -> None:
+        """The end of a sequence that pools."""
+        if seq.finished:
+            return
+        if not np.isfinite(vector).all():
+            self._fail(seq, outcomes)
+            return
+        self._finish(seq, FinishReason.STOP)
+        outcome = end_of(seq)
+        outcome.vector = vector
+        outcomes.others.append((seq, outcome))
 
     def _fail(self, seq: Sequence, outcomes: StepOutcomes) -> None:
         """Logits of the sequence were not finite."""
@@ -480,6 +520,18 @@ class Scheduler:
             seq.stop_reason = NOT_FINITE
             self._finish(seq, FinishReason.ERROR)
             outcomes.others.append((seq, end_of(seq)))
+
+    def _take_forced(self, seq: Sequence, forced: list[int]) -> list[int]:
+        """Append what the token that was sampled forces, as far as there is room: those."""
+        forced = forced[: seq.max_total - len(seq.tokens)]
+        if seq.finished or not forced:
+            return []
+        seq.tokens.extend(forced)
+        seq.untold = len(forced)
+        if seq.state is State.WAITING:
+            self.waiting_tokens += len(forced)
+        self._end_if_done(seq, forced[-1])
+        return forced
 
     def _end_if_done(self, seq: Sequence, token: int) -> None:
         if token in seq.stop_ids:

@@ -40,9 +40,9 @@ class Sequence:
     __slots__ = (
         "request", "request_id", "index", "tokens", "prompt_len", "max_total", "sampling", "seed",
         "stop_ids", "extras", "order", "runs_ahead", "state", "finish_reason", "stop_reason",
-        "slot", "prefill_end", "computed", "pending", "blocks", "swapped", "published",
+        "slot", "prefill_end", "computed", "pending", "untold", "blocks", "swapped", "published",
         "planned_in", "cached_tokens", "scheduled_time", "lost_tokens", "moved_tokens",
-        "num_preemptions", "deaths", "begun", "_hashes",
+        "preempted_at", "deaths", "begun", "from_start", "_hashes",
     )  # fmt: skip
 
     def __init__(
@@ -55,6 +55,7 @@ class Sequence:
         sampling: SamplingParams | None = None,
         extras: Extras = NONE,
         runs_ahead: bool = True,
+        from_start: bool = False,
     ) -> None:
         self.request = request
         self.request_id = request.request_id
@@ -68,6 +69,7 @@ class Sequence:
         self.stop_ids = stop_ids
         self.extras = extras
         self.runs_ahead = runs_ahead  # whether it may be planned before its last result is there
+        self.from_start = from_start  # whether none of it may come from the prefix cache
         self.order: float = 0.0  # the scheduler's queue key
         self.state = State.WAITING
         self.finish_reason: FinishReason | None = None
@@ -76,6 +78,7 @@ class Sequence:
         self.prefill_end = 0  # tokens known when it was admitted: a row of those is a prefill
         self.computed = 0
         self.pending = 0
+        self.untold = 0  # of its last tokens those that its workers did not sample
         self.blocks: list[int] = []  # device blocks, by index
         self.swapped: list[int] = []  # CPU blocks that stand in for them while swapped out
         self.published = 0  # leading blocks that were offered to the prefix cache
@@ -84,7 +87,7 @@ class Sequence:
         self.scheduled_time: float | None = None  # of the first admission
         self.lost_tokens = 0  # computed tokens given up by the last recompute preemption
         self.moved_tokens = len(self.tokens) if request.moves else 0  # that were computed before
-        self.num_preemptions = 0
+        self.preempted_at: tuple[float, ...] = ()  # moments of its preemptions
         self.deaths = request.deaths  # see ``Continuation``
         self.begun = False  # whether these workers have run it
         self._hashes: list[BlockHash] = []
@@ -107,6 +110,11 @@ class Sequence:
     def finished(self) -> bool:
         return self.state is State.FINISHED
 
+    @property
+    def pools(self) -> bool:
+        """Whether it ends with its prompt, for which its slot gathers what swapping would lose."""
+        return self.extras.pools
+
     def lose_workers(self) -> None:
         """The workers that ran it are gone: all it has are its tokens."""
         self.moved_tokens = max(self.computed, self.moved_tokens)
@@ -119,6 +127,8 @@ class Sequence:
     @property
     def wants_cache(self) -> bool:
         """Whether its prefix may come from the cache: prompt logprobs need every hidden state."""
+        if self.from_start:
+            return False
         return self.sampling.prompt_logprobs is None or len(self.tokens) > self.prompt_len
 
     def hashes(self, num_blocks: int, block_size: int) -> list[BlockHash]:

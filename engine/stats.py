@@ -92,7 +92,7 @@ class SequenceTimes:
 
     prompt_tokens: int
     tokens: int = 0
-    first: float = 0.0
+    first: float = 0.0  # 0: no token yet, and no vector
     last: float = 0.0
 
 
@@ -104,6 +104,7 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generation_tokens: int = 0
+    vectors: int = 0
     corrupted: int = 0
     moved_in: int = 0
     finished: Counter[str] = field(default_factory=Counter)  # by reason
@@ -138,14 +139,15 @@ class EngineStats:
         """A request was queued."""
         self.moved_in += request.moves > 0
         self.request_n.observe(request.sampling.n)
-        if request.sampling.max_tokens is not None:
+        if request.sampling.max_tokens is not None and not request.pools:
             self.request_max_tokens.observe(request.sampling.max_tokens)
 
-    def token(self, times: SequenceTimes, metrics: RequestMetrics, now: float) -> None:
-        """A completion got a token."""
-        self.generation_tokens += 1
-        times.tokens += 1
-        if times.tokens == 1:
+    def tokens(self, count: int, times: SequenceTimes, metrics: RequestMetrics, now: float) -> None:
+        """A completion got ``count`` tokens at once."""
+        self.generation_tokens += count
+        first = not times.tokens
+        times.tokens += count
+        if first:
             times.first = now
             self._firsts += 1
             self.first_token.observe(now - metrics.arrival_time)
@@ -153,8 +155,13 @@ class EngineStats:
             self._gaps[times.last] += 1
         times.last = now
 
+    def vector(self, times: SequenceTimes, now: float) -> None:
+        """A prompt's vector is there."""
+        self.vectors += 1
+        times.first = times.last = now
+
     def prompt(self, num_tokens: int, num_cached: int) -> None:
-        """A request's prompt was computed: its first token is there."""
+        """A request's prompt was computed: its first token, or its vector, is there."""
         self.prompt_tokens += num_tokens
         self.cached_tokens += num_cached
 
@@ -183,7 +190,7 @@ class EngineStats:
         self.request_preemptions.observe(preemptions)
         self.end_to_end.observe(now - metrics.arrival_time)
         start = metrics.first_scheduled_time
-        if start is None or not times.tokens:
+        if start is None or not times.first:
             return
         self.request_computed_tokens.observe(times.prompt_tokens - metrics.num_cached_tokens)
         self.queue.observe(start - metrics.arrival_time)
@@ -215,6 +222,7 @@ class EngineStats:
             ),
             counter("prompt_tokens_cached", "Prompt tokens found in a cache.", self.cached_tokens),
             counter("generation_tokens", "Tokens generated.", self.generation_tokens),
+            counter("vectors", "Vectors made of prompts: embeddings and scores.", self.vectors),
             counter(
                 "corrupted_requests", "Completions ended by logits that were not finite.",
                 self.corrupted,

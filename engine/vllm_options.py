@@ -21,6 +21,7 @@ ALIASES = {  # vLLM's name: manta's
     "api_server_count": "num_ingress_replicas",
     "data_parallel_size": "num_replicas",
     "kv_offloading_size": "swap_space",
+    "otlp_traces_endpoint": "otlp_endpoint",
     "renderer_num_workers": "num_ingress_replicas",
 }
 SHORT = {  # vLLM's short flags
@@ -114,9 +115,12 @@ _TABLE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "guided_decoding_disable_any_whitespace": (False,),
         "guided_decoding_disable_additional_properties": (False,),
     },
-    "manta serves models that generate text from text": {
+    "the option pooling says whether and how prompts become vectors": {
         "runner": ("auto", "generate"), "task": ("auto", "generate"), "convert": ("auto", "none"),
-        "pooler_config": (), "override_pooler_config": (), "enable_prompt_embeds": (False,),
+        "pooler_config": (), "override_pooler_config": (),
+    },
+    "manta serves models of text": {
+        "enable_prompt_embeds": (False,),
         "io_processor_plugin": (), "enable_flash_late_interaction": _ON_OR_OFF,
         "language_model_only": _ON_OR_OFF, "limit_mm_per_prompt": (),
         "enable_mm_embeds": (False,), "interleave_mm_strings": (False,), "media_io_kwargs": (),

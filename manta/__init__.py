@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cluster.handle import stop_engine as stop_engine
     from cluster.llm import LLM as LLM
     from deploy.engine_set import scale as scale
+    from deploy.models import add_model as add_model
+    from deploy.models import remove_model as remove_model
     from engine.errors import CheckpointError as CheckpointError
     from engine.errors import ConfigError as ConfigError
     from engine.errors import EngineError as EngineError
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from engine.outputs import Logprob as Logprob
     from engine.outputs import Piece as Piece
     from engine.outputs import RequestOutput as RequestOutput
+    from engine.pooling import PoolingParams as PoolingParams
+    from engine.pooling import PoolingRequestOutput as PoolingRequestOutput
     from engine.sampling_params import SamplingParams as SamplingParams
     from engine.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
@@ -43,6 +47,8 @@ _HOMES = {
     "connect_async": "cluster.handle",
     "stop_engine": "cluster.handle",
     "scale": "deploy.engine_set",
+    "add_model": "deploy.models",
+    "remove_model": "deploy.models",
     "EngineHandle": "cluster.handle",
     "AsyncEngineHandle": "cluster.handle",
     "Piece": "engine.outputs",
@@ -51,6 +57,8 @@ _HOMES = {
     "RequestOutput": "engine.outputs",
     "CompletionOutput": "engine.outputs",
     "Logprob": "engine.outputs",
+    "PoolingParams": "engine.pooling",
+    "PoolingRequestOutput": "engine.pooling",
     "MantaError": "engine.errors",
     "ConfigError": "engine.errors",
     "CheckpointError": "engine.errors",

@@ -8,17 +8,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.log import get_logger
 from engine.outputs import RequestOutput
 from router.generation import Generation
-from router.guard import OPEN_PATHS, REQUEST_ID, client_address, path_of
+from router.guard import OPEN_PATHS, REQUEST_ID, client_address
+from router.scopes import path_of
 
 log = get_logger("access")
 
 _GENERATIONS = "manta.generations"
-_UNLOGGED = (*OPEN_PATHS, "/dashboard")  # what is asked for every few seconds, by machines
+TRACE_ID = "manta.trace_id"  # in the scope of a request that is traced
+UNLOGGED = (*OPEN_PATHS, "/dashboard")  # what is asked for every few seconds, by machines
 
 
 def remember(scope: Scope, generations: list[Generation]) -> None:
-    """Tell the access log what a request has had computed."""
+    """Tell the access log, and the trace, what a request has had computed."""
     scope[_GENERATIONS] = generations
+
+
+def generations_of(scope: Scope) -> list[Generation]:
+    """What a request has had computed."""
+    found: list[Generation] = scope.get(_GENERATIONS, [])
+    return found
 
 
 class AccessLog:
@@ -29,7 +37,7 @@ class AccessLog:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or path_of(scope).startswith(_UNLOGGED):
+        if scope["type"] != "http" or path_of(scope).startswith(UNLOGGED):
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
@@ -51,7 +59,8 @@ class AccessLog:
                 "path": scope["path"],
                 **seen,
                 "client": client_address(scope),
-                **_of(scope.get(_GENERATIONS, ())),
+                **({"trace_id": scope[TRACE_ID]} if TRACE_ID in scope else {}),
+                **_of(generations_of(scope)),
                 "seconds": round(time.perf_counter() - started, 6),
             }
             log.info("request", extra={"fields": fields})

@@ -1,4 +1,5 @@
-"""What completions and chats have in common on the way out: whole answers and streams of chunks.
+"""What answers have in common on the way out: whole ones and streams of events, and what those of
+completions and chats have, which are chunks.
 
 The parts of a chunk that never change in a stream are made once; a token costs an escape of its
 text and a join.
@@ -17,20 +18,42 @@ from engine.outputs import CompletionOutput, Piece, RequestOutput
 from engine.sampling_params import SamplingParams
 from router.errors import ApiError
 from router.generation import Generation, Prompt, merged
-from router.responses import PromptTokensDetails, Usage
+from router.models import ServedModel
 from router.schema import Sampling
-from router.service import ServedModel, Service
+from router.service import Service
+from router.shapes import PromptTokensDetails, Usage
 
 DONE = b"data: [DONE]\n\n"
 WAITING = b": the engine was lost; the answer goes on at another as soon as there is one\n\n"
 to_json = msgspec.json.Encoder().encode
 
 
-class Answer(ABC):
-    """One request's way out. A subclass gives the shapes of its API."""
+class WholeAnswer(ABC):
+    """One request's way out, as a ``Reply`` runs it, in one piece.
+
+    pools: its prompts become vectors, not completions.
+    """
+
+    service: Service
+    model: ServedModel
+    prompts: list[Prompt]
+    sampling: SamplingParams
+    priority: int
+    id: str
+    id_headers: tuple[str, ...] = ("x-request-id",)
+    pools = False
+
+    @abstractmethod
+    async def complete(self, generations: list[Generation]) -> bytes:
+        """The body, when it is there."""
+
+
+class Answer(WholeAnswer):
+    """One request's way out, whole or as a stream. A subclass gives the shapes of its API."""
 
     prefix: str  # of the id
-    chunk_object: str
+    joint = "-"  # between that and the rest
+    waiting = WAITING  # what a stream tells while it has no engine
 
     def __init__(
         self,
@@ -46,9 +69,94 @@ class Answer(ABC):
         self.sampling = sampling
         self.priority = body.priority or 0
         self.streaming = bool(body.stream)
-        self.id = f"{self.prefix}-{body.request_id or uuid.uuid4().hex}"
+        self._unique = body.request_id or uuid.uuid4().hex
+        self.id = f"{self.prefix}{self.joint}{self._unique}"
         self.created = int(time.time())
-        self.name = body.model or model.names[0]
+        self.name = body.model or model.id
+        # Whether what a step brings takes so long that it is made in a thread.
+        self._heavy = sampling.prompt_logprobs is not None or not (
+            sampling.logprobs is None or 0 <= sampling.logprobs <= FEW_LOGPROBS
+        )
+
+    # ---- the shapes ----
+
+    @abstractmethod
+    def _chunks(self, generation: Generation, pieces: list[Piece]) -> bytes:
+        """The events that tell of further pieces."""
+
+    @abstractmethod
+    async def _end(self, generations: list[Generation]) -> bytes:
+        """The events that end a stream."""
+
+    @abstractmethod
+    def failed(self, error: ApiError) -> bytes:
+        """The events that end a stream which fails."""
+
+    def _begin(self) -> bytes:
+        """The events with which a stream begins at once."""
+        return b""
+
+    async def _take(self, generation: Generation, outcomes: list[Outcome]) -> list[Piece]:
+        if not self._heavy:
+            return generation.take(outcomes)
+        taken = await self.service.off_loop(generation.read, outcomes)
+        generation.settle(taken)
+        return taken.pieces
+
+    # ---- streams ----
+
+    async def events(self, generations: list[Generation]) -> AsyncIterator[bytes]:
+        """The stream's events, joined where several are ready at once."""
+        if begin := self._begin():
+            yield begin
+        unfinished = sum(len(generation.output.outputs) for generation in generations)
+        spent = 0.0
+        async for generation, outcomes in merged(generations):
+            if not outcomes:
+                yield self.waiting
+                continue
+            started = time.perf_counter()
+            pieces = await self._take(generation, outcomes)
+            if self._heavy:
+                data = await self.service.off_loop(self._chunks, generation, pieces)
+            else:
+                data = self._chunks(generation, pieces)
+            unfinished -= sum(piece.finish_reason is not None for piece in pieces)
+            if not unfinished:
+                data += await self._end(generations)
+            spent += time.perf_counter() - started
+            if data:
+                yield data
+            if not unfinished:
+                break
+        self.service.stats.observe("stream", spent)
+
+    # ---- both ----
+
+    def usage(self, generations: list[Generation]) -> Usage:
+        """What the generations have taken."""
+        outputs = [generation.output for generation in generations]
+        return _usage(outputs, sum(self.length(c) for output in outputs for c in output.outputs))
+
+    def length(self, output: CompletionOutput) -> int:
+        """How many tokens of a completion the client gets."""
+        return len(output.token_ids)
+
+
+class ChunkedAnswer(Answer):
+    """An answer whose stream is chunks, each of which has all that never changes in it."""
+
+    chunk_object: str
+
+    def __init__(
+        self,
+        service: Service,
+        model: ServedModel,
+        body: Sampling,
+        prompts: list[Prompt],
+        sampling: SamplingParams,
+    ) -> None:
+        super().__init__(service, model, body, prompts, sampling)
         self.return_ids = bool(body.return_token_ids)
         self.as_ids = bool(body.return_tokens_as_token_ids)
         options = body.stream_options
@@ -57,12 +165,7 @@ class Answer(ABC):
         self._told: dict[int, int] = {}  # tokens of each choice that the stream has told of
         # Whether a chunk of text alone will not do.
         self._detailed = sampling.logprobs is not None or self.return_ids or self._usage_always
-        # Whether what a step brings takes so long that it is made in a thread.
-        self._heavy = sampling.prompt_logprobs is not None or not (
-            sampling.logprobs is None or 0 <= sampling.logprobs <= FEW_LOGPROBS
-        )
-
-    # ---- the shapes ----
+        self._head, self._tail = self._frame()
 
     @abstractmethod
     def whole(self, generations: list[Generation]) -> bytes:
@@ -81,46 +184,11 @@ class Answer(ABC):
         """A choice in a chunk with all that was asked for."""
 
     async def complete(self, generations: list[Generation]) -> bytes:
-        """The body of the whole answer, when it is there."""
         async for generation, outcomes in merged(generations):
             await self._take(generation, outcomes)
         if self.sampling.logprobs is None and self.sampling.prompt_logprobs is None:
             return self.whole(generations)
         return await self.service.off_loop(self.whole, generations)
-
-    async def _take(self, generation: Generation, outcomes: list[Outcome]) -> list[Piece]:
-        if not self._heavy:
-            return generation.take(outcomes)
-        taken = await self.service.off_loop(generation.read, outcomes)
-        generation.settle(taken)
-        return taken.pieces
-
-    # ---- streams ----
-
-    async def events(self, generations: list[Generation]) -> AsyncIterator[bytes]:
-        """The stream's events, joined where several are ready at once."""
-        self._head, self._tail = self._frame()
-        unfinished = sum(len(generation.output.outputs) for generation in generations)
-        spent = 0.0
-        async for generation, outcomes in merged(generations):
-            if not outcomes:
-                yield WAITING
-                continue
-            started = time.perf_counter()
-            pieces = await self._take(generation, outcomes)
-            if self._heavy:
-                data = await self.service.off_loop(self._chunks, generation, pieces)
-            else:
-                data = self._chunks(generation, pieces)
-            unfinished -= sum(piece.finish_reason is not None for piece in pieces)
-            if not unfinished:
-                data += self._end(generations) + DONE
-            spent += time.perf_counter() - started
-            if data:
-                yield data
-            if not unfinished:
-                break
-        self.service.stats.observe("stream", spent)
 
     def _frame(self) -> tuple[bytes, bytes]:
         """What stands before and after the choices of a chunk."""
@@ -166,21 +234,14 @@ class Answer(ABC):
         told = sum(self._told.get(first + one.index, 0) for one in output.outputs)
         return b'],"usage":' + to_json(_usage([output], told)) + b"}\n\n"
 
-    def _end(self, generations: list[Generation]) -> bytes:
+    async def _end(self, generations: list[Generation]) -> bytes:
         if not self._usage:
-            return b""
-        return self._head + b'],"usage":' + to_json(self.usage(generations)) + b"}\n\n"
+            return DONE
+        usage = to_json(self.usage(generations))
+        return self._head + b'],"usage":' + usage + b"}\n\n" + DONE
 
-    # ---- both ----
-
-    def usage(self, generations: list[Generation]) -> Usage:
-        """What the generations have taken."""
-        outputs = [generation.output for generation in generations]
-        return _usage(outputs, sum(self.length(c) for output in outputs for c in output.outputs))
-
-    def length(self, output: CompletionOutput) -> int:
-        """How many tokens of a completion the client gets."""
-        return len(output.token_ids)
+    def failed(self, error: ApiError) -> bytes:
+        return b"data: " + error.body() + b"\n\n" + DONE
 
 
 def _usage(outputs: list[RequestOutput], completion: int) -> Usage:

@@ -13,13 +13,14 @@ from starlette.responses import Response
 from cluster.client import EngineClient
 from engine.errors import MantaError
 from engine.tokenizer import Tokenizer
-from router import responses
+from router import shapes
 from router.access import AccessLog
 from router.bodies import receive_body
 from router.chat import answer_chat, render
 from router.completions import answer_completion
 from router.config import RouterConfig
 from router.dashboard import Dashboard, open_paths
+from router.error_shapes import error_response
 from router.errors import ApiError, api_error, unavailable, wrong
 from router.fields import read
 from router.guard import (
@@ -32,22 +33,33 @@ from router.guard import (
     Unforeseen,
     given_id,
 )
+from router.messages_answer import answer_messages, count_tokens
+from router.messages_schema import CountRequest, MessagesRequest
 from router.metrics import CONTENT_TYPE, PREFIXES
+from router.models import ServedModel
 from router.openapi import describe
 from router.replies import Reply
+from router.responses_answer import answer_responses
+from router.responses_schema import ResponsesRequest
 from router.schema import (
     MOST_DETOKENIZED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
     Sampling,
+    ScoreRequest,
     TokenizeRequest,
 )
 from router.service import Look, Others, Service
 from router.states import engine_states
 from router.stats import AnswerCounter
+from router.vectors import answer_embedding, answer_rerank, answer_score
 
 T = TypeVar("T")
+Identified = Sampling | ResponsesRequest | MessagesRequest | PoolingRequest
 MOST_TOKENIZED = 1 << 17  # tokens that /tokenize counts, or as many as the model's length
 
 
@@ -57,14 +69,17 @@ def build_app(
     version: str = "unknown",
     others: Others | None = None,
     look: Look | None = None,
+    declared: Callable[[], Collection[str]] | None = None,
 ) -> FastAPI:
-    """The application over a live set of engines. ``app.state.service`` is its state.
+    """The application over a live set of engines. ``app.state.service`` is its state;
+    ``app.state.tracer_provider``, where it traces, is to be shut down after it.
 
     others: gives the metrics (``Service.metrics``) of the application's other ingress processes,
         by their ids.
     look: brings ``engines`` up to date, before a request is refused for want of one.
+    declared: gives the names of the models that there are to be; see ``router.models.Models``.
     """
-    service = Service(config, engines, others, look)
+    service = Service(config, engines, others, look, declared)
     app = FastAPI(
         title="manta",
         version=version,
@@ -88,6 +103,13 @@ def build_app(
     app.add_middleware(RequestId)
     if config.access_log:
         app.add_middleware(AccessLog)
+    if config.otlp_endpoint is not None:
+        from router.tracing import Tracing, make_provider  # an optional package
+
+        provider = app.state.tracer_provider = make_provider(
+            config.otlp_endpoint, service.id, version
+        )
+        app.add_middleware(Tracing, tracer=provider.get_tracer("manta", version))
     app.add_middleware(OldHttp)
     if config.root_path:
         app.add_middleware(RootPath, path=config.root_path)
@@ -103,9 +125,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # no such route or method
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
-        return ApiError(error.status_code, message, headers=headers).response()
+        return error_response(ApiError(error.status_code, message, headers=headers), request.scope)
     service: Service = request.app.state.service
-    return api_error(error, service.retry_after()).response()
+    return error_response(api_error(error, service.retry_after(error)), request.scope)
 
 
 class _Routes:
@@ -117,6 +139,13 @@ class _Routes:
         routes: list[tuple[str, str, Callable[..., Awaitable[Response]]]] = [
             ("POST", "/v1/completions", self.completions),
             ("POST", "/v1/chat/completions", self.chat_completions),
+            ("POST", "/v1/responses", self.responses),
+            ("POST", "/v1/messages", self.messages),
+            ("POST", "/v1/messages/count_tokens", self.count_tokens),
+            ("POST", "/v1/embeddings", self.embeddings),
+            ("POST", "/v1/rerank", self.rerank),
+            ("POST", "/v2/rerank", self.rerank),  # Cohere's clients
+            ("POST", "/v1/score", self.score),
             ("GET", "/v1/models", self.models),
             ("GET", "/v1/models/{id:path}", self.one_model),
             ("POST", "/tokenize", self.tokenize),
@@ -143,18 +172,59 @@ class _Routes:
         own_id = _take_id(request, body)
         return Reply(await answer_chat(self._service, body), own_id)
 
+    async def responses(self, request: Request) -> Response:
+        """Answer a chat in the shapes of OpenAI's Responses, keeping nothing of it."""
+        self._service.check_admission()
+        body = await self._body(request, ResponsesRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_responses(self._service, body), own_id)
+
+    async def messages(self, request: Request) -> Response:
+        """Answer a chat in the shapes of Anthropic's Messages."""
+        self._service.check_admission()
+        body = await self._body(request, MessagesRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_messages(self._service, body), own_id)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """How many tokens the prompt of such a chat has."""
+        body = await self._body(request, CountRequest)
+        return _json(await count_tokens(self._service, body, MOST_TOKENIZED))
+
+    async def embeddings(self, request: Request) -> Response:
+        """Make vectors of texts."""
+        self._service.check_admission()
+        body = await self._body(request, EmbeddingRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_embedding(self._service, body), own_id)
+
+    async def rerank(self, request: Request) -> Response:
+        """Order documents by how well they answer a query."""
+        self._service.check_admission()
+        body = await self._body(request, RerankRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_rerank(self._service, body), own_id)
+
+    async def score(self, request: Request) -> Response:
+        """Say how well texts go together."""
+        self._service.check_admission()
+        body = await self._body(request, ScoreRequest)
+        own_id = _take_id(request, body)
+        return Reply(await answer_score(self._service, body), own_id)
+
     async def models(self) -> Response:
         """The names that requests may give."""
-        model = await self._service.model()
-        return _json(responses.ModelList("list", [self._card(model, n) for n in model.names]))
+        models = await self._service.served()
+        cards = [self._card(model, name) for model in models for name in model.info.names]
+        return _json(shapes.ModelList("list", cards))
 
     async def one_model(self, id: str) -> Response:
         """One of the names that requests may give."""
         return _json(self._card(await self._service.model(id), id))
 
     @staticmethod
-    def _card(model: Any, name: str) -> responses.Model:
-        return responses.Model(
+    def _card(model: ServedModel, name: str) -> shapes.Model:
+        return shapes.Model(
             id=name,
             object="model",
             created=model.created,
@@ -177,7 +247,7 @@ class _Routes:
             (ids,) = await self._service.encode(model, [body.prompt], special, most, "prompt")
         else:
             ids = (await render(self._service, model, body, most)).ids
-        answer = responses.Tokens(
+        answer = shapes.Tokens(
             count=len(ids), max_model_len=model.info.max_model_len, tokens=ids, token_strs=None
         )
         if body.return_token_strs:
@@ -197,7 +267,7 @@ class _Routes:
                 "tokens",
             )
         text = await self._service.off_loop(model.tokenizer.decode, tokens)
-        return _json(responses.Detokenized(text))
+        return _json(shapes.Detokenized(text))
 
     async def health(self) -> Response:
         """200 while an engine answers and makes progress, 503 otherwise."""
@@ -209,18 +279,18 @@ class _Routes:
             raise unavailable("no engine is ready yet", "starting")
         if all(engine.load.draining for engine in engines):
             raise unavailable("every engine is shutting down", "draining")
-        await self._service.model()  # so that no request waits for the tokenizer
+        await self._service.models.load_all()  # so that no request waits for a tokenizer
         return Response(status_code=200)
 
     async def load(self) -> Response:
         """What the engines have to do."""
         states = engine_states(self._service.engines)
-        return _json(responses.Load(server_load=self._service.stats.in_flight, engines=states))
+        return _json(shapes.Load(server_load=self._service.stats.in_flight, engines=states))
 
     async def version(self) -> Response:
         """The server's version."""
         found = [engine.info.batch_invariant for engine in self._service.engines]
-        return _json(responses.Version(self._version, all(found) if found else None))
+        return _json(shapes.Version(self._version, all(found) if found else None))
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus text of every engine and ingress process."""
@@ -245,7 +315,7 @@ def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [tokenizer.id_to_piece(i) or "" for i in ids]
 
 
-def _take_id(request: Request, body: Sampling) -> bool:
+def _take_id(request: Request, body: Identified) -> bool:
     """Make the request's X-Request-Id its id, unless the body has one; False if that was done."""
     given = given_id(request.scope)
     if given is None or body.request_id is not None:

@@ -1,7 +1,9 @@
 """POST /v1/chat/completions, and the way from messages to a prompt."""
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from msgspec import UNSET
@@ -10,13 +12,17 @@ from engine.chat import check_variables
 from engine.errors import RequestError
 from engine.outputs import CompletionOutput, Piece
 from engine.sampling_params import SamplingParams
-from router.answers import Answer, check, to_json
+from engine.structured_outputs import StructuredOutputsParams
+from router.answers import ChunkedAnswer, check, to_json
 from router.errors import ApiError, field_of, wrong
 from router.generation import Generation, Prompt
 from router.logprobs import chat_logprobs, prompt_logprobs
+from router.models import ServedModel
 from router.parameters import refuse_contradictions, room_for_output, sampling_of
 from router.parsing import ChoiceStream, Parsing, form_of, parsing_of, whole_message
-from router.responses import (
+from router.schema import ChatRequest, TokenizeRequest
+from router.service import Service
+from router.shapes import (
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
@@ -24,12 +30,21 @@ from router.responses import (
     ChatLogprobs,
     ChatMessage,
 )
-from router.schema import ChatRequest, TokenizeRequest
-from router.service import ServedModel, Service
 from router.structured import check_outputs, outputs_of
+from router.structured_calls import in_answers
 from router.tools import tool_use
 
 SILENCE = 10.0  # seconds after which a stream that tells nothing shows that it lives
+
+
+@dataclass(frozen=True)
+class ChatRun:
+    """A chat that can be run. ``parsing`` is None if the answer is text and no more."""
+
+    model: ServedModel
+    prompt: Prompt
+    sampling: SamplingParams
+    parsing: Parsing | None
 
 
 async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
@@ -37,33 +52,62 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
 
     Raises ApiError and RequestError, naming what is wrong.
     """
+    return ChatAnswer(service, body, await run_of(service, body))
+
+
+async def run_of(service: Service, body: ChatRequest, fits: bool = False) -> ChatRun:
+    """What is to be run for a chat. fits: an output that is longer than there is room for is cut,
+    not refused.
+
+    Raises ApiError and RequestError, naming what is wrong.
+    """
     model = await service.model(body.model)
     refuse_contradictions(body, model.info)
     if body.top_logprobs and not body.logprobs:
         raise wrong("top_logprobs needs logprobs to be true", "top_logprobs")
+    parsing, outputs, prompt = await _begun(service, model, body, model.info.max_model_len)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    use = tool_use(body)
-    form = form_of(service.config, model, _template(service, model, body.chat_template), use)
-    text = await _rendered(service, model, body, use.tools)
-    final = last_text(body) if body.continue_final_message else ""
-    parsing = None if form is None else parsing_of(form, model, use, text, final, body)
-    text += parsing.prefix if parsing else ""
-    prompt = await _encoded(service, model, body, text, model.info.max_model_len)
-    room = room_for_output(model.info, len(prompt.ids), asked, "messages")
+    room = room_for_output(model.info, len(prompt.ids), None if fits else asked, "messages")
     if asked is None:
-        recommended = model.info.recommended_max_tokens
-        asked = room if recommended is None else min(room, recommended)
+        asked = model.info.recommended_max_tokens or room
     sampling = sampling_of(
         body,
         model.info.default_sampling,
-        max_tokens=asked,
+        max_tokens=min(asked, room),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
-        structured_outputs=outputs_of(body),
+        structured_outputs=outputs,
         **({"skip_special_tokens": False} if parsing and parsing.shows_special else {}),
     )
-    await check_outputs(model, body, sampling)
-    return ChatAnswer(service, model, body, [prompt], sampling, parsing)
+    return ChatRun(model, prompt, sampling, parsing)
+
+
+async def length_of(service: Service, body: ChatRequest, most: int) -> int:
+    """How many tokens a chat's prompt has; see ``Service.encode`` for ``most``.
+
+    Raises ApiError and RequestError, naming what is wrong.
+    """
+    model = await service.model(body.model)
+    _, _, prompt = await _begun(service, model, body, max(most, model.info.max_model_len))
+    return len(prompt.ids)
+
+
+async def _begun(
+    service: Service, model: ServedModel, body: ChatRequest, most: int
+) -> tuple[Parsing | None, StructuredOutputsParams | None, Prompt]:
+    """How the answers are taken apart, what they must match, and the prompt that begins them."""
+    use = tool_use(body)
+    form = form_of(model, _template(service, model, body.chat_template), use)
+    text = await _rendered(service, model, body, use.tools)
+    final = last_text(body) if body.continue_final_message else ""
+    outputs, parsing = outputs_of(body), None
+    await check_outputs(model, body, outputs)
+    if form is not None:
+        opened = form.opened_by(text, final)
+        plain, outputs = outputs, await in_answers(model, form, use, opened, bool(final), outputs)
+        parsing = parsing_of(form, model, use, opened, outputs is not plain, body)
+        text += parsing.prefix
+    return parsing, outputs, await _encoded(service, model, body, text, most)
 
 
 def last_text(body: ChatRequest) -> str:
@@ -113,8 +157,15 @@ async def _rendered(
             **variables,
         )
 
-    try:
+    with refused_by_template():
         return await service.rendered(rendered)
+
+
+@contextlib.contextmanager
+def refused_by_template() -> Iterator[None]:
+    """What the chat template refuses is ApiError 422; other RequestErrors stay what they are."""
+    try:
+        yield
     except RequestError as error:
         if "chat template" in str(error):  # nothing is wrong with them but for this model
             param = field_of(str(error)) or "messages"
@@ -148,7 +199,7 @@ def _template(service: Service, model: ServedModel, asked: str | None) -> str | 
     return asked
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ChunkedAnswer):
     """Answers to a chat, whole or as a stream."""
 
     prefix = "chatcmpl"
@@ -157,18 +208,15 @@ class ChatAnswer(Answer):
     def __init__(
         self,
         service: Service,
-        model: ServedModel,
         body: ChatRequest,
-        prompts: list[Prompt],
-        sampling: SamplingParams,
-        parsing: Parsing | None,
+        run: ChatRun,
     ) -> None:
-        super().__init__(service, model, body, prompts, sampling)
+        super().__init__(service, run.model, body, [run.prompt], run.sampling)
         last = body.messages[-1]
         goes_on = body.continue_final_message or body.add_generation_prompt is False
         self._role: str = last["role"] if goes_on else "assistant"
         self._echoed = last_text(body) if body.echo and last["role"] == self._role else ""
-        self._parsing = parsing
+        self._parsing = run.parsing
         self._told_at = time.monotonic()  # when the stream said something
         self._streams: dict[int, ChoiceStream] = {}  # of the choices of a stream that is parsed
 

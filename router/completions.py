@@ -6,15 +6,17 @@ from engine.outputs import CompletionOutput, Piece, PositionLogprobs
 from engine.sampling_params import SamplingParams
 from engine.text import detokenizer
 from engine.tokenizer import Tokenizer
-from router.answers import Answer, check, to_json
+from router.answers import ChunkedAnswer, check, to_json
 from router.errors import wrong
 from router.generation import Generation, Prompt
 from router.logprobs import completion_logprobs, prompt_logprobs
+from router.models import ServedModel
 from router.offsets import TextOffsets
 from router.parameters import refuse_contradictions, room_for_output, sampling_of
-from router.responses import Completion, CompletionChoice, CompletionLogprobs
+from router.prompts import read_prompts
 from router.schema import MOST_PROMPTS, CompletionRequest
-from router.service import ServedModel, Service
+from router.service import Service
+from router.shapes import Completion, CompletionChoice, CompletionLogprobs
 from router.structured import check_outputs, outputs_of
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -29,14 +31,14 @@ async def answer_completion(service: Service, body: CompletionRequest) -> "Compl
     refuse_contradictions(body, model.info)
     if body.max_tokens == 0 and not body.echo:
         raise wrong("max_tokens must be at least 1, but with echo", "max_tokens")
-    prompts = await _prompts(service, model, body)
+    prompts = await read_prompts(service, model, body.prompt, body.add_special_tokens, "prompt")
+    room = min(room_for_output(model.info, len(p.ids), body.max_tokens, "prompt") for p in prompts)
     if len(prompts) * body.choices > MOST_PROMPTS:
         raise wrong(f"n: prompts and n may ask for at most {MOST_PROMPTS} choices together", "n")
     if body.echo:
         for prompt in prompts:
             if prompt.text is None:
                 prompt.text = _echoed(model.tokenizer, prompt.ids, alone=body.max_tokens == 0)
-    room = min(room_for_output(model.info, len(p.ids), body.max_tokens, "prompt") for p in prompts)
     asked = body.max_tokens
     if asked is None:
         recommended = model.info.recommended_max_tokens or DEFAULT_MAX_TOKENS
@@ -52,32 +54,8 @@ async def answer_completion(service: Service, body: CompletionRequest) -> "Compl
         prompt_logprobs=shown,
         structured_outputs=outputs_of(body),
     )
-    await check_outputs(model, body, sampling)
+    await check_outputs(model, body, sampling.structured_outputs)
     return CompletionAnswer(service, model, body, prompts, sampling)
-
-
-async def _prompts(service: Service, model: ServedModel, body: CompletionRequest) -> list[Prompt]:
-    given = body.prompt
-    if isinstance(given, str):
-        given = [given]
-    elif isinstance(given[0], int):
-        given = [given]  # type: ignore[list-item]
-    if len(given) > MOST_PROMPTS:
-        raise wrong(f"prompt: a list may have at most {MOST_PROMPTS} prompts", "prompt")
-    kind = type(given[0])
-    if any(type(one) is not kind for one in given) or kind is int:
-        raise wrong("prompt must be a string, token ids, or a list of one of these", "prompt")
-    if kind is list:
-        for one in given:
-            length = len(one)  # type: ignore[arg-type]
-            room_for_output(model.info, length, body.max_tokens, "prompt")
-            if any(type(i) is not int for i in one):  # type: ignore[union-attr]
-                raise wrong("prompt must be a list of token ids, or a list of such", "prompt")
-        return [Prompt(ids) for ids in given]  # type: ignore[arg-type]
-    texts: list[str] = given  # type: ignore[assignment]
-    special = body.add_special_tokens is not False
-    encoded = await service.encode(model, texts, special, model.info.max_model_len, "prompt")
-    return [Prompt(ids, text) for text, ids in zip(texts, encoded, strict=True)]
 
 
 def _echoed(tokenizer: Tokenizer, ids: Sequence[int], alone: bool) -> str:
@@ -89,7 +67,7 @@ def _echoed(tokenizer: Tokenizer, ids: Sequence[int], alone: bool) -> str:
     return text.push(ids) + (text.finish() if alone else "")
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChunkedAnswer):
     """Completions, whole or as a stream."""
 
     prefix = "cmpl"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import group_of, option
+from engine.config import ServedAs, group_of, option
 from engine.errors import ConfigError
 from engine.log import FORMATS
 from engine.parsing.formats import AUTO, CALL_NAMES, NONE, THINKING_NAMES
@@ -36,6 +36,11 @@ class RouterConfig:
         False, "log a line for each request: its id, status, tokens and times, never its text"
     )
     log_format: str = option("text", "lines for people, or JSON objects", choices=FORMATS)
+    otlp_endpoint: str | None = option(
+        None,
+        "send traces to an OpenTelemetry collector at this URL, by OTLP over HTTP"
+        " (http://localhost:4318); it needs manta-serve[otel]",
+    )
     root_path: str = option("", "the path under which a proxy in front serves this")
     allowed_origins: tuple[str, ...] = option(
         ("*",), "origins whose web pages may call this (CORS); repeatable"
@@ -56,6 +61,11 @@ class RouterConfig:
         AUTO,
         "how the model writes what it thinks; auto finds it by the chat template",
         choices=(AUTO, NONE, *THINKING_NAMES),
+    )
+    strict_tools: bool = option(
+        False,
+        "refuse tools that a provider would run itself (web search and the like) in /v1/responses"
+        " and /v1/messages, which are passed over otherwise",
     )
     max_body_bytes: int = option(16 << 20, "refuse larger request bodies", least=1)
     max_connections_per_client: int | None = option(
@@ -90,6 +100,11 @@ class RouterConfig:
     num_ingress_replicas: int = option(
         1, "replicas of the HTTP side, each a process that makes tokens text", least=1
     )
+
+    @property
+    def served(self) -> ServedAs:
+        """What clients see of the model."""
+        return ServedAs(self.served_model_name, self.tool_call_parser, self.reasoning_parser)
 
     @property
     def replica_bounds(self) -> tuple[int, int]:
@@ -131,4 +146,10 @@ class RouterConfig:
             raise ConfigError(f"min_replicas={least} is more than max_replicas={most}")
         if config.root_path and not config.root_path.startswith("/"):
             raise ConfigError(f"root_path must begin with '/', got {config.root_path!r}")
+        endpoint = config.otlp_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                "otlp_endpoint must be the URL of a collector that takes OTLP over HTTP, as"
+                f" http://localhost:4318, got {endpoint!r}"
+            )
         return config

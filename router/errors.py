@@ -1,17 +1,28 @@
 """Errors as HTTP answers, in the shape that OpenAI's clients know."""
 
+import contextlib
 import re
+from collections.abc import Iterator, Mapping
 
 import msgspec
-from starlette.responses import Response
 
 from engine.errors import EngineError, PromptTooLong, QueueFull, RequestError, Unavailable
 from engine.log import get_logger
-from router.schema import ChatRequest, CompletionRequest
+from router.schema import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 
 log = get_logger("router")
 
-_FIELDS = frozenset(CompletionRequest.__struct_fields__ + ChatRequest.__struct_fields__)
+_FIELDS = frozenset(
+    name
+    for kind in (ChatRequest, CompletionRequest, EmbeddingRequest, RerankRequest, ScoreRequest)
+    for name in kind.__struct_fields__
+)
 
 MOST_CHARACTERS = 2000  # of a message: what was sent may be in it, whatever its size
 # Where a worker is: for the log, and for programs of the cluster, but for no client.
@@ -57,10 +68,6 @@ class ApiError(Exception):
         """The body as JSON."""
         return msgspec.json.encode(ErrorResponse(self.info))
 
-    def response(self) -> Response:
-        """The whole answer."""
-        return Response(self.body(), self.status, self.headers, "application/json")
-
 
 def wrong(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that cannot be served as it is: 400."""
@@ -101,6 +108,20 @@ def api_error(error: BaseException, retry_after: int = 1) -> ApiError:
     return answer
 
 
+@contextlib.contextmanager
+def blaming(fields: Mapping[str, str]) -> Iterator[None]:
+    """What the block blames on one of ``fields`` is blamed on what that is called in the request.
+
+    Raises ApiError for ApiError and RequestError.
+    """
+    try:
+        yield
+    except (ApiError, RequestError) as error:
+        answer = api_error(error)
+        answer.info.param = fields.get(answer.info.param or "", answer.info.param)
+        raise answer from None
+
+
 def _answer(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
@@ -128,5 +149,5 @@ def _answer(error: BaseException) -> ApiError:
 
 def field_of(message: str) -> str | None:
     """The field that a RequestError names, which is the message's first word; None for none."""
-    match = re.match(r"[a-z_]+", message)
+    match = re.match(r"[a-z_0-9]+", message)
     return match[0] if match and match[0] in _FIELDS else None

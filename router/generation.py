@@ -8,6 +8,7 @@ from cluster.streams import Stream
 from engine.collector import Collector
 from engine.outcome import Outcome
 from engine.outputs import Piece
+from engine.sampling_params import SamplingParams
 
 
 @dataclass
@@ -29,12 +30,22 @@ class Taken:
 class Generation:
     """One prompt on its way: its stream of tokens and the text that they make.
 
-    ``first_choice`` is the index in the answer of the first of its completions.
+    ``first_choice`` is the index in the answer of the first of its completions. ``model`` is the
+    name of the model that runs it.
     """
 
-    def __init__(self, collector: Collector, stream: Stream, first_choice: int) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        stream: Stream,
+        first_choice: int,
+        sampling: SamplingParams,
+        model: str,
+    ) -> None:
         self.stream = stream
         self.first_choice = first_choice
+        self.sampling = sampling
+        self.model = model
         self.output = collector.output
         self._collector = collector
 

@@ -7,7 +7,9 @@ from collections.abc import Collection, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from router.error_shapes import error_response
 from router.errors import ApiError, api_error, wrong
+from router.scopes import header_of, key_of, path_of
 from router.sessions import Sessions
 
 OPEN_PATHS = ("/health", "/metrics")
@@ -65,7 +67,7 @@ class Unforeseen:
         except Exception as error:
             if started:
                 raise
-            await api_error(error).response()(scope, receive, send)
+            await error_response(api_error(error), scope)(scope, receive, send)
 
 
 class RequestId:
@@ -75,7 +77,7 @@ class RequestId:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = None if scope["type"] != "http" else _header(scope, REQUEST_ID)
+        given = None if scope["type"] != "http" else header_of(scope, REQUEST_ID)
         if given is None:
             await self._app(scope, receive, send)
             return
@@ -122,14 +124,10 @@ class OldHttp:
 
 def given_id(scope: Scope) -> str | None:
     """The request's X-Request-Id, to be used as its id. Raises ApiError for one that cannot be."""
-    given = _header(scope, REQUEST_ID)
+    given = header_of(scope, REQUEST_ID)
     if given is not None and not _ID.fullmatch(given):
         raise wrong("X-Request-Id must be 1 to 256 visible characters of ASCII", "X-Request-Id")
     return None if given is None else given.decode()
-
-
-def _header(scope: Scope, name: bytes) -> bytes | None:
-    return next((value for key, value in scope["headers"] if key == name), None)
 
 
 class Keys:
@@ -161,7 +159,7 @@ class KeyGuard:
                 error = ApiError(
                     401, problem, code="invalid_api_key", headers={"www-authenticate": "Bearer"}
                 )
-                await error.response()(scope, receive, send)
+                await error_response(error, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -169,29 +167,20 @@ class KeyGuard:
         return path_of(scope) in self._open_paths
 
     def _problem(self, scope: Scope) -> str | None:
-        given = _header(scope, b"authorization")
-        if given is None:
+        key = key_of(scope)
+        if key is None:
             if self._sessions.accepts(scope):
                 return None
-            return "no API key: send it as 'Authorization: Bearer KEY'"
-        kind, _, key = given.partition(b" ")
-        if not self._keys.known(key) or kind.lower() != b"bearer":
-            return "the API key is wrong"
-        return None
-
-
-def path_of(scope: Scope) -> str:
-    """The path of a request, below the one where a proxy serves this."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+            return "no API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+        return None if self._keys.known(key) else "the API key is wrong"
 
 
 def client_of(scope: Scope, by_key: bool) -> str:
     """Who a request is from: the digest of its API key, or the address that HAProxy saw."""
     if not by_key:
         return client_address(scope)
-    given = _header(scope, b"authorization")
-    return "" if given is None else _digest(given.partition(b" ")[2].strip()).hex()
+    key = key_of(scope)
+    return "" if key is None else _digest(key.strip()).hex()
 
 
 def client_address(scope: Scope) -> str:

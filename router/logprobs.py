@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from engine.outputs import Logprob, PositionLogprobs
 from engine.tokenizer import Tokenizer
-from router.responses import (
+from router.shapes import (
     ChatLogprobs,
     CompletionLogprobs,
     PromptLogprob,

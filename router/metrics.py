@@ -32,17 +32,12 @@ Labels = Mapping[str, str]
 Sources = list[tuple[Labels, list[Metric]]]
 
 
-async def collect(
-    engines: Sequence[EngineClient], name: str | None, ingress: Mapping[str, list[Metric]]
-) -> Sources:
+async def collect(engines: Sequence[EngineClient], ingress: Mapping[str, list[Metric]]) -> Sources:
     """The metrics of engines, asked now, and of ingress processes by their ids, with the labels of
-    each.
-
-    name: of the model; each engine's own by default.
-    """
+    each."""
     counted = await asyncio.gather(*map(_ask, engines))
     sources: Sources = [
-        ({"model_name": name or engine.info.model, "engine": engine.info.engine_id}, metrics)
+        ({"model_name": engine.info.names[0], "engine": engine.info.engine_id}, metrics)
         for engine, metrics in zip(engines, counted, strict=True)
     ]
     return sources + [({"ingress": id}, metrics) for id, metrics in sorted(ingress.items())]

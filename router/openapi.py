@@ -6,15 +6,22 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
-from router import responses
+from router import shapes
 from router.errors import ErrorResponse
 from router.fields import HARMLESS, NEUTRAL
+from router.messages_schema import CountRequest, MessagesRequest
+from router.messages_shapes import AssistantMessage, MessagesError, TokenCount
 from router.metrics import PREFIXES
+from router.responses_schema import ResponsesRequest
+from router.responses_shapes import Response
 from router.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     Message,
+    RerankRequest,
+    ScoreRequest,
     TokenizeRequest,
     Tool,
 )
@@ -35,18 +42,29 @@ _BODY = (400, 413, 415, 500, 503)
 # Path to (method, request, answer, errors).
 _PATHS: Mapping[str, tuple[str, Any, Any, tuple[int, ...]]] = {
     "/v1/completions": (
-        "post", CompletionRequest, responses.Completion, (*_BODY, 404, 429)
+        "post", CompletionRequest, shapes.Completion, (*_BODY, 404, 429)
     ),
     "/v1/chat/completions": (
-        "post", ChatRequest, responses.ChatCompletion, (*_BODY, 404, 422, 429)
+        "post", ChatRequest, shapes.ChatCompletion, (*_BODY, 404, 422, 429)
     ),
-    "/v1/models": ("get", None, responses.ModelList, (503,)),
-    "/v1/models/{id}": ("get", None, responses.Model, (404, 503)),
-    "/tokenize": ("post", TokenizeRequest, responses.Tokens, (*_BODY, 404, 422)),
-    "/detokenize": ("post", DetokenizeRequest, responses.Detokenized, (*_BODY, 404)),
+    "/v1/responses": (
+        "post", ResponsesRequest, Response, (*_BODY, 404, 422, 429)
+    ),
+    "/v1/messages": ("post", MessagesRequest, AssistantMessage, (*_BODY, 404, 422, 429)),
+    "/v1/messages/count_tokens": ("post", CountRequest, TokenCount, (*_BODY, 404, 422)),
+    "/v1/embeddings": (
+        "post", EmbeddingRequest, shapes.EmbeddingList, (*_BODY, 404, 429)
+    ),
+    "/v1/rerank": ("post", RerankRequest, shapes.Ranking, (*_BODY, 404, 422, 429)),
+    "/v2/rerank": ("post", RerankRequest, shapes.Ranking, (*_BODY, 404, 422, 429)),
+    "/v1/score": ("post", ScoreRequest, shapes.ScoreList, (*_BODY, 404, 422, 429)),
+    "/v1/models": ("get", None, shapes.ModelList, (503,)),
+    "/v1/models/{id}": ("get", None, shapes.Model, (404, 503)),
+    "/tokenize": ("post", TokenizeRequest, shapes.Tokens, (*_BODY, 404, 422)),
+    "/detokenize": ("post", DetokenizeRequest, shapes.Detokenized, (*_BODY, 404)),
     "/health": ("get", None, None, (503,)),
-    "/load": ("get", None, responses.Load, ()),
-    "/version": ("get", None, responses.Version, ()),
+    "/load": ("get", None, shapes.Load, ()),
+    "/version": ("get", None, shapes.Version, ()),
     "/metrics": ("get", None, None, (400,)),
 }  # fmt: skip
 _PARAMETERS: Mapping[str, dict[str, Any]] = {
@@ -57,7 +75,16 @@ _PARAMETERS: Mapping[str, dict[str, Any]] = {
         "name": "names", "in": "query", "schema": {"enum": [*PREFIXES], "default": "vllm"}
     },
 }  # fmt: skip
-_STREAMS = ("/v1/completions", "/v1/chat/completions")
+_STREAMS = {
+    "/v1/completions": "a chunk as JSON; [DONE] at the end",
+    "/v1/chat/completions": "a chunk as JSON; [DONE] at the end",
+    "/v1/responses": "an event as JSON; its type is also the event's",
+    "/v1/messages": "an event as JSON; its type is also the event's",
+}
+_ANTHROPIC = "/v1/messages"  # how the paths of routes with Anthropic's errors begin
+_GENERATING = (
+    "ChatRequest", "CompletionRequest", "ResponsesRequest", "MessagesRequest", "CountRequest",
+)  # fmt: skip
 _OPEN = ("/health", "/metrics")
 _TEXTS = {
     "integer": r"^-?[0-9]{1,30}(\.0{1,30})?$",
@@ -80,7 +107,7 @@ def describe(app: FastAPI, keys: bool) -> None:
 def _description(app: FastAPI, keys: bool) -> dict[str, Any]:
     kinds = [k for _, *pair, _ in _PATHS.values() for k in pair if k is not None]
     refs, schemas = msgspec.json.schema_components(
-        [*kinds, ErrorResponse, Message, Tool], ref_template=_REF
+        [*kinds, ErrorResponse, MessagesError, Message, Tool], ref_template=_REF
     )
     by_kind = dict(zip(kinds, refs, strict=False))
     _complete(schemas)
@@ -124,14 +151,15 @@ def _responses(path: str, answer: Any, errors: tuple[int, ...], keys: bool) -> d
     if path == "/metrics":
         good["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if path in _STREAMS:
-        data = {"type": "string", "description": "a chunk as JSON; [DONE] at the end"}
+        data = {"type": "string", "description": _STREAMS[path]}
         event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
         good["content"]["text/event-stream"] = {"schema": event}
     described: dict[str, Any] = {"200": good}
     if keys and path not in _OPEN:
         errors = (*errors, 401)
     for status in sorted(errors):
-        schema = {"$ref": _REF.format(name="ErrorResponse")}
+        kind = "MessagesError" if path.startswith(_ANTHROPIC) else "ErrorResponse"
+        schema = {"$ref": _REF.format(name=kind)}
         described[str(status)] = {
             "description": _STATUS[status],
             "content": {"application/json": {"schema": schema}},
@@ -146,24 +174,31 @@ def _responses(path: str, answer: Any, errors: tuple[int, ...], keys: bool) -> d
 def _complete(schemas: dict[str, Any]) -> None:
     """What the structs do not say: the shape of messages, and fields with neutral values only."""
     schemas["Message"]["additionalProperties"] = False
-    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest"):
+    for name in (*_GENERATING, "TokenizeRequest"):
         properties = schemas[name]["properties"]
         for field in NEUTRAL.keys() & properties.keys():  # known here, not everywhere
             properties[field]["anyOf"].append({"enum": ["", [], {}]})
+    for name in ("ChatRequest", "TokenizeRequest"):
+        properties = schemas[name]["properties"]
         for field, item in (("messages", "Message"), ("tools", "Tool")):
             listed = properties.get(field, {})
             for kind in (listed, *listed.get("anyOf", ())):
                 if "items" in kind:
                     kind["items"] = {"$ref": _REF.format(name=item)}
-    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest"):
+    asked = [kind.__name__ for _, kind, _, _ in _PATHS.values() if kind is not None]
+    for name in asked:
         schemas[name]["additionalProperties"] = {"type": "null"}
     kinds = {
-        name: set(schemas[name]["properties"]) for name in ("ChatRequest", "CompletionRequest")
+        name: set(schemas[name]["properties"])
+        for name in asked
+        if name not in ("TokenizeRequest", "DetokenizeRequest")
     }
-    for name in kinds:
+    for name in (*kinds, "ThinkingOptions"):
         properties = schemas[name]["properties"]
         for field in properties:
             properties[field] = _with_numbers_as_text(properties[field])
+    for name in kinds:
+        properties = schemas[name]["properties"]
         for field in set(HARMLESS) - kinds[name]:
             properties[field] = {"description": "accepted; has no effect"}
         for field, values in NEUTRAL.items():

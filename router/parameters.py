@@ -10,12 +10,19 @@ from router.schema import Sampling
 
 def refuse_contradictions(body: Sampling, info: EngineInfo) -> None:
     """Raises ApiError for fields that are right, but not with each other or with this engine."""
+    if not info.generates:
+        raise wrong("the model generates no text: it has no output layer", "model")
     options = body.stream_options
     if options and (options.include_usage or options.continuous_usage_stats) and not body.stream:
         raise wrong("stream_options needs stream to be true", "stream_options")
     if body.prompt_logprobs is not None and body.stream:
         raise wrong("prompt_logprobs: a stream has none", "prompt_logprobs")
-    if body.priority and info.scheduling_policy != "priority":
+    refuse_priority(body.priority, info)
+
+
+def refuse_priority(priority: int | None, info: EngineInfo) -> None:
+    """Raises ApiError for a priority where the engine knows none."""
+    if priority and info.scheduling_policy != "priority":
         raise wrong(
             "priority needs a server with --scheduling-policy priority; this one's is"
             f" {info.scheduling_policy}",

@@ -23,11 +23,10 @@ from engine.parsing.parts import (
 from engine.parsing.response_template import template_answer
 from engine.parsing.source import NO_TAGS, Tags
 from engine.tokenizer import Tokenizer
-from router.config import RouterConfig
 from router.errors import wrong
-from router.responses import CalledFunction, ChatDelta, ChatMessage, ToolCall
+from router.models import ServedModel
 from router.schema import ChatRequest
-from router.service import ServedModel
+from router.shapes import CalledFunction, ChatDelta, ChatMessage, ToolCall
 from router.tools import ToolUse
 
 log = get_logger("router")
@@ -63,15 +62,13 @@ class Parsing:
         return [part for part in parts if not isinstance(part, Reasoning)]
 
 
-def form_of(
-    config: RouterConfig, model: ServedModel, chat_template: str | None, use: ToolUse
-) -> AnswerFormat | None:
+def form_of(model: ServedModel, chat_template: str | None, use: ToolUse) -> AnswerFormat | None:
     """The format of a chat's answers; None if they are text and no more.
 
     Raises ApiError for tools if no format of calls is known.
     """
     template = model.tokenizer.chat_template(chat_template, bool(use.tools)) or ""
-    names = config.tool_call_parser, config.reasoning_parser
+    names = model.info.served.tool_call_parser, model.info.served.reasoning_parser
     form = answer_format(*names, template, bool(use.tools))
     if (
         model.tokenizer.response_template is not None
@@ -83,6 +80,13 @@ def form_of(
         raise wrong(
             "tools: it is not known how this model writes calls; the server's option"
             " --tool-call-parser names a format",
+            "tools",
+        )
+    if use.strict and form is not None and not form.layouts:
+        name = found_by(template)[0] if names[0] == AUTO else names[0]
+        name = "the checkpoint's response_template" if name == NONE else name
+        raise wrong(
+            f"tools: strict is not supported in the format of this model's calls ({name})",
             "tools",
         )
     return form
@@ -107,16 +111,20 @@ def _special(tokenizer: Tokenizer, form: AnswerFormat) -> tuple[bool, Tags]:
 
 
 def parsing_of(
-    form: AnswerFormat, model: ServedModel, use: ToolUse, text: str, final: str, body: ChatRequest
+    form: AnswerFormat,
+    model: ServedModel,
+    use: ToolUse,
+    opened: bool,
+    constrained: bool,
+    body: ChatRequest,
 ) -> Parsing:
-    """How the answers that follow the rendered chat ``text`` are taken apart. final: the message
-    at its end that goes on, if one does.
+    """How answers are taken apart. opened: whether the prompt has begun the thinking. constrained:
+    whether a grammar makes them calls, where they must be.
 
     Raises ApiError if the answer cannot be made to begin with a call.
     """
-    opened = form.opened_by(text, final)
-    prefix = form.prefix(use.name, opened) if use.forced else ""
-    if prefix is None or (prefix and final):
+    prefix = form.prefix(use.name, opened) if use.forced and not constrained else ""
+    if prefix is None or (use.forced and body.continue_final_message):
         raise wrong("tool_choice: this answer cannot be made to begin with a call", "tool_choice")
     uses_special, others = _special(model.tokenizer, form)
     return Parsing(

@@ -6,7 +6,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from router.access import remember
-from router.answers import DONE, Answer
+from router.answers import Answer, WholeAnswer
+from router.error_shapes import error_response
 from router.errors import api_error, client_closed
 from router.guard import client_of
 
@@ -25,10 +26,10 @@ class Reply(Response):
     what the request had there.
     """
 
-    def __init__(self, answer: Answer, own_id: bool) -> None:
+    def __init__(self, answer: WholeAnswer, own_id: bool) -> None:
         super().__init__(None)
         self._answer = answer
-        self._id = {"x-request-id": answer.id} if own_id else {}
+        self._id = dict.fromkeys(answer.id_headers, answer.id) if own_id else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stats = self._answer.service.stats
@@ -49,12 +50,13 @@ class Reply(Response):
                 work.cancel()
                 await asyncio.wait((work,))  # so that nothing of it is left
         if work.cancelled():
-            await client_closed().response()(scope, receive, send)
+            await error_response(client_closed(), scope)(scope, receive, send)
         else:
             work.result()
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = self._answer
+        stream = answer if isinstance(answer, Answer) and answer.streaming else None
         started = False
         try:
             async with answer.service.generations(
@@ -62,25 +64,26 @@ class Reply(Response):
                 answer.prompts,
                 answer.sampling,
                 answer.priority,
-                answer.streaming,
+                stream is not None,
                 client_of(scope, by_key=bool(answer.service.config.api_key)),
+                answer.pools,
             ) as generations:
                 remember(scope, generations)
-                if answer.streaming:
+                if stream is not None:
                     own = [(name.encode(), value.encode()) for name, value in self._id.items()]
                     headers = [*STREAM_HEADERS, *own]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     started = True
-                    async for data in answer.events(generations):
+                    async for data in stream.events(generations):
                         await send({"type": "http.response.body", "body": data, "more_body": True})
                 else:
                     body = await answer.complete(generations)
         except Exception as error:
-            failure = api_error(error, answer.service.retry_after())
-            if not started:
-                await failure.response()(scope, receive, send)
+            failure = api_error(error, answer.service.retry_after(error))
+            if stream is None or not started:
+                await error_response(failure, scope)(scope, receive, send)
                 return
-            data = b"data: " + failure.body() + b"\n\n" + DONE
+            data = stream.failed(failure)
             await send({"type": "http.response.body", "body": data, "more_body": True})
         if started:
             await send({"type": "http.response.body", "body": b""})

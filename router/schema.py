@@ -23,6 +23,23 @@ Stop = Annotated[str, Meta(min_length=1, max_length=4096)]
 BadWord = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
+Prompts = (
+    str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=1 << 22)]
+)
+Priority = Annotated[
+    Annotated[int, Meta(ge=-_INT32, le=_INT32)] | None,
+    Meta(description="lower first; needs the server's scheduling_policy 'priority'"),
+]
+Id = Annotated[
+    Annotated[str, Meta(pattern=r"^[!-~]{1,256}(?!\n)$")] | None,
+    Meta(
+        description="the end of the answer's id, and x-request-id; the request's header of that"
+        " name by default"
+    ),
+]
+ModelName = Annotated[str | None, Meta(description="one of /v1/models; the first by default")]
+User = Annotated[str | None, Meta(description="accepted; has no effect")]
+
 # How a chat becomes a prompt, for chats and for /tokenize.
 Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=1 << 16)]
 AddGenerationPrompt = Annotated[
@@ -52,6 +69,8 @@ Tools = Annotated[
 Documents = Annotated[
     list[dict[str, str]] | None, Meta(description="for chat templates that take documents")
 ]
+TopK = Annotated[Annotated[int, Meta(ge=-1, le=_INT32)] | None, Meta(description="0 or -1 is off")]
+Harmless = Annotated[Any, Meta(description="accepted; has no effect")]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -119,7 +138,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The fields that completions and chats have in common. null is the same as leaving out;
     where no default is said it is the checkpoint's generation_config.json's, or none at all."""
 
-    model: Annotated[str | None, Meta(description="one of /v1/models; the first by default")] = None
+    model: ModelName = None
     n: Annotated[
         Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None, Meta(description="choices; 1")
     ] = None
@@ -127,9 +146,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Annotated[float, Meta(ge=0, le=100)] | None, Meta(description="0 is greedy")
     ] = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[
-        Annotated[int, Meta(ge=-1, le=_INT32)] | None, Meta(description="0 or -1 is off")
-    ] = None
+    top_k: TopK = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -171,18 +188,9 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     return_tokens_as_token_ids: Annotated[
         bool | None, Meta(description="tokens of logprobs are written 'token_id:ID'")
     ] = None
-    priority: Annotated[
-        Annotated[int, Meta(ge=-_INT32, le=_INT32)] | None,
-        Meta(description="lower first; needs the server's scheduling_policy 'priority'"),
-    ] = None
-    request_id: Annotated[
-        Annotated[str, Meta(pattern=r"^[!-~]{1,256}(?!\n)$")] | None,
-        Meta(
-            description="the end of the answer's id, and x-request-id; the request's header of"
-            " that name by default"
-        ),
-    ] = None
-    user: Annotated[str | None, Meta(description="accepted; has no effect")] = None
+    priority: Priority = None
+    request_id: Id = None
+    user: User = None
 
     @property
     def choices(self) -> int:
@@ -192,9 +200,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions."""
 
-    prompt: (
-        str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1, max_length=1 << 22)]
-    )
+    prompt: Prompts
     max_tokens: Annotated[Count | None, Meta(description="16; 0 only with echo")] = None
     echo: Annotated[bool | None, Meta(description="the text begins with the prompt")] = None
     logprobs: Annotated[
@@ -306,3 +312,57 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
         Meta(description=f"at most {MOST_DETOKENIZED}, or as many as the model's length"),
     ]
     model: str | None = None
+
+
+class PoolingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The fields that all requests for vectors have in common."""
+
+    model: ModelName = None
+    use_activation: Annotated[
+        bool | None,
+        Meta(description="embeddings of length 1, scores as probabilities; as the checkpoint says"),
+    ] = None
+    priority: Priority = None
+    request_id: Id = None
+    user: User = None
+
+
+class EmbeddingRequest(PoolingRequest, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/embeddings."""
+
+    input: Prompts
+    encoding_format: Annotated[
+        Literal["float", "base64"] | None,
+        Meta(description="base64: float32, little-endian; float by default"),
+    ] = None
+    dimensions: Annotated[
+        Positive | None, Meta(description="only so many leading values; all by default")
+    ] = None
+    add_special_tokens: AddSpecialTokens = None
+
+
+class Document(msgspec.Struct, forbid_unknown_fields=True):
+    """A text, as some clients write it."""
+
+    text: str
+
+
+Texts = Annotated[list[str], Meta(min_length=1, max_length=MOST_PROMPTS)]
+
+
+class RerankRequest(PoolingRequest, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/rerank."""
+
+    query: str
+    documents: Annotated[list[str | Document], Meta(min_length=1, max_length=MOST_PROMPTS)]
+    top_n: Annotated[Count | None, Meta(description="the best ones; 0, all by default")] = None
+    return_documents: Annotated[
+        bool | None, Meta(description="the documents in the answer; true by default")
+    ] = None
+
+
+class ScoreRequest(PoolingRequest, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/score."""
+
+    text_1: Annotated[str | Texts, Meta(description="a text, or one for each of text_2")]
+    text_2: str | Texts

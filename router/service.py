@@ -1,8 +1,7 @@
-"""What all routes share: the engines, the model that they serve, and a request's way to one."""
+"""What all routes share: the engines, the models that they serve, and a request's way to one."""
 
 import asyncio
 import contextlib
-import hashlib
 import math
 import time
 import uuid
@@ -15,14 +14,13 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from cluster.attempts import Attempt
-from cluster.client import EngineClient, EngineInfo, Sink
+from cluster.client import EngineClient, Sink
 from cluster.streams import Stream, settled
-from engine.chat import load_template
 from engine.collector import Collector
 from engine.continuation import Continuation, begin
 from engine.errors import EngineError, QueueFull, Unavailable
@@ -31,10 +29,10 @@ from engine.stats import Metric
 from engine.tokenizer import Tokenizer
 from router.balance import Balancer
 from router.config import RouterConfig
-from router.errors import ApiError, too_long
+from router.errors import too_long
 from router.generation import Generation, Prompt
 from router.metrics import Sources, collect, render
-from router.rendering import Renderer
+from router.models import Models, ServedModel
 from router.states import engines_by_id, engines_metric
 from router.stats import RouterStats
 
@@ -56,32 +54,9 @@ Others = Callable[[], Awaitable[Mapping[str, list[Metric]]]]
 Look = Callable[[], Awaitable[None]]
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """What the engines serve, as the routes need it."""
-
-    info: EngineInfo
-    tokenizer: Tokenizer
-    chat_template: str | None
-    names: tuple[str, ...]
-    fingerprint: str
-    created: int
-
-    @cached_property
-    def _facts(self) -> EngineInfo:
-        return _facts(self.info)
-
-    def fits(self, engine: EngineClient) -> bool:
-        """Whether an engine serves just this; during an update there may be others."""
-        return _facts(engine.info) == self._facts
-
-
-def _facts(info: EngineInfo) -> EngineInfo:
-    return replace(info, engine_id="", num_device_blocks=0, num_cpu_blocks=0, start_seconds=0.0)
-
-
 class Service:
-    """The state of one ingress process. ``engines`` is live: engines come and go in it."""
+    """The state of one ingress process. ``engines`` is live: engines come and go in it;
+    ``declared`` gives the names of the models that there are to be: see ``Models``."""
 
     def __init__(
         self,
@@ -89,6 +64,7 @@ class Service:
         engines: Collection[EngineClient],
         others: Others | None = None,
         look: Look | None = None,
+        declared: Callable[[], Collection[str]] | None = None,
     ) -> None:
         self.id = uuid.uuid4().hex[:8]
         self.config = config
@@ -99,94 +75,66 @@ class Service:
         self.draining = False
         self.body_bytes = 0  # of request bodies that are not complete
         self.balancer = Balancer()
-        self._model: ServedModel | None = None
-        self._loading = asyncio.Lock()
+        self.models = Models(self.reachable, look, declared or (lambda: ()))
         self._heavy = ThreadPoolExecutor(HEAVY_THREADS, "manta-heavy")
-        self._renderer = Renderer()
         self._rendering = ThreadPoolExecutor(1, "manta-rendering")
-        self._watching: asyncio.Task[None] | None = None
-        self._missing_since: float | None = None  # when it was first seen that none is there
+        self._watching: dict[str, asyncio.Task[None]] = {}  # by the model's id
+        # When a model was first seen to have no engine, by its name; "" is for any model.
+        self._missing_since: dict[str, float] = {}
 
     # ---- the engines ----
 
-    async def reachable(self) -> list[EngineClient]:
-        """The engines that make progress: those that admit requests, or else those that drain.
+    async def reachable(self, name: str | None = None) -> list[EngineClient]:
+        """The engines of a model, or of all, that make progress: those that admit requests, or else
+        those that drain.
 
         If none admits, it looks around first: without that, an engine that one ingress process has
         found already, and has called healthy, would not be there for another.
         """
-        if not self._admitting() and self._look is not None:
+        if not self._admitting(name) and self._look is not None:
             await self._look()
-        found = self._admitting() or [engine for engine in self.engines if engine.healthy]
-        if found:
-            self._missing_since = None
+        found = self._admitting(name) or [one for one in self._of(name) if one.healthy]
+        if found and self._missing_since:
+            for known in ("", *(n for engine in found for n in engine.info.names)):
+                self._missing_since.pop(known, None)
         return found
 
-    def retry_after(self) -> int:
-        """Seconds after which a request that cannot be served now should come again.
+    def retry_after(self, error: BaseException | None = None) -> int:
+        """Seconds after which a request that cannot be served now, as ``error`` says, should come
+        again.
 
-        1 if an engine admits requests or all drain; else what is left of the time until one that
-        has died is replaced.
+        1 if an engine, of the model that is missing, admits requests or all drain; else what is
+        left of the time until one that has died is replaced.
         """
         now = time.monotonic()
-        if any(engine.healthy for engine in self.engines):
-            self._missing_since = None
+        model = error.model if isinstance(error, Unavailable) else ""
+        if any(engine.healthy for engine in self._of(model or None)):
+            self._missing_since.pop(model, None)
             return 1
-        if self._missing_since is None:
-            self._missing_since = now
-        start = self._model.info.start_seconds if self._model is not None else 0.0
-        left = start + REPLACING - (now - self._missing_since)
+        since = self._missing_since.setdefault(model, now)
+        known = [one for one in self.models if not model or model in one.info.names]
+        start = max((one.info.start_seconds for one in known), default=0.0)
+        left = start + REPLACING - (now - since)
         return max(1, min(MOST_RETRY_AFTER, math.ceil(left)))
 
-    def _admitting(self) -> list[EngineClient]:
-        return [engine for engine in self.engines if engine.healthy and engine.load.admits]
+    def _of(self, name: str | None) -> list[EngineClient]:
+        return [engine for engine in self.engines if name is None or name in engine.info.names]
 
-    # ---- the model ----
+    def _admitting(self, name: str | None) -> list[EngineClient]:
+        return [engine for engine in self._of(name) if engine.healthy and engine.load.admits]
 
     async def model(self, name: str | None = None) -> ServedModel:
-        """The model, under the name that a request gives.
-
-        Raises ApiError 404 for another name, Unavailable while no engine is there.
-        """
-        model = self._model
-        if model is None or not any(map(model.fits, self._admitting())):
-            model = await self._load()
-        if name is not None and name not in model.names:
-            raise ApiError(
-                404,
-                f"the model {name[:200]!r} does not exist; there is {', '.join(model.names)}",
-                param="model",
-                code="model_not_found",
-            )
+        """The model of the name that a request gives; raises as ``Models.load`` does."""
+        model = None if name is None else self.models.named(name)
+        if model is None or not any(map(model.fits, self._admitting(name))):
+            model = await self.models.load(name)
         return model
 
-    async def _load(self) -> ServedModel:
-        async with self._loading:
-            engines = await self.reachable()
-            model = self._model
-            if model is not None and (not engines or any(map(model.fits, engines))):
-                return model
-            if not engines:
-                raise Unavailable("no engine is ready yet", "starting")
-            self._model = await asyncio.to_thread(self._resolve, engines[0].info)
-            return self._model
-
-    def _resolve(self, info: EngineInfo) -> ServedModel:
-        names = self.config.served_model_name or (info.model,)
-        facts = (info.model, info.revision, info.max_model_len, info.vocab_size, info.block_size)
-        digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-        template = info.chat_template
-        tokenizer = Tokenizer.load(info.tokenizer, info.revision, info.chat_options)
-        tokenizer.renderer = self._renderer.render
-        self._renderer.start()
-        return ServedModel(
-            info,
-            tokenizer,
-            None if template is None else load_template(template),
-            names,
-            f"fp_{digest}",
-            int(time.time()),
-        )
+    async def served(self) -> list[ServedModel]:
+        """The models that requests may be for, by id. Raises Unavailable if there is none yet."""
+        if self._look is not None:
+            await self._look()
+        return await self.models.load_all()
 
     # ---- requests ----
 
@@ -266,8 +214,10 @@ class Service:
         priority: int,
         streaming: bool,
         client: str = "",
+        pools: bool = False,
     ) -> AsyncIterator[list[Generation]]:
         """The prompts' generations, all queued; none outlives the block. ``client`` asks for them.
+        ``pools``: they become vectors, which the outputs have.
 
         Raises RequestError (QueueFull, PromptTooLong) and EngineError.
         """
@@ -282,12 +232,14 @@ class Service:
                 bad_words=bad_words,
                 priority=priority,
                 client=client,
+                pools=pools,
                 timeout=self.config.request_timeout,
             )
             route = _Route(self, model)
             stream = await Stream(request, route, model.info.failover).start()
             text = Collector(request, prompt.text, model.tokenizer, stream.metrics, streaming)
-            started.append(Generation(text, stream, number * sampling.n))
+            first = number * sampling.n
+            started.append(Generation(text, stream, first, sampling, model.id))
 
         try:
             await settled(start(number, prompt) for number, prompt in enumerate(prompts))
@@ -301,18 +253,19 @@ class Service:
         """Whether an engine takes requests for a model: as soon as one does, or after so many
         seconds not."""
         deadline = time.monotonic() + seconds
-        while not any(map(model.fits, self._admitting())):
+        while not any(map(model.fits, self._admitting(model.id))):
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            if self._watching is None or self._watching.done():  # one looks for all who wait
-                self._watching = asyncio.create_task(self._watch())
-            await asyncio.wait((self._watching,), timeout=left)
+            watching = self._watching.get(model.id)
+            if watching is None or watching.done():  # one looks for all who wait
+                watching = self._watching[model.id] = asyncio.create_task(self._watch(model))
+            await asyncio.wait((watching,), timeout=left)
         return True
 
-    async def _watch(self) -> None:
-        await self.reachable()
-        if not self._admitting():
+    async def _watch(self, model: ServedModel) -> None:
+        await self.reachable(model.id)
+        if not any(map(model.fits, self._admitting(model.id))):
             await asyncio.sleep(WATCH_EVERY)
 
     async def admit(
@@ -323,17 +276,17 @@ class Service:
         ``look``: whether to look around, if no engine takes requests. Raises RequestError and
         EngineError; Unavailable if none does.
         """
-        engines = await self.reachable() if look else []
-        refusal: Exception = Unavailable("no engine is ready yet", "starting")
+        engines = await self.reachable(model.id) if look else []
+        refusal: Exception = Unavailable("no engine is ready yet", "starting", model.id)
         if any(engine.load.draining for engine in engines):
             refusal = _draining()
         elif any(engine.load.recovering for engine in engines):
-            refusal = Unavailable("the engine's workers are started again", "starting")
+            refusal = Unavailable("the engine's workers are started again", "starting", model.id)
         tried: set[str] = set()
         while True:
             candidates = [
                 engine
-                for engine in self._admitting()
+                for engine in self._admitting(model.id)
                 if model.fits(engine) and engine.info.engine_id not in tried
             ]
             if not candidates:
@@ -348,6 +301,7 @@ class Service:
                 async with asyncio.timeout(patience):
                     attempt = await ticket.client.submit(request, sink)
                 attempt.place = ticket
+                attempt.stay.engine = ticket.client.info.engine_id
                 return attempt
             except TimeoutError:  # it may hang; submit has taken the request back
                 ticket.ended()
@@ -372,9 +326,7 @@ class Service:
         """The metrics of the whole application."""
         ingress = {} if self._others is None else dict(await self._others())
         ingress[self.id] = self.metrics()
-        served = self.config.served_model_name
-        engines = list(engines_by_id(self.engines))
-        return await collect(engines, served[0] if served else None, ingress)
+        return await collect(list(engines_by_id(self.engines)), ingress)
 
     async def scrape(self, names: str) -> bytes:
         """The whole application's metrics as Prometheus text; ``names`` as in router/metrics.py."""

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 
 from cluster.client import EngineClient
 from engine.stats import Metric, Sample
-from router.responses import EngineState
+from router.shapes import EngineState
 
 STATES = ("healthy", "recovering", "draining", "unhealthy")
 
@@ -20,6 +20,7 @@ def engine_states(engines: Collection[EngineClient]) -> list[EngineState]:
     return [
         EngineState(
             engine_id=engine.info.engine_id,
+            model=engine.info.names[0],
             healthy=engine.healthy,
             draining=engine.load.draining,
             recovering=engine.load.recovering,

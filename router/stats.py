@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,6 +19,10 @@ STAGES = {
     "first_token": "arrival at the engine to first token",
     "stream": "tokens to text and chunks, all of a request's",
 }
+# Of the request whose context this is, if it is traced: (stage, its end, its seconds).
+STAGES_SEEN: ContextVar[list[tuple[str, float, float]] | None] = ContextVar(
+    "manta_stages_seen", default=None
+)
 CAUSES = ("lost", "drained", "recovering")  # of a move
 MOVE_SECONDS = (
     0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
@@ -38,8 +43,10 @@ class RouterStats:
         self.in_flight = 0  # answers that are not all sent
 
     def observe(self, stage: str, seconds: float) -> None:
-        """A request spent so long in a stage."""
+        """A request spent so long in a stage, until now."""
         self._stages[stage].observe(seconds)
+        if (seen := STAGES_SEEN.get()) is not None:
+            seen.append((stage, time.monotonic(), seconds))
 
     def moved(self, cause: str, seconds: float) -> None:
         """A request went on at another engine; its next token came so much later."""

@@ -4,11 +4,10 @@ import msgspec
 
 from engine.errors import RequestError
 from engine.grammar_trial import trial_of
-from engine.sampling_params import SamplingParams
 from engine.structured_outputs import StructuredOutputsParams
 from router.errors import wrong
+from router.models import ServedModel
 from router.schema import Sampling
-from router.service import ServedModel
 
 
 def outputs_of(body: Sampling) -> StructuredOutputsParams | None:
@@ -46,13 +45,20 @@ def _format_of(body: Sampling) -> StructuredOutputsParams | None:
     return None
 
 
-async def check_outputs(model: ServedModel, body: Sampling, sampling: SamplingParams) -> None:
+async def tried(model: ServedModel, outputs: StructuredOutputsParams) -> None:
+    """Raises RequestError for what could not be enforced."""
+    info = model.info
+    await trial_of(info.tokenizer, info.revision, info.vocab_size).checked(outputs)
+
+
+async def check_outputs(
+    model: ServedModel, body: Sampling, outputs: StructuredOutputsParams | None
+) -> None:
     """Raises ApiError and RequestError, naming the field, for what could not be enforced."""
-    outputs, info = sampling.structured_outputs, model.info
     if outputs is None:
         return
     try:
-        await trial_of(info.tokenizer, info.revision, info.vocab_size).checked(outputs)
+        await tried(model, outputs)
     except RequestError as error:
         if body.structured_outputs is not None:
             raise

@@ -18,13 +18,14 @@ class ToolUse:
     """The tools that the model is shown, and what it must do with them.
 
     forced: whether the answer must begin with a call; name: of which tool, if of one.
-    most_calls: None is no bound.
+    most_calls: None is no bound. strict: whether a tool that may be called is strict.
     """
 
     tools: tuple[Mapping[str, Any], ...] = ()
     forced: bool = False
     name: str | None = None
     most_calls: int | None = None
+    strict: bool = False
 
 
 def tool_use(body: ChatRequest) -> ToolUse:
@@ -49,7 +50,15 @@ def tool_use(body: ChatRequest) -> ToolUse:
         raise wrong("tool_choice 'required' needs tools", "tool_choice")
     one = named is not None or body.parallel_tool_calls is False
     return ToolUse(
-        tuple(tools), named is not None or choice == "required", named, 1 if one else None
+        tools=tuple(tools),
+        forced=named is not None or choice == "required",
+        name=named,
+        most_calls=1 if one else None,
+        strict=any(
+            tool["function"].get("strict") is True
+            for name, tool in zip(names, tools, strict=True)
+            if named in (None, name)
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""All tests: those that start servers, and beside them, at a low priority, the others.
+"""All tests: those that start servers and clusters, and beside them, at a low priority, the others.
 
     python tools/run_tests.py [PYTEST OPTION ...]
 
@@ -14,8 +14,8 @@ import tempfile
 
 import torch
 
-SERVERS = ["tests/e2e", "tests/gpu"]
-OTHERS = ["tests/house", "tests/unit", "tests/parity"]
+SERVERS = ["tests/servers", "tests/gpu"]
+OTHERS = ["tests/house", "tests/unit", "tests/parity", "tests/e2e"]
 # One thread each: a parallel region ends when its last thread has had a core, which may be a while.
 BESIDE = ["env", "OMP_NUM_THREADS=1", "nice", "-n", "10"]
 

@@ -140,13 +140,13 @@ def _fetch(model: str, revision: str | None, load_format: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and only needed here
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    def download(patterns: list[str]) -> Path:
+    def download(patterns: list[str], ignored: str = "*/*") -> Path:
         return Path(
             snapshot_download(
                 model,
                 revision=revision,
                 allow_patterns=patterns,
-                ignore_patterns=["*/*", "consolidated*"],
+                ignore_patterns=[ignored, "consolidated*"],
             )
         )
 
@@ -156,6 +156,8 @@ def _fetch(model: str, revision: str | None, load_format: str) -> Path:
         wants_pt = load_format == "auto" and not any(path.glob("*.safetensors"))
         if wants_pt or load_format == "pt":
             path = download(TEXT_FILES + ["pytorch_model*.bin"])
+        if (path / "modules.json").is_file():  # of sentence-transformers: a folder for each module
+            path = download(["[0-9]_*/config.json"], ignored="*/*/*")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -166,16 +168,21 @@ def _fetch(model: str, revision: str | None, load_format: str) -> Path:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from ``file``. Raises CheckpointError if it cannot be read or is none."""
+    values = read_any_json(file)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} must hold a JSON object")
+    return values
+
+
+def read_any_json(file: Path) -> Any:
+    """What a JSON file holds. Raises CheckpointError if it cannot be read."""
     try:
         size = file.stat().st_size
         if size > MOST_JSON_BYTES:
             raise ValueError(f"it has {size} bytes, and {MOST_JSON_BYTES} are allowed")
-        values = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} must hold a JSON object")
-    return values
 
 
 def load_config(path: Path) -> Config:

@@ -3,6 +3,9 @@
 Masks are made in threads of their own, as soon as a token is on the host: while results travel and
 the next step computes. A step waits for what is not ready. So a sequence with a grammar may not run
 ahead of its results.
+
+A token to which the grammar leaves no alternative is not sampled: it goes up with the one before
+it. It is what would have been sampled, for its mask would have allowed nothing else.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +26,19 @@ from workers.slot_tables import Learn
 
 log = get_logger("grammar")
 
+MOST_FORCED = 1024  # tokens that llguidance may write for a row in a step
+
+
+def _forces(admit: Admit) -> bool:
+    """Whether tokens need no sampling if the grammar allows no others: nobody asks for their
+    log-probabilities, and nothing else forbids them."""
+    return admit.sampling.logprobs is None and not admit.bad_words
+
 
 class _Output:
     """The grammar of one slot's sequence, and how far the output has come in it."""
 
-    def __init__(self, admit: Admit, words: int) -> None:
+    def __init__(self, admit: Admit, words: int, vocab_size: int) -> None:
         self.name = admit.name
         self.known = len(admit.tokens)  # up to where, in prompt and output, the grammar has come
         self.matcher: Matcher | None = None  # None: there is no going on
@@ -36,7 +47,29 @@ class _Output:
         stop_ids = np.array(admit.stop_ids, np.int32)
         self._words = stop_ids // 32
         self._bits = np.int32(1) << stop_ids % 32
+        self._vocab_size = vocab_size
+        self._most_forced = MOST_FORCED if _forces(admit) else 0
         self.ready: Future[None]
+
+    def learn(self, token: int) -> list[int]:
+        """Take the token that was sampled, and those that it forces: these."""
+        self.known += 1
+        if self.matcher is None or token in self.stops or not self.matcher.consume([token]):
+            return []
+        forced: list[int] = []
+        most = self._most_forced
+        while most > 0 and (run := self.matcher.forced_tokens()):
+            # Its mask would allow the first alone. What comes after it is asked for again, as it
+            # is for a mask: tokens are written anew from where the output has come to.
+            most -= len(run)
+            first = run[0]
+            if first >= self._vocab_size or first in self.stops:
+                break
+            forced.append(first)
+            if not self.matcher.consume([first]):
+                break
+        self.known += len(forced)
+        return forced
 
     def take(self, mask: Masks, end: int) -> None:
         """The next token's mask as a matcher makes it, whose bit ``end`` says whether the output
@@ -59,7 +92,7 @@ class GrammarTable:
     def __init__(
         self, vocab_size: int, device: torch.device, grammars: Callable[[], Grammars]
     ) -> None:
-        self._words = -(-vocab_size // 32)
+        self._vocab_size, self._words = vocab_size, -(-vocab_size // 32)
         self.device = device
         self._load = grammars
         self._outputs: dict[int, _Output] = {}  # by slot
@@ -75,7 +108,7 @@ class GrammarTable:
     def admit(self, admit: Admit) -> None:
         self.release(admit.slot)
         if admit.extras.grammar is not None:
-            output = self._outputs[admit.slot] = _Output(admit, self._words)
+            output = self._outputs[admit.slot] = _Output(admit, self._words, self._vocab_size)
             output.ready = self._threads.submit(self._begin, output, admit)
 
     def release(self, slot: int) -> None:
@@ -92,14 +125,19 @@ class GrammarTable:
         masks = np.stack([output.mask for _, output in rows])
         self._mask(logits, ints([row for row, _ in rows]), masks)
 
-        def learn(tokens: Ints) -> None:
-            self._learn([(output, int(tokens[row])) for row, output in rows])
-
-        return learn
+        return lambda tokens: self._learn(rows, tokens)
 
     def warm_up(self, logits: Tensor) -> None:
         self._mask(logits, ints([0]), np.full((1, self._words), -1, np.int32))
         self._threads.submit(self._load)
+
+    def _learn(self, rows: Sequence[tuple[int, _Output]], tokens: Ints) -> dict[int, list[int]]:
+        forced = {row: found for row, out in rows if (found := out.learn(int(tokens[row])))}
+        outputs = [output for _, output in rows]
+        ready = self._threads.submit(lambda: self._next(self._load(), outputs))
+        for output in outputs:
+            output.ready = ready
+        return forced
 
     def _mask(self, logits: Tensor, rows: Ints, masks: Masks) -> None:
         mask_rows(logits, on_device(rows, self.device), on_device(masks, self.device))
@@ -116,20 +154,6 @@ class GrammarTable:
             return output.fail(str(error))
         output.matcher.consume(admit.tokens[admit.prompt_len :].tolist())
         self._next(grammars, [output])
-
-    def _learn(self, sampled: Sequence[tuple[_Output, int]]) -> None:
-        ready = self._threads.submit(self._advance, sampled)
-        for output, _ in sampled:
-            output.ready = ready
-
-    def _advance(self, sampled: Sequence[tuple[_Output, int]]) -> None:
-        going: list[_Output] = []
-        for output, token in sampled:
-            output.known += 1
-            if output.matcher is not None and token not in output.stops:
-                output.matcher.consume([token])
-                going.append(output)
-        self._next(self._load(), going)
 
     def _next(self, grammars: Grammars, outputs: Sequence[_Output]) -> None:
         matchers = [output.matcher for output in outputs if output.matcher is not None]

@@ -50,7 +50,15 @@ from workers.sampling_table import NO_LOGPROBS, SamplingTable, on_device
 if TYPE_CHECKING:
     from workers.kernels.gpu.sampling import Needs, SamplingKernels
 
-__all__ = ["HostCopy", "HostSampled", "RowLogprobs", "Sampled", "Sampler", "SamplingTable"]
+__all__ = [
+    "HostCopy",
+    "HostSampled",
+    "RowLogprobs",
+    "Sampled",
+    "Sampler",
+    "SamplingTable",
+    "start_copies",
+]
 
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's step; the other two are its mixers
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -76,7 +84,7 @@ class HostCopy(Generic[T]):
         return self._arrived()
 
 
-def _start_copies(
+def start_copies(
     tensors: tuple[Tensor, ...], stream: torch.cuda.Stream
 ) -> tuple[list[Tensor], torch.cuda.Event]:
     """The tensors in pinned memory, once the event has come: copied on ``stream`` after what the
@@ -116,7 +124,7 @@ class RowLogprobs:
         """``to_host`` without waiting: on CUDA copies on ``stream``, which is needed there."""
         if stream is None:
             return HostCopy(self, self.to_host)
-        tensors, event = _start_copies((self.ids, self.values, self.ranks), stream)
+        tensors, event = start_copies((self.ids, self.values, self.ranks), stream)
         return HostCopy(self, RowLogprobs(self.rows, self.tops, *tensors).to_host, event)
 
 
@@ -152,7 +160,7 @@ class Sampled:
             return HostCopy(self, self.to_host)
         logprobs = self.logprobs
         rest = () if logprobs is None else (logprobs.ids, logprobs.values, logprobs.ranks)
-        (tokens, failed, *copied), event = _start_copies((self.tokens, self.failed, *rest), stream)
+        (tokens, failed, *copied), event = start_copies((self.tokens, self.failed, *rest), stream)
         if logprobs is not None:
             logprobs = RowLogprobs(logprobs.rows, logprobs.tops, *copied)
         return HostCopy(self, Sampled(tokens, failed, logprobs).to_host, event)

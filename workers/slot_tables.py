@@ -11,7 +11,9 @@ from torch import Tensor
 
 from engine.plan import Admit, Ints
 
-Learn = Callable[[Ints], None]  # told the tokens [n] of the step's rows, once they are on the host
+# Told the tokens [n] of the step's rows, once they are on the host; says what those force, as
+# ``StepResult`` has it.
+Learn = Callable[[Ints], dict[int, list[int]]]
 
 
 class SlotTable(Protocol):

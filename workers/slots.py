@@ -86,9 +86,11 @@ class Slots:
         return on_device(values, self.device)
 
     def update(self, plan: StepPlan) -> None:
-        """Carry out what the plan says of admitted slots and new cells."""
+        """Carry out what the plan says of admitted slots, of tokens and of new cells."""
         for admit in plan.admits:
             self.tokens[admit.slot, : len(admit.tokens)] = self.upload(admit.tokens)
+        if len(plan.told):
+            self.learn(plan.told)
         if len(plan.cells):
             slot, index, block = self.upload(plan.cells).unbind(1)
             self.block_tables[slot, index] = block

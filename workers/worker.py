@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,22 +16,27 @@ from engine.executor import Capacity, ModelFacts
 from engine.log import get_logger
 from engine.matcher import Grammars, grammars_of
 from engine.plan import Admit, CopyTimes, Ints, StepPlan, StepResult, TokenLogprobs, ints
+from engine.pooling import Vector
 from engine.preempt import MeasuredCosts
 from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
 from workers import kernels, products, weights
 from workers.attention import choose_backend
 from workers.attention.triton import TritonAttention
 from workers.batch import Batch
-from workers.checkpoint import load_config, resolve_dtype
+from workers.checkpoint import resolve_dtype
 from workers.clock import StepClock
 from workers.grammar_table import GrammarTable
 from workers.graphs import Graphs, Size
+from workers.hidden import HiddenReader, HiddenRows, Seen
 from workers.host_memory import host_memory
 from workers.kernels.memory import Prefault
 from workers.kv import KVCache
 from workers.messages import Blocks
 from workers.models import attention_shape, build_model, read_traits
 from workers.parallel import Group, Place, Ranks, Stage
+from workers.pooling import longest_text, read_pooling, served_config
+from workers.pooling_table import PoolingTable
 from workers.sampler import HostCopy, HostSampled, Sampled, Sampler, SamplingTable
 from workers.slot_tables import Learn, LogitsTable, SlotTable
 from workers.slots import HostRows, Slots
@@ -61,7 +65,7 @@ def choose_device(option: str) -> torch.device:
 def check_split(config: EngineConfig, path: Path) -> None:
     """Raise ConfigError, with the allowed sizes, if the model does not split as ``config`` asks."""
     parallel = config.parallel
-    checkpoint = load_config(path)
+    checkpoint = served_config(path, config.model.pooling)
     traits = read_traits(checkpoint)
     block_size = config.cache.block_size or DEFAULT_BLOCK_SIZE
     meta = torch.device("meta")
@@ -71,16 +75,6 @@ def check_split(config: EngineConfig, path: Path) -> None:
     size = parallel.pipeline_parallel_size
     for stage in Stage.split(traits.num_layers, size, parallel.partition):
         build_model(checkpoint, place, stage, backend, 1)
-
-
-class PromptRow(NamedTuple):
-    """A row that prompt_logprobs are asked of: at the step's tokens ``at : at + num``, of each next
-    token and the ``asked`` likeliest ones."""
-
-    row: int
-    at: int
-    num: int
-    asked: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +103,19 @@ class Pending:
     copied: CopyTimes
     sampled: HostCopy[HostSampled] | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+    vectors: HostCopy[dict[int, Vector]] | None
     learn: Sequence[Learn] = ()
 
     def result(self) -> StepResult:
         """Waits for this step, and for none after it."""
+        forced: dict[int, list[int]] = {}
         if self.sampled is None:
             tokens, failed, logprobs = ints(), np.zeros(0, np.bool_), {}
         else:
             host = self.sampled.result()
             tokens, failed, logprobs = host.tokens, host.failed, host.logprobs
             for learn in self.learn:
-                learn(tokens)
+                forced |= learn(tokens)
         return StepResult(
             step=self.plan.step,
             rows=ints(np.flatnonzero(self.plan.wants)) if self.sampled is not None else ints(),
@@ -129,6 +125,8 @@ class Pending:
             prompt_logprobs=self.prompt_logprobs,
             seconds=self.clock.seconds(),
             copied=self.copied,
+            vectors={} if self.vectors is None else self.vectors.result(),
+            forced=forced,
         )
 
 
@@ -158,15 +156,20 @@ class Worker:
     def load(self, progress: Progress | None = None) -> ModelFacts:
         """Build the model and fill its weights. Raises CheckpointError or ConfigError."""
         options = self.config.model
-        checkpoint = load_config(self.path)
+        checkpoint = served_config(self.path, options.pooling)
         traits = self.traits = read_traits(checkpoint)
+        self.pooling = read_pooling(self.path, checkpoint, traits, options.pooling, self._token_id)
         dtype = resolve_dtype(options.dtype, checkpoint, self.device)
         self.place = place = Place(self.device, dtype, self.ranks.group)
         block_size = self.config.cache.block_size or DEFAULT_BLOCK_SIZE
         self.backend = choose_backend(
             attention_shape(traits, place, block_size), self.config.device.attention_backend
         )
-        self.max_model_len = self.config.resolve_model_len(traits.max_position)
+        longest = longest_text(self.path) or traits.max_position
+        longest = min(longest, traits.max_position)
+        self.max_model_len = self.config.resolve_model_len(longest)
+        if not traits.causal:
+            self.config = self.config.with_whole_prompts(self.max_model_len)
         parallel = self.config.parallel
         stages = Stage.split(traits.num_layers, self.ranks.num_stages, parallel.partition)
         self.stage = stages[self.ranks.stage]
@@ -183,6 +186,10 @@ class Worker:
             dtype=str(dtype).removeprefix("torch."),
             device=str(self.device),
             batch_invariant=invariant,
+            generates=traits.generates,
+            pooling=self.pooling,
+            vector_size=traits.hidden_size,
+            causal=traits.causal,
         )
 
     def _is_invariant(self) -> bool:
@@ -272,6 +279,19 @@ class Worker:
             grammars = GrammarTable(self.traits.vocab_size, self.device, self._grammars)
             self._on_logits = (grammars,)
         self._tables: tuple[SlotTable, ...] = (self.table, *self._on_logits)
+        self._pools: PoolingTable | None = None
+        if self.pooling is not None:
+            size, method = self.traits.hidden_size, self.pooling.method
+            self._pools = PoolingTable(method, num_slots, size, self.device, self.stage.last)
+            self._tables = (*self._tables, self._pools)
+        self._hidden_reader = HiddenReader(
+            self.model,
+            self.slots,
+            self.table,
+            self.sampler,
+            self._pools,
+            () if self.pooling is None else self.pooling.tokens,
+        )
         most = self.config.scheduler.max_num_batched_tokens
         largest = Size(num_slots, most, decodes=False)
         self._staging = Staging(Staging.needed(self._room(largest)), self.device)
@@ -279,6 +299,11 @@ class Worker:
         self._side: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def _token_id(self, token: str) -> int | None:
+        options = self.config.model
+        tokenizer = Tokenizer.load(options.tokenizer or self.path, options.revision)
+        return tokenizer.backend.token_to_id(token)
 
     def _grammars(self) -> Grammars:
         """Raises CheckpointError if the tokenizer is not there."""
@@ -290,6 +315,7 @@ class Worker:
         """None where steps cannot be captured, or are not to be."""
         scheduler, options = self.config.scheduler, self.config.device
         can = kernels.has_triton(self.device) and isinstance(self.backend, TritonAttention)
+        can = can and self.traits.generates
         if options.enforce_eager or not can or not self.ranks.group.capturable:
             return None
         most = min(options.max_cudagraph_capture_size, scheduler.max_num_batched_tokens)
@@ -318,14 +344,14 @@ class Worker:
             self._prefault.pause(LONGEST_STEP)
         self._update(plan, tokens)
         copied = self.kv.copied()
-        prompt_rows = self._prompt_rows(plan)
-        whole = bool(prompt_rows)
+        looked_at = self._hidden_reader.rows(plan)
+        whole = bool(looked_at) or not self.traits.generates
         size = None if self._graphs is None or whole else self._graphs.size_of(plan)
         inputs = self._prepare(plan, size, whole)
         hidden = self._receive(plan)
         clock = StepClock(self.device)
         result = self._forward(plan, inputs, hidden, size, whole)
-        pending = self._finish(plan, inputs, result, prompt_rows, clock, copied)
+        pending = self._finish(plan, inputs, result, looked_at, clock, copied)
         if self._prefault is not None:
             self._prefault.pause(IDLE_AFTER)
         return pending
@@ -424,23 +450,24 @@ class Worker:
         plan: StepPlan,
         inputs: Inputs,
         result: Tensor,
-        prompt_rows: list[PromptRow],
+        looked_at: HiddenRows,
         clock: StepClock,
         copied: CopyTimes,
     ) -> Pending:
         """Sample, and send what was sampled on its way to the host."""
         sampled: Sampled | None = None
         learn: list[Learn] = []
-        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        seen = Seen()
         if self.stage.last:
-            if prompt_rows:
-                prompt_logprobs = self._prompt_logprobs(plan, result, prompt_rows)
+            if looked_at:
+                seen = self._hidden_reader.read(plan, result, looked_at)
                 ends = np.cumsum(plan.counts)[plan.wants == 1] - 1
                 result = self.model.logits(result[torch.from_numpy(ends)]) if len(ends) else result
             sampled, learn = self._sample(plan, inputs, result)
         clock.stop()
         copy = None if sampled is None else sampled.start_copy(self._side)
-        return Pending(plan, clock, copied, copy, prompt_logprobs, learn)
+        vectors = None if seen.vectors is None else seen.vectors.start_copy(self._side)
+        return Pending(plan, clock, copied, copy, seen.prompt_logprobs, vectors, learn)
 
     def _sample(
         self, plan: StepPlan, inputs: Inputs, logits: Tensor
@@ -467,35 +494,6 @@ class Worker:
             tokens = sampled.tokens if sampled else self.slots.tokens.new_empty(count)
             self.slots.tokens[at] = group.broadcast(tokens)
         return sampled, learn
-
-    def _prompt_rows(self, plan: StepPlan) -> list[PromptRow]:
-        """The rows of ``plan`` that prompt_logprobs are asked of."""
-        found: list[PromptRow] = []
-        if not self.table.any_prompt_logprobs:
-            return found
-        at = 0
-        for row, (slot, start, count) in enumerate(
-            zip(plan.slots.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True)
-        ):
-            asked, prompt_len = self.table.prompt_logprobs(slot)
-            num = min(count, prompt_len - 1 - start)
-            if asked is not None and num > 0:
-                found.append(PromptRow(row, at, num, asked))
-            at += count
-        return found
-
-    def _prompt_logprobs(
-        self, plan: StepPlan, hidden: Tensor, rows: list[PromptRow]
-    ) -> dict[int, list[TokenLogprobs]]:
-        """By row: entries for positions start + 1 of the prompt on."""
-        found: dict[int, list[TokenLogprobs]] = {}
-        for row, at, num, asked in rows:
-            logits = self.model.logits(hidden[at : at + num])
-            if self.sampler is not None:
-                slot, start = int(plan.slots[row]), int(plan.starts[row])
-                targets = self.slots.tokens[slot, start + 1 : start + 1 + num].long()
-                found[row] = self.sampler.prompt_logprobs(logits, targets, asked)
-        return found
 
     # ---- start-up ----
 
@@ -531,11 +529,12 @@ class Worker:
         if not self.stage.first:
             shape = size.tokens, self.traits.hidden_size
             hidden = torch.zeros(shape, dtype=self.place.dtype, device=self.device)
-        result = self._compute(self._prepare(NOTHING, size, whole=False), hidden)
-        if self.sampler is not None:
+        whole = not self.traits.generates
+        result = self._compute(self._prepare(NOTHING, size, whole), hidden, whole)
+        if self.sampler is not None and not whole:
             self.sampler.warm_up(result)
-        for table in self._on_logits:
-            table.warm_up(result)
+            for table in self._on_logits:
+                table.warm_up(result)
         del result, hidden
         if self._graphs is not None:
             largest = max(self._graphs.sizes, key=lambda size: size.tokens)
@@ -543,7 +542,7 @@ class Worker:
 
     def _forget_rehearsal(self) -> None:
         del self.slots, self.table, self.sampler, self.kv, self._staging, self._graphs
-        del self._tables, self._on_logits
+        del self._tables, self._on_logits, self._pools, self._hidden_reader
         torch.cuda.empty_cache()
 
     def _capture(self, graphs: Graphs, sizes: Sequence[Size]) -> None:
@@ -573,13 +572,14 @@ class Worker:
         cells = np.stack([np.zeros_like(blocks), np.arange(len(blocks)), blocks], 1)
         greedy = SamplingParams(temperature=0, max_tokens=1)
         admit = Admit(0, np.zeros(num, np.int32), num, greedy, seed=0)
+        wants = int(self.traits.generates)
         seconds: list[float] = []
         for _ in range(2):
             prefill = StepPlan(
-                -1, ints([0]), ints([0]), ints([num]), ints([1]), ints(cells), (admit,)
+                -1, ints([0]), ints([0]), ints([num]), ints([wants]), ints(cells), (admit,)
             )
             seconds.append(self.run(prefill).result().seconds)
-            if num + 1 < max_model_len:
+            if wants and num + 1 < max_model_len:
                 decode = StepPlan(-1, ints([0]), ints([num]), ints([1]), ints([1]), ints(), ())
                 self.run(decode).result()
         self.table.release(0)

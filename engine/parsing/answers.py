@@ -1,11 +1,13 @@
 """How whole answers are written: text with thinking and calls in it."""
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from engine.parsing.calls import CallFormat
 from engine.parsing.parts import Writer
 from engine.parsing.source import Ended, Malformed, Reading, Source, Tags
+from engine.parsing.structure import CallLayout
 from engine.parsing.thinking import Thinking
 from engine.parsing.values import Tools
 
@@ -14,12 +16,20 @@ class AnswerFormat(ABC):
     """How an answer is written, from its first character to its last.
 
     tags: the strings of the format; those that are special tokens must be in the text. thinks,
-    calls: whether it has reasoning, and calls.
+    calls: whether it has reasoning, and calls. layouts: how calls are written where that can be
+    enforced, as the beginning of an answer; marked: how they are found in text. thoughts: what
+    thinking stands between; unthinkable: what it has not, for that would end it. said: what text
+    for the user begins with.
     """
 
     tags: tuple[str, ...]
     thinks = True
     calls = True
+    layouts: tuple[CallLayout, ...] = ()
+    marked: tuple[CallLayout, ...] = ()
+    thoughts: tuple[tuple[str, str], ...] = ()
+    unthinkable: tuple[str, ...] = ()
+    said = ""
 
     @abstractmethod
     def read(self, source: Source, out: Writer, tools: Tools, opened: bool) -> Reading[None]:
@@ -41,6 +51,9 @@ class TaggedAnswer(AnswerFormat):
     def __init__(self, thinking: Thinking | None, calls: CallFormat | None) -> None:
         self._thinking, self._calls = thinking, calls
         self.thinks, self.calls = thinking is not None, calls is not None
+        self.layouts = self.marked = calls.layouts if calls else ()
+        if thinking:
+            self.thoughts = tuple(itertools.product(thinking.openers, thinking.closers))
         self._openers = calls.openers if calls else ()
         self.tags = (thinking.tags if thinking else ()) + self._openers
         self.tags += calls.tags if calls else ()
@@ -48,6 +61,7 @@ class TaggedAnswer(AnswerFormat):
         marks = tuple(opener for opener in self._openers if opener not in self._bare)
         self._in_content = Tags(marks)
         ends = marks if calls and calls.ends_reasoning else ()
+        self.unthinkable = ends
         self._in_thinking = Tags((*(thinking.closers if thinking else ()), *ends))
 
     def opened_by(self, prompt: str, final: str = "") -> bool:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 
 from engine.parsing.parts import Writer
 from engine.parsing.source import Malformed, Reading, Source, dumps, loads
+from engine.parsing.structure import CallLayout
 from engine.parsing.values import Tools
 
 
@@ -14,7 +15,8 @@ class CallFormat(ABC):
     openers: what begins one, or several. bare_openers: those that do so only where nothing was
     said before, as they may begin an answer as well. tags: further strings of the format; those
     that are special tokens must be in the text. ends_reasoning: whether a call may end the model's
-    thinking. trims, short_ids: see ``Writer``.
+    thinking. trims, short_ids: see ``Writer``. layouts: how calls are written where that can be
+    enforced, by their opener; the model's own way is the first.
     """
 
     openers: tuple[str, ...]
@@ -23,6 +25,7 @@ class CallFormat(ABC):
     ends_reasoning = False
     trims = True
     short_ids = False
+    layouts: tuple[CallLayout, ...] = ()
 
     @abstractmethod
     def read(self, source: Source, out: Writer, tools: Tools) -> Reading[None]:
@@ -32,9 +35,9 @@ class CallFormat(ABC):
         were whole, and ``source.at`` after them.
         """
 
-    @abstractmethod
     def prefix(self, name: str | None) -> str | None:
         """How a call begins: of the tool ``name``, or of any; None if that cannot be said."""
+        return self.layouts[0].begin(name)
 
 
 class Unfinished:

@@ -6,6 +6,7 @@ from engine.parsing.answers import AnswerFormat, said
 from engine.parsing.calls import Unfinished, arguments_of
 from engine.parsing.parts import Writer
 from engine.parsing.source import Ended, Malformed, Reading, Source, Tags
+from engine.parsing.structure import CallLayout
 from engine.parsing.values import Tools
 
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")
@@ -19,6 +20,11 @@ class HarmonyAnswer(AnswerFormat):
     the model is left out."""
 
     tags = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", *_ENDS)
+    thoughts = (("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),)
+    said = "<|channel|>final<|message|>"
+    _CALL = "{name} <|constrain|>json<|message|>"
+    layouts = (CallLayout("", "<|channel|>commentary to=functions.", _CALL, ""),)
+    marked = (CallLayout("to=functions.", "to=functions.", _CALL, ""),)
     _HEAD_END = re.compile(r"<\|message\|>|<\|end\|>|<\|call\|>|<\|return\|>")
     _RECIPIENT = re.compile(r"to=([^\s<]+)")
     _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
@@ -28,9 +34,7 @@ class HarmonyAnswer(AnswerFormat):
         return False  # the first header says it
 
     def prefix(self, name: str | None, opened: bool) -> str | None:
-        if name is None:
-            return "<|channel|>commentary to=functions."
-        return f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"
+        return self.layouts[0].begin(name)
 
     def read(self, source: Source, out: Writer, tools: Tools, opened: bool) -> Reading[None]:
         out.trims = False

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from engine.parsing.calls import CallFormat, Unfinished, arguments_of, write_call, write_calls
 from engine.parsing.parts import Writer
 from engine.parsing.source import Malformed, Reading, Source, loads
+from engine.parsing.structure import CallLayout
 from engine.parsing.values import Tools
 
 
@@ -22,7 +23,19 @@ class ObjectCalls(CallFormat):
     ) -> None:  # fmt: skip
         self.openers = tuple(pairs)
         self.tags = tuple({tag for closers in pairs.values() for tag in closers})
-        self._pairs, self._key, self._list, self._name = pairs, key, is_list, name
+        self._pairs = pairs
+        self.layouts = tuple(
+            self._layout(opener, closers[0] if closers else "", key, name, is_list)
+            for opener, closers in pairs.items()
+        )
+
+    @staticmethod
+    def _layout(opener: str, closer: str, key: str, name: str, is_list: bool) -> CallLayout:
+        line = "\n" if opener.startswith("<tool_call>") else ""
+        begin, end = opener + line + "[" * is_list, "]" * is_list + line + closer
+        head = f'{{"{name}": "{{name}}", "{key}": '
+        between, apart = ", " if is_list else None, "\n" if closer else None
+        return CallLayout(opener, begin, head, "}", end, between, apart)
 
     def read(self, source: Source, out: Writer, tools: Tools) -> Reading[None]:
         with Unfinished(source) as place:
@@ -38,12 +51,6 @@ class ObjectCalls(CallFormat):
                 if not (yield from source.goes_on("{")):
                     return
 
-    def prefix(self, name: str | None) -> str:
-        opener = self.openers[0]
-        space = "\n" if opener.startswith("<tool_call") else ""
-        head = opener + space + "[" * self._list + f'{{"{self._name}": "'
-        return head if name is None else f'{head}{name}", "{self._key}": '
-
 
 class BareObjectCalls(CallFormat):
     """Llama 3: JSON objects with name and parameters, which are all of the answer, or follow
@@ -53,6 +60,7 @@ class BareObjectCalls(CallFormat):
     openers = ("<|python_tag|>", "{")
     bare_openers = ("{",)
     trims = False
+    layouts = (CallLayout("", "", '{"name": "{name}", "parameters": ', "}", between="; "),)
     _KEYS = re.compile(r'\{\s*"(?:name|type|function|parameters|arguments|id)"')
     _FIRST_KEY = re.compile(r'\{\s*"[^"]{0,64}"')
 
@@ -81,9 +89,6 @@ class BareObjectCalls(CallFormat):
                 raise Malformed
             yield from source.more()
 
-    def prefix(self, name: str | None) -> str:
-        return '{"name": "' if name is None else f'{{"name": "{name}", "parameters": '
-
 
 class MistralCalls(CallFormat):
     """[TOOL_CALLS], then a list of objects (tokenizers up to v7), or a name and [ARGS] or { (v11
@@ -96,7 +101,12 @@ class MistralCalls(CallFormat):
     _ID = re.compile(r"\[ARGS\]")
 
     def __init__(self, is_list: bool = False) -> None:
-        self._list = is_list
+        mark = self.openers[0]
+        if is_list:
+            head = '{"name": "{name}", "arguments": '
+            self.layouts = (CallLayout(mark, f"{mark} [", head, "}", "]", ", "),)
+        else:
+            self.layouts = (CallLayout(mark, mark, "{name}[ARGS]", "", apart=""),)
 
     def read(self, source: Source, out: Writer, tools: Tools) -> Reading[None]:
         with Unfinished(source):
@@ -115,19 +125,15 @@ class MistralCalls(CallFormat):
             arguments = arguments_of((yield from source.json()))
             out.call(name.strip(), arguments, id and id.strip())
 
-    def prefix(self, name: str | None) -> str:
-        if self._list:
-            head = '[TOOL_CALLS] [{"name": "'
-            return head if name is None else f'{head}{name}", "arguments": '
-        return "[TOOL_CALLS]" if name is None else f"[TOOL_CALLS]{name}[ARGS]"
-
 
 class SectionCalls(CallFormat):
     """Calls in a section, each between marks: DeepSeek V3, R1 and V3.1, and Kimi K2."""
 
     def __init__(
-        self, section: tuple[str, str], call: tuple[str, str], sep: str, ends_reasoning: bool
-    ) -> None:
+        self, section: tuple[str, str], call: tuple[str, str], sep: str, ends_reasoning: bool,
+        named: str, end: str = "",
+    ) -> None:  # fmt: skip
+        """``named``: how a call goes on after its mark; ``end``: what stands before its end."""
         self.openers = (section[0],)
         self.tags = (section[1], *call, sep)
         self._end, self._sep = section[1], sep
@@ -135,6 +141,8 @@ class SectionCalls(CallFormat):
         self._next = re.compile(f"{re.escape(call[0])}|{re.escape(section[1])}")
         self._head = re.compile(re.escape(sep))
         self.ends_reasoning = ends_reasoning
+        head, tail = call[0] + named, end + call[1]
+        self.layouts = (CallLayout(section[0], section[0], head, tail, section[1], ""),)
 
     def read(self, source: Source, out: Writer, tools: Tools) -> Reading[None]:
         with Unfinished(source) as place:
@@ -156,13 +164,6 @@ class SectionCalls(CallFormat):
     def _call(self, head: str, source: Source, out: Writer) -> Reading[None]:
         """Read the call that ``head`` begins, up to its end mark."""
 
-    def prefix(self, name: str | None) -> str:
-        return self.openers[0] + self._begin_call + ("" if name is None else self._named(name))
-
-    @abstractmethod
-    def _named(self, name: str) -> str:
-        """How a call of ``name`` goes on after its mark."""
-
 
 class DeepSeekCalls(SectionCalls):
     """DeepSeek V3 and R1: a type, then a name and JSON in a block of code. V3.1: name and JSON."""
@@ -173,8 +174,9 @@ class DeepSeekCalls(SectionCalls):
             ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"),
             "<｜tool▁sep｜>",
             ends_reasoning=False,
+            named="function<｜tool▁sep｜>{name}\n```json\n" if code else "{name}<｜tool▁sep｜>",
+            end="\n```" if code else "",
         )
-        self._code = code
         self.trims = code
 
     _CODE = re.compile(r"\n```json\s{0,8}(?=\{)")
@@ -190,9 +192,6 @@ class DeepSeekCalls(SectionCalls):
             yield from source.close("```")
         out.call(name.strip(), arguments)
 
-    def _named(self, name: str) -> str:
-        return f"function{self._sep}{name}\n```json\n" if self._code else name + self._sep
-
 
 class KimiCalls(SectionCalls):
     """Kimi K2: the call's id, functions.NAME:NUMBER, has its name."""
@@ -203,6 +202,7 @@ class KimiCalls(SectionCalls):
             ("<|tool_call_begin|>", "<|tool_call_end|>"),
             "<|tool_call_argument_begin|>",
             ends_reasoning=True,
+            named="functions.{name}:{number}<|tool_call_argument_begin|>",
         )
         self.trims = False
 
@@ -210,6 +210,3 @@ class KimiCalls(SectionCalls):
         name = head.removeprefix("functions.").rpartition(":")[0] or head
         yield from source.spaces()
         out.call(name, arguments_of((yield from source.json())), head)
-
-    def _named(self, name: str) -> str:
-        return f"functions.{name}:0{self._sep}"

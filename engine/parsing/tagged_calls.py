@@ -7,6 +7,7 @@ from typing import Any
 from engine.parsing.calls import CallFormat, Unfinished
 from engine.parsing.parts import Writer
 from engine.parsing.source import Malformed, Reading, Source, dumps
+from engine.parsing.structure import CallLayout
 from engine.parsing.values import Tools
 
 
@@ -27,6 +28,17 @@ class FunctionTags(CallFormat):
         self.openers = (around[0], "<function=")
         self.tags = (around[1],)
         self._around = around
+        parameter = "<parameter={key}>\n", "\n</parameter>\n"
+        tail, end = "</function>", f"\n{around[1]}"
+        self.layouts = (
+            CallLayout(
+                around[0], f"{around[0]}\n<function=", "{name}>\n", tail, end,
+                apart="\n", parameter=parameter,
+            ),
+            CallLayout(
+                "<function=", "<function=", "{name}>\n", tail, end, apart="\n", parameter=parameter
+            ),
+        )  # fmt: skip
 
     def read(self, source: Source, out: Writer, tools: Tools) -> Reading[None]:
         with Unfinished(source) as place:
@@ -51,15 +63,18 @@ class FunctionTags(CallFormat):
             place.whole()
             yield from source.close(self._around[1])
 
-    def prefix(self, name: str | None) -> str:
-        return f"{self._around[0]}\n<function=" + ("" if name is None else f"{name}>\n")
-
 
 class KeyValueTags(CallFormat):
     """GLM 4.5 and later: a name, then <arg_key> and <arg_value> in turn."""
 
     openers = ("<tool_call>",)
     tags = ("</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+    layouts = (
+        CallLayout(
+            "<tool_call>", "<tool_call>", "{name}\n", "</tool_call>", apart="\n",
+            parameter=("<arg_key>{key}</arg_key>\n<arg_value>", "</arg_value>\n"),
+        ),
+    )  # fmt: skip
     _NEXT = re.compile(r"\s{0,64}(?:<arg_key>|</tool_call>)")
     _KEY = re.compile(r"</arg_key>\s{0,64}<arg_value>")
     _VALUE = re.compile(
@@ -81,9 +96,6 @@ class KeyValueTags(CallFormat):
                 _, mark = yield from source.until(self._NEXT)
             out.call(name, dumps(arguments))
 
-    def prefix(self, name: str | None) -> str:
-        return self.openers[0] + (name or "")
-
 
 class InvokeTags(CallFormat):
     """<invoke name="NAME"> and <parameter name="KEY"> in a section: MiniMax M2, and DeepSeek V3.2
@@ -96,7 +108,14 @@ class InvokeTags(CallFormat):
         self.openers = tuple(f"<{section}>" for section in sections)
         self.tags = tuple(f"</{section}>" for section in sections)
         tag = re.escape(mark) + " ?"
-        self._open = f"{mark}{' ' if ' ' in self.openers[0] else ''}"
+        own = f"{mark}{' ' if ' ' in self.openers[0] else ''}"
+        told = ' string="{string}"' if mark else ""
+        parameter = f'<{own}parameter name="{{key}}"{told}>', f"</{own}parameter>\n"
+        head, tail = f'<{own}invoke name="{{name}}">\n', f"</{own}invoke>\n"
+        self.layouts = tuple(
+            CallLayout(opener, f"{opener}\n", head, tail, closer, "", None, parameter)
+            for opener, closer in zip(self.openers, self.tags, strict=True)
+        )
         ends = "|".join(re.escape(end) for end in self.tags)
         self._next = re.compile(rf'<{tag}invoke name="([^"\n]{{1,200}})"\s*(/?)>|{ends}')
         self._inside = re.compile(
@@ -134,7 +153,3 @@ class InvokeTags(CallFormat):
             text, _ = yield from source.until(self._value)
             is_string = mark[2] == "true"
             arguments[mark[1]] = text if is_string else tools.value(name, mark[1], text)
-
-    def prefix(self, name: str | None) -> str:
-        head = f'{self.openers[0]}\n<{self._open}invoke name="'
-        return head if name is None else f'{head}{name}">\n'

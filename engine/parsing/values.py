@@ -39,14 +39,14 @@ class Tools:
         schema = self._parameters.get(name, {})
         properties = schema.get("properties")
         known = properties.get(parameter) if isinstance(properties, Mapping) else None
-        types = _types(known, schema, 8)
+        types = types_of(known, schema)
         for value in readings(text.strip()):
             if not types or any(_is(value, kind) for kind in types - {"string"}):
                 return value
         return text
 
 
-def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
+def types_of(schema: Any, root: Mapping[str, Any], depth: int = 8) -> set[str]:
     """The JSON types that a schema allows; none where it does not say."""
     if not isinstance(schema, Mapping) or depth == 0:
         return set()
@@ -62,10 +62,10 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
         target: Any = root
         for step in reference[2:].split("/"):
             target = target.get(step) if isinstance(target, Mapping) else None
-        return _types(target, root, depth - 1)
+        return types_of(target, root, depth - 1)
     for union in ("anyOf", "oneOf", "allOf"):
         if isinstance(schema.get(union), list):
-            return set().union(*(_types(one, root, depth - 1) for one in schema[union]))
+            return set().union(*(types_of(one, root, depth - 1) for one in schema[union]))
     return set()
 
 

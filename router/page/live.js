@@ -179,7 +179,7 @@ async function look() {
   while (past.length > 1 && now.time - past[0].time > WINDOW + 1) past.shift();
   const then = past[0];
   by("version").textContent = answer.version;
-  by("model").textContent = answer.sources.find((one) => one.labels.model_name)?.labels.model_name ?? "";
+  by("model").textContent = [...new Set(answer.engines.map((engine) => engine.model))].join(", ");
   const well = answer.engines.filter((engine) => stateOf(engine) === "healthy").length;
   status(`${well} of ${answer.engines.length} engine${answer.engines.length === 1 ? "" : "s"} healthy`, well > 0 && well === answer.engines.length);
   times.push(Date.now() / 1000);

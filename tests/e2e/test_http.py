@@ -268,7 +268,8 @@ def test_curl(server: Server) -> None:
 
 def test_an_engine_that_dies_in_a_stream(server: Server) -> None:
     """Whoever streams gets an error event; later requests a 503; a new engine serves again."""
-    with serving(max_num_seqs=2) as server, httpx.Client(base_url=server.url) as http:
+    few = {"max_num_seqs": 2, "failover_timeout": 1.0}
+    with serving(**few) as server, httpx.Client(base_url=server.url) as http:
         body = {"prompt": FRANCE, "max_tokens": 2000, "ignore_eos": True, "stream": True}
         with http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
@@ -310,7 +311,7 @@ def test_drain(server: Server) -> None:
 def test_starting(server: Server) -> None:
     engines = server.engines[:]
     server.engines.clear()
-    model, server.service._model = server.service._model, None
+    models, server.service.models._models = server.service.models._models, {}
     try:
         with httpx.Client(base_url=server.url) as http:
             for response in (
@@ -323,7 +324,7 @@ def test_starting(server: Server) -> None:
                 assert error_of(response)["code"] == "starting"
     finally:
         server.engines.extend(engines)
-        server.service._model = model
+        server.service.models._models = models
 
 
 def test_keys_names_and_unknown_fields() -> None:

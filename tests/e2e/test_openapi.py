@@ -45,7 +45,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving({"api_key": KEY, "request_timeout": 0.3}, max_model_len=256) as server:
+    options = {"api_key": KEY, "request_timeout": 0.3}
+    with serving(options, max_model_len=256, pooling="last") as server:
         yield server
 
 
@@ -56,13 +57,21 @@ def schema(server: Server) -> BaseSchema:
     return schemathesis.openapi.from_url(url, config=config, headers=headers)
 
 
-POSTS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
+POSTS = [
+    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
+    "/v1/messages/count_tokens", "/v1/embeddings", "/tokenize", "/detokenize",
+]  # fmt: skip
+# Fewer where the way is that of a chat.
+EXAMPLES = {"/v1/responses": 25, "/v1/messages": 25, "/v1/messages/count_tokens": 10}
+STATELESS = ("background", "conversation", "previous_response_id", "prompt")
+RERANKS = ["/v1/rerank", "/v2/rerank", "/v1/score"]  # which this model does not
 GETS = ["/v1/models", "/v1/models/{id}", "/health", "/load", "/version", "/metrics"]
 
 
 def test_every_route_is_described(schema: BaseSchema) -> None:
     described = {(method, path) for path in schema for method in schema[path]}
-    assert described == {("post", path) for path in POSTS} | {("get", path) for path in GETS}
+    posts = {("post", path) for path in POSTS + RERANKS}
+    assert described == posts | {("get", path) for path in GETS}
 
 
 @pytest.mark.parametrize("path", GETS)
@@ -80,24 +89,27 @@ def test_valid_requests(path: str, schema: BaseSchema) -> None:
     """Valid by the description, that is. They get far enough for the engine to run many."""
     statuses = []
 
-    @settings(max_examples=60, **SETTINGS)
+    @settings(max_examples=EXAMPLES.get(path, 60), **SETTINGS)
     @given(case=schema[path]["post"].as_strategy())
     def attempt(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict):
-            case.body = likely(case.body)
+            case.body = likely(case.body, path)
+            if path == "/v1/messages":
+                case.body["max_tokens"] = 5
         statuses.append(case.call_and_validate(checks=CHECKS, timeout=PATIENCE).status_code)
 
     attempt()
     assert statuses.count(200) >= 5, statuses
 
 
-def likely(body: dict[str, Any]) -> dict[str, Any]:
+def likely(body: dict[str, Any], path: str) -> dict[str, Any]:
     """The request without what is valid by itself, but hardly ever for this model, or together."""
     for field in ("model", "chat_template", "chat_template_kwargs", "documents", "max_tokens"):
         body.pop(field, None)
-    for field in ("tools", "tool_choice"):
+    options = ("tools", "tool_choice", "text", "output_config", "system", "dimensions")
+    for field in (*options, *(STATELESS if path == "/v1/responses" else ())):
         body.pop(field, None)
-    for field in ("prompt", "tokens", "stop_token_ids", "allowed_token_ids"):
+    for field in ("prompt", "input", "tokens", "stop_token_ids", "allowed_token_ids"):
         if field in body:
             body[field] = in_vocabulary(body[field])
     if body.get("messages"):
@@ -106,6 +118,10 @@ def likely(body: dict[str, Any]) -> dict[str, Any]:
             message.pop("tool_calls", None)
             message["role"] = "user"
             message["content"] = message.get("content") or "Hello"
+    elif "input" in body:
+        if path == "/v1/responses" and not isinstance(body["input"], str):
+            body["input"] = "Hello"
+        body["input"] = body["input"] or "Hello"
     elif "tokens" not in body:
         body["prompt"] = body.get("prompt") or "Hello"
     if body.get("continue_final_message"):
@@ -122,11 +138,11 @@ def in_vocabulary(value: Any) -> Any:
     return value % 4096 if isinstance(value, int) else value
 
 
-@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("path", [*POSTS, "/v1/rerank", "/v1/score"])
 def test_invalid_requests(path: str, schema: BaseSchema) -> None:
     negative = schemathesis.GenerationMode.NEGATIVE
 
-    @settings(max_examples=60, **SETTINGS)
+    @settings(max_examples=EXAMPLES.get(path, 60), **SETTINGS)
     @given(case=schema[path]["post"].as_strategy(generation_mode=negative))
     def attempt(case: schemathesis.Case) -> None:
         case.call_and_validate(checks=CHECKS, timeout=PATIENCE)

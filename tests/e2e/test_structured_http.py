@@ -32,9 +32,19 @@ class Person(BaseModel):
     years: list[int] = Field(max_length=3)
 
 
+TEMPLATE = """\
+{%- if tools %}{{ tools | tojson }}{{ '\\n' }}{% endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\\n' }}"""
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    template = tmp_path_factory.mktemp("template") / "template.jinja"
+    template.write_text(TEMPLATE)
+    with serving({"tool_call_parser": "hermes"}, chat_template=str(template)) as server:
         yield server
 
 
@@ -84,6 +94,95 @@ def test_any_json_object(client: openai.OpenAI) -> None:
         if answer.choices[0].finish_reason == "stop":
             found = json.loads(answer.choices[0].message.content or "")
             assert form["type"] == "json_schema" or isinstance(found, dict)
+
+
+def tool(name: str, strict: bool | None = None, **properties: Any) -> Any:
+    schema = {"type": "object", "properties": properties, "required": [*properties]}
+    function = {"name": name, "parameters": schema | {"additionalProperties": False}}
+    return {"type": "function", "function": function | ({"strict": strict} if strict else {})}
+
+
+CITY, DAYS = (
+    {"enum": ["Paris", "Rome"]},
+    {"type": "array", "items": {"enum": [1, 2]}, "maxItems": 2},
+)
+TOOLS = [tool("get_weather", city=CITY, days=DAYS), tool("get_time")]
+
+
+def test_calls_that_are_asked_for_are_of_their_schema(client: openai.OpenAI) -> None:
+    named: Any = {"type": "function", "function": {"name": "get_weather"}}
+    found = []
+    for choice in ("required", named):
+        asked: dict[str, Any] = {
+            "model": MODEL, "messages": USER, "tools": TOOLS, "tool_choice": choice, "n": 6,
+            "temperature": 1.5, "seed": 3, "max_tokens": 300, "parallel_tool_calls": False,
+        }  # fmt: skip
+        for one in client.chat.completions.create(**asked).choices:
+            (call,) = one.message.tool_calls or []
+            assert one.finish_reason == "tool_calls" and not one.message.content
+            schema = next(t for t in TOOLS if t["function"]["name"] == call.function.name)
+            jsonschema.validate(
+                json.loads(call.function.arguments), schema["function"]["parameters"]
+            )
+            found.append((call.function.name, call.function.arguments))
+        streamed = [("", "")] * 6
+        for chunk in client.chat.completions.create(**asked, stream=True):
+            for part in chunk.choices:
+                for delta in part.delta.tool_calls or []:
+                    name, text = streamed[part.index]
+                    name += delta.function.name or ""
+                    streamed[part.index] = name, text + (delta.function.arguments or "")
+        assert streamed == found[-6:]
+    assert {name for name, _ in found[:6]} == {"get_weather", "get_time"}
+    assert {name for name, _ in found[6:]} == {"get_weather"} and len(set(found[6:])) > 1
+
+
+def test_strict_tools_that_are_pydantic_models(client: openai.OpenAI) -> None:
+    class Weather(BaseModel):
+        city: Literal["Paris", "Rome"]
+        days: list[Literal[1, 2]] = Field(max_length=2)
+
+    tools = [openai.pydantic_function_tool(Weather, name="get_weather")]
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=USER, tools=tools, tool_choice="required", max_tokens=300
+    )
+    (call, *_) = answer.choices[0].message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Weather)
+    free = client.chat.completions.parse(model=MODEL, messages=USER, tools=tools, max_tokens=30)
+    assert free.choices[0].message.content and not free.choices[0].message.tool_calls
+
+
+def test_a_form_is_for_what_is_no_call(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=USER, tools=TOOLS, response_format=json_schema(SCHEMA),  # type: ignore[call-overload]
+        n=8, temperature=1.5, seed=1, max_tokens=300,
+    )  # fmt: skip
+    called = 0
+    for choice in answer.choices:
+        called += choice.finish_reason == "tool_calls"
+        if choice.finish_reason == "stop":
+            jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+    assert 0 < called < 8
+
+
+@pytest.mark.parametrize(
+    "made, named",
+    [
+        (tool("f", True, a={"type": "array", "uniqueItems": True}), "of f: .*uniqueItems"),
+        (tool("f", True, a={"type": "string", "format": "nope"}), "of f: .*nope"),
+        ({"type": "function", "function": {"name": "f", "strict": True,
+                                           "parameters": {"type": "array"}}}, "must be object"),
+    ],
+)  # fmt: skip
+def test_a_strict_tool_that_cannot_be_enforced_is_named(
+    client: openai.OpenAI, made: Any, named: str
+) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "messages": USER, "tools": [*TOOLS, made]}
+    with pytest.raises(openai.BadRequestError, match=named) as caught:
+        client.chat.completions.create(**asked)
+    assert caught.value.param == "tools[2].function.parameters"
+    made["function"]["strict"] = False
+    assert client.chat.completions.create(**asked, max_tokens=3).choices
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from manta import LLM, SamplingParams, StructuredOutputsParams
 from tests.support.schemas import SchemaGenerator
 from tests.support.tiny_llm import assert_idle, start_llm
 from tests.support.tiny_tokenizer import save_byte_tokenizer, save_tokenizer
+from workers import grammar_table
 
 BLOCK_SIZE = 8
 SCHEMA = {
@@ -123,6 +124,22 @@ def mixed(llm):
 def test_neighbours_change_nothing(llm, mixed):
     params, alone = mixed
     assert tokens(llm.generate(prompts(24), params, use_tqdm=False)) == alone
+
+
+def test_forced_tokens_are_those_that_would_be_sampled(start, mixed, monkeypatch):
+    """With so few tokens for a step that they come in parts, and one by one."""
+    params, alone = mixed
+    steps = []
+    for most in (grammar_table.MOST_FORCED, 0):
+        monkeypatch.setattr(grammar_table, "MOST_FORCED", most)
+        llm = start(num_gpu_blocks_override=600, max_num_seqs=50, max_num_batched_tokens=50)
+        assert tokens(llm.generate(prompts(24), params, use_tqdm=False)) == alone
+        fixed = asked(llm, 1, 150, regex="[ab]{20} is what a long beginning is for [01]" * 2)
+        before = llm.engine.scheduler.stats.steps
+        llm.generate(prompts(1), fixed, use_tqdm=False)
+        steps.append(llm.engine.scheduler.stats.steps - before)
+        assert_idle(llm)
+    assert steps[0] < steps[1] - 50
 
 
 @pytest.mark.parametrize("mode", ["swap", "recompute"])
@@ -256,7 +273,7 @@ def asked_of_words():
 # ---- what else there is ----
 
 
-def test_the_embedded_model_answers_as_asked():
+def test_the_embedded_model_answers_as_asked(monkeypatch):
     llm = LLM(use_tqdm_on_load=False)
     params = SamplingParams(
         temperature=0, max_tokens=200, structured_outputs=StructuredOutputsParams(json=SCHEMA)
@@ -264,6 +281,12 @@ def test_the_embedded_model_answers_as_asked():
     (output,) = llm.generate(["About Ann, in JSON:"], params, use_tqdm=False)
     assert output.outputs[0].finish_reason == "stop"
     jsonschema.validate(json.loads(output.outputs[0].text), SCHEMA)
+    params = SamplingParams(
+        n=8, seed=1, max_tokens=200, structured_outputs=params.structured_outputs
+    )
+    forced = tokens(llm.generate(["Ann is"], params, use_tqdm=False))
+    monkeypatch.setattr(grammar_table, "MOST_FORCED", 0)
+    assert tokens(llm.generate(["Ann is"], params, use_tqdm=False)) == forced
 
 
 def test_a_replay_has_the_same_tokens(start, mixed, tmp_path, capsys):

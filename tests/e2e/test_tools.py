@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx
 import openai
-import pydantic
 import pytest
 from canitoolcall.probe import probe
 from langchain.agents import create_agent
@@ -33,9 +32,6 @@ SCRIPTS = {
     "<|say:result|>": "It is 21 degrees there.",
     "<|say:think|>": "<think>\nA greeting, so I greet.\n</think>\n\nGood morning.",
     "<|say:broken|>": "<tool_call>\nthis is not any JSON at all\n</tool_call>",
-    # After what begins a forced call.
-    'get_weather", "arguments":': ' {"city": "Oslo"}}</tool_call>',
-    '{"name": "': 'get_time", "arguments": {}}\n\n</tool_call>',
     "<think>\n": "Opened for me already, fine.</think>And here is what I say.",
 }
 
@@ -99,7 +95,7 @@ TOOLS: list[Any] = [
             "name": "get_weather",
             "description": "The weather of a city.",
             "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-            "strict": True,
+            "strict": False,
         },
     },
     {"type": "function", "function": {"name": "get_time"}},
@@ -209,16 +205,6 @@ def test_a_call_that_is_cut_off_is_none(client: openai.OpenAI) -> None:
         assert found["content"].rstrip() == "Let me look."
 
 
-def test_calls_that_are_asked_for(client: openai.OpenAI) -> None:
-    named = {"type": "function", "function": {"name": "get_weather"}}
-    for text in ("hello", "weather"):
-        found = both(client, text, tools=TOOLS, tool_choice=named)
-        assert found["calls"] == [("get_weather", {"city": "Oslo"})]
-        assert found["content"] == "" and found["reason"] == "tool_calls"
-        found = both(client, text, tools=TOOLS, tool_choice="required")
-        assert found["calls"] == [("get_time", {})] and found["reason"] == "tool_calls"
-
-
 def test_reasoning(client: openai.OpenAI) -> None:
     found = both(client, "think")
     assert found["reasoning"] == "A greeting, so I greet."
@@ -232,6 +218,11 @@ def test_reasoning(client: openai.OpenAI) -> None:
     found = both(client, "hello", extra_body=opened)
     assert found["reasoning"] == "Opened for me already, fine."
     assert found["content"] == "And here is what I say."
+    # A form that is asked for is that of what comes after the thinking.
+    for text, fields in (("think", {}), ("hello", opened)):
+        body = fields | {"structured_outputs": {"regex": r"[A-Z][a-z I]+\."}}
+        found = both(client, text, extra_body=body)
+        assert found["reasoning"] and found["content"][-4:] in ("ing.", "say."), found
 
 
 def test_the_template_hears_of_effort(server: Server, client: openai.OpenAI) -> None:
@@ -267,7 +258,7 @@ def test_the_turns_go_back(client: openai.OpenAI, server: Server) -> None:
     body = {"model": MODEL, "tools": TOOLS, "messages": [*ask("weather"), plain, result]}
     shown = httpx.post(f"{server.url}/tokenize", json=body).json()
     prompt = httpx.post(f"{server.url}/detokenize", json={"tokens": shown["tokens"]}).json()
-    assert "city=Paris;" in prompt["prompt"] and '"strict": true' in prompt["prompt"]
+    assert "city=Paris;" in prompt["prompt"] and '"strict": false' in prompt["prompt"]
 
 
 def test_the_probe_of_the_conformance_suite(server: Server) -> None:
@@ -335,22 +326,6 @@ def test_what_is_wrong_is_named(client: openai.OpenAI, fields: dict[str, Any], p
     assert caught.value.param == param
 
 
-def test_pydantic(client: openai.OpenAI) -> None:
-    class Weather(pydantic.BaseModel):
-        city: str
-        days: list[int]
-
-    tool = openai.pydantic_function_tool(Weather, name="get_weather")
-    answer = client.chat.completions.parse(model=MODEL, messages=ask("weather"), tools=[tool])
-    (call,) = answer.choices[0].message.tool_calls or []
-    assert call.function.parsed_arguments == Weather(city="Paris", days=[1, 2])
-    with client.chat.completions.stream(
-        model=MODEL, messages=ask("weather"), tools=[tool]
-    ) as stream:
-        (call,) = stream.get_final_completion().choices[0].message.tool_calls or []
-    assert call.function.parsed_arguments == Weather(city="Paris", days=[1, 2])
-
-
 def test_marks_that_are_special_tokens(tmp_path: Path) -> None:
     """The client sees neither them nor other special tokens, unless it asks for those."""
     said = "Let me[PAD] look.[TOOL_CALLS]get_weather[ARGS]" + CITIES
@@ -377,11 +352,18 @@ def test_a_checkpoint_that_says_itself_how_it_writes(tmp_path: Path) -> None:
     calls = {"open": "<<call>>", "close": "<</call>>", "content": "json", "transform": shape}
     own = {"start_anchor": "x", "fields": {"tool_calls": calls | {"repeats": True}}}
     template = "{{ tools }}<|say:{{ messages[-1].content }}|>"
-    folder = save_scripted(tmp_path, {"<|say:x|>": said}, template, response_template=own)
+    scripts = {"<|say:x|>": said, 'get_weather", "arguments":': f" {CITIES}}}<</call>>"}
+    folder = save_scripted(tmp_path, scripts, template, response_template=own)
     with serving({"served_model_name": [MODEL]}, str(folder), dtype="float32") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         found = both(client, "x", tools=TOOLS)
         assert (found["content"], found["calls"]) == ("Let me look.", [WEATHER])
+        # Its prompt can begin a call, but no grammar is made of its template.
+        named: Any = {"type": "function", "function": {"name": "get_weather"}}
+        assert both(client, "x", tools=TOOLS, tool_choice=named)["calls"] == [WEATHER]
+        strict: Any = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}]
+        with pytest.raises(openai.BadRequestError, match="strict is not .* response_template"):
+            whole(client, "x", tools=strict)
 
 
 def both_of_mistral(client: openai.OpenAI, fields: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from engine.config import EngineConfig
 from engine.continuation import begin
 from engine.engine import Engine
 from engine.plan import TokenLogprobs
+from engine.pooling import NO_SAMPLING
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from tests.support.pool import Pool
@@ -29,6 +31,7 @@ OPTIONS = {
     "max_model_len": LONGEST + NEW_TOKENS + 1,
     "num_gpu_blocks_override": 14,  # so running requests are preempted
     "preemption_mode": "swap",
+    "pooling": "mean",
     "swap_space": 0.01,
     "use_tqdm_on_load": False,
 }
@@ -43,6 +46,7 @@ CASES = [
     ("llama-mqa", 4, 1),  # one key-value head, held four times; others hold each of two twice
     ("opt", 1, 3),
 ]
+POOLS = [("llama", 2, 1), ("qwen3", 2, 2), ("opt", 1, 3)]  # where vectors are asked for, too
 CANCELS = [("llama", 1, 2), ("qwen3", 2, 2), ("opt", 1, 3)]  # where requests come and go
 
 
@@ -155,6 +159,21 @@ def run_with_cancels(engine: Engine, expected: list[Collected]) -> None:
         assert len(got) == NEW_TOKENS or name not in running
 
 
+def vectors_of(engine: Engine) -> dict[str, Any]:
+    """The vectors of the prompts, made while others generate."""
+    vectors: dict[str, Any] = {}
+    for number, prompt in enumerate(make_prompts()):
+        sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        engine.add(begin(f"tokens-{number}", prompt, sampling))
+        engine.add(begin(f"vector-{number}", prompt, NO_SAMPLING, pools=True))
+    while engine.has_work:
+        for name, outcome in engine.step():
+            if outcome.vector is not None:
+                vectors[name] = outcome.vector
+    assert len(vectors) == NUM_PROMPTS
+    return vectors
+
+
 def assert_same(many: list[Collected], one: list[Collected]) -> None:
     for ours, expected in zip(many, one, strict=True):
         assert ours.tokens == expected.tokens
@@ -178,6 +197,7 @@ def test_ranks_generate_what_one_process_does(
     tokenizer: Tokenizer,
     alone,
     long,
+    one_process,
 ) -> None:
     expected, prompts = alone(name), make_prompts()
     config = EngineConfig.from_options(
@@ -197,5 +217,9 @@ def test_ranks_generate_what_one_process_does(
         assert engine.scheduler.stats.preemptions_swap > 0
         if (name, tensor, pipeline) in CANCELS:
             run_with_cancels(engine, long(name))
+        if (name, tensor, pipeline) in POOLS:
+            expected_vectors = vectors_of(one_process(name))
+            for number, vector in vectors_of(engine).items():
+                assert abs(vector - expected_vectors[number]).max() < 1e-4
     finally:
         engine.stop()

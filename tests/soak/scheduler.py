@@ -5,8 +5,8 @@
 Each run draws its own sizes: blocks, slots, pipeline stages, policy and preemption mode. Requests
 come in bursts, of mixed lengths, some with a common beginning, with n from 1 to 4, priorities,
 clients, deadlines, and cancellation at any moment. The executor dies now and then, before a step or
-with the steps in flight, and requests leave and come again as continuations. Checked of every
-request: it ends with exactly
+with the steps in flight, and requests leave and come again as continuations. A third
+of the requests have a grammar, which forces tokens. Checked of every request: it ends with exactly
 its tokens, or, cancelled, with the first of them; that no row read a wrong or stale block (the
 executor looks at every one); that both pools are empty at the end; and that nothing starved.
 """
@@ -24,6 +24,7 @@ from engine.engine import Engine
 from engine.plan import StepPlan
 from engine.preempt import MeasuredCosts
 from engine.sampling_params import SamplingParams
+from engine.structured_outputs import StructuredOutputsParams
 from tests.support.simulator import VOCAB, SimulatedExecutor, extend, next_token
 
 MODES = ["auto", "swap", "recompute"]
@@ -33,6 +34,7 @@ OUTSTANDING = 250  # requests that are in the engine at most
 # Steps. All that may be ahead of a request: OUTSTANDING times 1.4 completions of 60 tokens, of
 # which a pipeline of 4 stages with 16 slots runs 4 in a step, and blocks may allow but half.
 LONGEST_WAIT = 12_000
+GRAMMAR = StructuredOutputsParams(choice=["a"])  # of which the simulated workers know only that
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Tally:
     deaths: int = 0
     moves: int = 0
     moved_tokens: int = 0
+    forced_tokens: int = 0  # that went to the workers
     steps: int = 0
     tokens: int = 0  # that somebody got
     planned_tokens: int = 0
@@ -125,10 +128,10 @@ class Load:
         costs = MeasuredCosts(1e-5, 1e-5, 10 ** draw.uniform(-6.5, -4.5))
         executor = SimulatedExecutor(
             num_blocks, num_cpu_blocks, block_size, num_slots, self.max_model_len, costs,
-            self.pipelined, self.stages - 1,
+            self.pipelined, self.stages - 1, most_forced=12,
         )  # fmt: skip
         self.engine = Engine(
-            self.config, executor, executor.load(), executor.reserve(), self.max_model_len
+            self.config, executor, executor.load(), executor.reserve(), self.max_model_len, (VOCAB,)
         )
         self.stems = [self.tokens(draw.randint(8, 40)) for _ in range(8)]
         self.last_admitted, self.admitted = -1, set[int]()
@@ -139,6 +142,7 @@ class Load:
 
     def watch(self, plan: StepPlan) -> Any:
         """The executor's ``run``; first come is first served."""
+        self.tally.forced_tokens += len(plan.told)
         if self.spoilt:
             executor: Any = self.engine.executor
             executor.spoil = self.draw.random() < self.spoilt
@@ -188,6 +192,7 @@ class Load:
                     max_tokens=draw.choice([1, draw.randint(1, 20), draw.randint(20, 150)]),
                     seed=number,
                     n=draw.choice([1] * 8 + [2, 4]),
+                    structured_outputs=GRAMMAR if number % 3 == 0 else None,
                 ),
                 priority=draw.randint(-3, 3) if self.policy == "priority" else 0,
                 client=draw.choice("abbcccc") if self.policy == "fair" else "",
@@ -285,6 +290,8 @@ class Load:
         assert kv.device.num_held == kv.cpu.num_held == 0, "a block has leaked"
         kv.device.check()
         kv.cpu.check()
+        restarts = sum(engine.stats.restarts.counts)
+        assert restarts == tally.deaths, "the executor found something wrong, and died of it"
         scheduler = engine.scheduler
         assert not scheduler.has_work and not scheduler.running
         assert scheduler.num_waiting == scheduler.waiting_tokens == 0

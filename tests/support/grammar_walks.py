@@ -21,14 +21,15 @@ def copy_of(matcher: Matcher) -> Matcher:
 
 def walk(
     grammars: Grammars, matcher: Matcher, pieces: dict[int, bytes], rng: np.random.Generator,
-    most: int = 300,
+    most: int = 300, end: int = 30,
 ) -> list[int] | None:  # fmt: skip
-    """The tokens of an output that ends within ``most``; None if it does not."""
+    """The tokens of an output that ends within ``most``; None if it does not. ``end``: how
+    much likelier an end is than another token."""
     output: list[int] = []
     for _ in range(most):
         ids = allowed(grammars, matcher)
         assert len(ids), (matcher.error, output)
-        weights = [30 if i == grammars.end else 8 if pieces[i] in ENDERS else 1 for i in ids]
+        weights = [end if i == grammars.end else 8 if pieces[i] in ENDERS else 1 for i in ids]
         token = int(rng.choice(ids, p=np.array(weights) / sum(weights)))
         if token == grammars.end:
             return output

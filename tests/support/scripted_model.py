@@ -25,11 +25,13 @@ def save_scripted(
     scripts: Mapping[str, str],
     template: str,
     special: tuple[str, ...] = (),
+    length: int = 8192,
     **tokenizer_config: Any,
 ) -> Path:
     """Save the checkpoint that says ``scripts[begin]`` after the token ``begin``.
 
     special: strings in scripts that are special tokens; each may stand once in all of them.
+    length: of the model, in tokens.
     """
     tokenizer_config["chat_template"] = template
     taken, chains = set(scripts), dict[str, list[str]]()
@@ -38,7 +40,8 @@ def save_scripted(
         taken.update(chains[begin])
     chunks = sorted(taken - {*scripts})
     ids = _save_tokenizer(folder, [*scripts], [*special], chunks, tokenizer_config)
-    _save_model(folder, {b: [ids[t] for t in (b, *c, END)] for b, c in chains.items()}, ids[END])
+    said = {begin: [ids[token] for token in (begin, *c, END)] for begin, c in chains.items()}
+    _save_model(folder, said, ids[END], length)
     return folder
 
 
@@ -80,14 +83,14 @@ def _save_tokenizer(
     return known | {chunk: known[written[chunk]] for chunk in chunks if chunk not in special}
 
 
-def _save_model(folder: Path, chains: Mapping[str, list[int]], end: int) -> None:
+def _save_model(folder: Path, chains: Mapping[str, list[int]], end: int, length: int) -> None:
     size = 1 + max(token for chain in chains.values() for token in chain)
     size = max(size, 300)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": size,
         "hidden_size": HIDDEN, "intermediate_size": 8, "num_hidden_layers": 1,
         "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "hidden_act": "silu",
-        "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "max_position_embeddings": length, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
         "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": end,
         "torch_dtype": "float32",
     }  # fmt: skip

@@ -50,17 +50,18 @@ class Served:
 @contextmanager
 def serve(
     *options: str,
-    model: str = "manta-demo",
+    model: str | None = "manta-demo",
     before: Sequence[str] = (),
     status: int = 0,
     **env: str,
 ) -> Iterator[Served]:
     """``manta serve MODEL`` with options, ready to answer; stopped at the end, with ``status``.
 
-    before: words that come before the command.
+    model: None where the options name it. before: words that come before the command.
     """
     (port,) = free_ports(1)
-    command = [*before, sys.executable, "-m", "deploy.cli", "serve", model, *options]
+    named = [] if model is None else [model]
+    command = [*before, sys.executable, "-m", "deploy.cli", "serve", *named, *options]
     command += ["--port", str(port)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"

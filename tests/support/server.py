@@ -1,6 +1,7 @@
 """The HTTP application on an engine in this process, under uvicorn, in a thread of its own."""
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -88,6 +89,7 @@ class Server:
     async def _main(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         client = await LocalClient.start(self._model, **self._options)
+        client.info = dataclasses.replace(client.info, served=self._config.served)
         self.engines.append(client)
         self.loops.append(client._loop)
         self.app = build_app(self._config, self.engines, "test")

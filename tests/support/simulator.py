@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engine.executor import Capacity, ModelFacts
 from engine.plan import CopyTimes, Ints, StepPlan, StepResult, ints
+from engine.pooling import Pooling
 from engine.preempt import MeasuredCosts
 
 VOCAB = 50_000
@@ -48,6 +49,14 @@ def foretell(prompt: list[int], seed: int, num: int) -> list[int]:
     return out
 
 
+def foretell_vector(prompt: list[int]) -> list[float]:
+    """What ``prompt`` is pooled to."""
+    chain = 0
+    for token in prompt:
+        chain = extend(chain, token)
+    return [float(chain >> 40), float(len(prompt))]
+
+
 @dataclass
 class _Done:
     executor: "SimulatedExecutor"
@@ -79,9 +88,11 @@ class SimulatedExecutor:
         costs: MeasuredCosts | None = None,
         pipelined: bool = False,
         steps_ahead: int = 0,
+        most_forced: int = 0,
     ) -> None:
         self.pipelined = pipelined
         self.steps_ahead = steps_ahead
+        self.most_forced = most_forced
         self.costs = costs or MeasuredCosts(1e-5, 1e-5, 1e-4)
         self.block_size = block_size
         self.max_model_len = max_model_len
@@ -101,11 +112,16 @@ class SimulatedExecutor:
         self.known = np.zeros(num_slots, np.int32)  # tokens that may be fed; 0 is a free slot
         self.seeds = np.zeros(num_slots, np.uint64)
         self.admissions = np.zeros(num_slots, np.int32)  # of each slot so far
+        self.grammars = np.zeros(num_slots, np.bool_)  # whether the slot's sequence has one
         self.spoilt = np.zeros((num_device_blocks, block_size), np.bool_)  # cells that are not
         self.spoilt_cpu = np.zeros((num_cpu_blocks, block_size), np.bool_)
+        self.pooled: dict[int, tuple[int, int]] = {}  # slot: prompt's tokens, those that were fed
 
     def load(self) -> ModelFacts:
-        return ModelFacts("Simulated", VOCAB, self.max_model_len, 0, 0, 0.0, "none", "none")
+        return ModelFacts(
+            "Simulated", VOCAB, self.max_model_len, 0, 0, 0.0, "none", "none",
+            pooling=Pooling("mean"), vector_size=2,
+        )  # fmt: skip
 
     def reserve(self) -> Capacity:
         return Capacity(
@@ -119,21 +135,34 @@ class SimulatedExecutor:
         self.known[plan.release] = 0
         self.admissions[plan.release] += 1
         self.tables[plan.release] = -1
+        for slot in plan.release.tolist():
+            self.pooled.pop(slot, None)
         for admit in plan.admits:
             self._admit(admit.slot, admit.tokens.tolist(), admit.seed)
+            if admit.extras.pools:
+                self.pooled[admit.slot] = admit.prompt_len, 0
+            self.grammars[admit.slot] = admit.extras.grammar is not None
+        for told in plan.told:
+            assert told[1] == self.known[told[0]], "a token is told too soon, or twice"
+            self.learn(told[:1], told[2:])
         slots, index, block = plan.cells.T
         assert self.known[slots].all(), "a cell for a slot that nobody has"
         self.tables[slots, index] = block
         self._copy(plan)
-        tokens, failed = self._rows(plan)
+        tokens, spoilt = self._rows(plan)
+        failed, vectors = spoilt[plan.wants == 1], self._pool(plan, spoilt)
         rows = ints(np.flatnonzero(plan.wants))
         slots, late = plan.slots[rows], None
+        forced = self._forced(slots, tokens, failed)
         if self.pipelined:
             late = self.admissions[slots].copy(), slots, tokens
         else:
             self.learn(slots, tokens)
         copied = CopyTimes(len(plan.copies.out), 1e-5, len(plan.copies.in_), 1e-5)
-        return _Done(self, StepResult(plan.step, rows, tokens, failed, {}, {}, 1e-3, copied), late)
+        result = StepResult(
+            plan.step, rows, tokens, failed, {}, {}, 1e-3, copied, vectors=vectors, forced=forced
+        )
+        return _Done(self, result, late)
 
     def restart(self) -> None:
         self._forget()
@@ -151,6 +180,21 @@ class SimulatedExecutor:
         z = (before ^ (tokens.astype(np.uint64) + np.uint64(1))) * np.uint64(_MIX)
         self.chains[slots, at] = z ^ (z >> np.uint64(29))
         self.known[slots] = at + 1
+
+    def _forced(self, slots: Ints, tokens: Ints, failed: NDArray[np.bool_]) -> dict[int, list[int]]:
+        """Of sequences with a grammar some tokens are forced: those that would be sampled."""
+        found: dict[int, list[int]] = {}
+        if not self.most_forced:
+            return found
+        for i in np.flatnonzero(self.grammars[slots] & ~failed):
+            chain, token = int(self.chains[slots[i], self.known[slots[i]] - 1]), int(tokens[i])
+            seed = int(self.seeds[slots[i]])
+            forced = found[int(i)] = list[int]()
+            while len(forced) < self.most_forced and (token * _PICK >> 7) % 4:
+                chain = extend(chain, token)
+                token = (((chain ^ seed) * _PICK & _MASK) >> 33) % VOCAB
+                forced.append(token)
+        return found
 
     def _admit(self, slot: int, tokens: list[int], seed: int) -> None:
         assert self.known[slot] == 0, "the slot is taken"
@@ -172,8 +216,8 @@ class SimulatedExecutor:
             device[in_[:, 1]] = cpu[in_[:, 0]]
 
     def _rows(self, plan: StepPlan) -> tuple[Ints, NDArray[np.bool_]]:
-        """Write and check every row; the tokens that were wanted, and which of these rows read a
-        cell that is not finite, so that their tokens mean nothing."""
+        """Write and check every row; the tokens that were wanted, and which of all rows read a cell
+        that is not finite, so that what comes of them means nothing."""
         slots, starts, counts, size = plan.slots, plan.starts, plan.counts, self.block_size
         contexts = starts + counts
         assert len(np.unique(slots)) == len(slots), "a slot has two rows"
@@ -201,4 +245,19 @@ class SimulatedExecutor:
         assert (contexts[wants] == self.known[slots[wants]]).all()
         last = self.chains[slots[wants], contexts[wants] - 1] ^ self.seeds[slots[wants]]
         picked = ((last * np.uint64(_PICK)) >> np.uint64(33)) % np.uint64(VOCAB)
-        return ints(picked), spoilt[wants]
+        return ints(picked), spoilt
+
+    def _pool(self, plan: StepPlan, spoilt: NDArray[np.bool_]) -> dict[int, NDArray[np.float32]]:
+        """By row: the vectors of the prompts that end, all of whose tokens were fed in one stay."""
+        vectors: dict[int, NDArray[np.float32]] = {}
+        for row, slot in enumerate(plan.slots.tolist()):
+            if slot not in self.pooled:
+                continue
+            length, fed = self.pooled[slot]
+            fed += int(plan.counts[row])
+            self.pooled[slot] = length, fed
+            if int(plan.starts[row] + plan.counts[row]) == length:
+                chain = int(self.chains[slot, length - 1])
+                value = np.nan if spoilt[row] else float(chain >> 40)
+                vectors[row] = np.array([value, fed], np.float32)
+        return vectors

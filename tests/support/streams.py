@@ -31,10 +31,14 @@ class Route:
         return True
 
     async def admit(self, request, sink, leaving=False):
+        error = EngineError("no engine takes it")
         for client in self.clients:
             if client.healthy and (client.load.admits or not leaving):
-                return await client.submit(request, sink)
-        raise EngineError("no engine takes it")
+                try:
+                    return await client.submit(request, sink)
+                except EngineError as failure:  # it died meanwhile
+                    error = failure
+        raise error
 
     def moved(self, cause, seconds):
         self.moves.append((cause, seconds))

@@ -331,7 +331,7 @@ def test_wrong_messages_are_refused(messages: Any, error: str) -> None:
 
 def test_what_the_template_refuses() -> None:
     with pytest.raises(RequestError, match="refuses these messages: Roles must alternate"):
-        render(TURNS, [USER, USER])
+        render(TURNS, [USER, ANSWER, ANSWER])
     with pytest.raises(RequestError, match="refuses these messages"):
         render("{{ messages[0].content + 1 }}", [USER])
     with pytest.raises(RequestError, match="refuses these messages"):

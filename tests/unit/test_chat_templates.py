@@ -35,6 +35,8 @@ PARTS_ONLY = {"idefics3", "llava-next", "smolvlm"}
 STRING_ARGUMENTS = {"deepseek-v3", "functionary-3.2"}
 # An assistant's message without content fails, or is not shown.
 WANTS_CONTENT = {"deepseek-v3", "devstral-2507", "qwq"}
+# Of several system messages one is shown, wherever it stands.
+ONE_SYSTEM = {"deepseek-r1-distill", "rwkv-world"}
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": " Hello <b> & 'quotes' 你好 "}
@@ -58,8 +60,8 @@ CHATS: dict[str, list[dict[str, Any]]] = {
     "turns": [SYSTEM, USER, ANSWER, USER],
     "no system": [USER, ANSWER, USER, ANSWER],
     "reasoning": [USER, THOUGHT, USER],
-    "out of turn": [USER, USER, SYSTEM],
 }
+OUT_OF_TURN = [USER, USER, SYSTEM]
 
 
 def template_of(name: str) -> str:
@@ -110,13 +112,20 @@ def test_there_are_fifty() -> None:
     assert [name for name in NAMES if f"| `{name}` |" not in readme] == []
 
 
+def chats_of(name: str, tokenizer: Any) -> list[list[dict[str, Any]]]:
+    """Those that the template takes as they are; see ``test_messages_of_agents_are_heard``."""
+    text = theirs(tokenizer, name, OUT_OF_TURN) or ""
+    taken = text.count("你好") == 2 and "Be brief." in text and name not in ONE_SYSTEM
+    return [*CHATS.values(), *([OUT_OF_TURN] if taken else [])]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_content_that_is_a_string(name: str, tokenizer: Any) -> None:
     def form(role: str, text: str) -> Any:
         return [{"type": "text", "text": text}] if name in PARTS_ONLY else text
 
     shown = 0
-    for messages in CHATS.values():
+    for messages in chats_of(name, tokenizer):
         for options in ({"add_generation_prompt": True}, {"tools": tools_of(name)}):
             expected = theirs(tokenizer, name, with_content(messages, form), **options)
             assert ours(name, messages, **options) == expected
@@ -138,7 +147,7 @@ def test_content_that_is_parts(name: str, texts: list[str], tokenizer: Any) -> N
         return [{"type": "text", "text": text}] if name in PARTS_ONLY else text
 
     refused = 0
-    for messages in CHATS.values():
+    for messages in chats_of(name, tokenizer):
         tools = tools_of(name)
         expected = theirs(tokenizer, name, with_content(messages, form), tools=tools)
         given = with_content(messages, lambda role, text: parts)
@@ -230,3 +239,26 @@ def test_a_developer_is_heard(name: str, tokenizer: Any) -> None:
     developer = SYSTEM | {"role": "developer"}
     expected = heard(developer) if "Be brief." in heard(developer) else heard(SYSTEM)
     assert (ours(name, [developer, USER], tools=tools_of(name)) or "") == expected
+
+
+# They take no system message (Mistral 7B: then also no user's, as the roles do not alternate), show
+# the last one that stands at the beginning, or want tools.
+WITHOUT_SYSTEM = {"gemma-2", "mistral-7b-0.2", "phi-3-medium", "hermes-3-tools"}
+WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta")
+# As Codex sends messages, and as Claude Code does.
+AGENTS = (
+    ("developer", "developer", "user", "user"),
+    ("system", "user", "system", "assistant", "user", "system"),
+)
+
+
+@pytest.mark.parametrize("roles", AGENTS, ids=["codex", "claude"])
+@pytest.mark.parametrize("name", sorted(set(NAMES) - WITHOUT_SYSTEM))
+def test_messages_of_agents_are_heard(name: str, roles: tuple[str, ...]) -> None:
+    """Wherever those of the system stand, and whether or not the template lets them stand there."""
+    said = [{"role": role, "content": word} for role, word in zip(roles, WORDS, strict=False)]
+    text = ours(name, said) or ""
+    missing = [message for message in said if message["content"] not in text]
+    assert not missing, text
+    places = [text.find(m["content"]) for m in said if m["role"] in ("user", "assistant")]
+    assert places == sorted(places)

@@ -125,7 +125,7 @@ def test_names_are_known_and_unique():
     assert BY_NAME.keys() - VLLM == {  # vLLM has none such, or under another meaning
         "device", "attention_backend", "batch_invariance", "preemption_mode", "max_queued_requests",
         "max_queued_tokens", "prefault_kv_cache", "sanitize_control_tokens", "schedule_log",
-        "max_failovers", "failover_timeout",
+        "max_failovers", "failover_timeout", "pooling",
     }  # fmt: skip
 
 

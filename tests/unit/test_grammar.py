@@ -146,6 +146,36 @@ TAG = {
 }
 
 
+FORMAT: dict = {
+    "type": "sequence",
+    "elements": [
+        {"type": "tag", "begin": "", "end": "</t>",
+         "content": {"type": "any_text", "excludes": ["no"]}},
+        {"type": "or", "elements": [
+            {"type": "const_string", "value": "yes"}, {"type": "regex", "pattern": "[0-9]{2}"},
+            {"type": "grammar", "grammar": 'start: "(" start? ")"'},
+        ]},
+        {"type": "tags_with_separator", "separator": ";", "tags": [
+            {"begin": "<", "end": ">", "content": {"type": "json_schema",
+                                                   "json_schema": {"const": 1}}},
+        ]},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, ok",
+    [
+        ("any <thing</t>yes", True), ("</t>07<1>;<1>", True), ("a</t>((()))<1>", True),
+        ("a</t>maybe", False), ("a no</t>yes", False), ("a</t>yes</t>", False),
+        ("</t>07<1><1>", False), ("</t>7", False), ("a</t>(()", False),
+    ],
+)  # fmt: skip
+def test_formats_are_made_of_each_other(grammars, tokenizer, text, ok):
+    matcher = grammars.matcher(grammar(structural_tag={"format": FORMAT}))
+    assert (matcher.consume(tokenizer.encode(text, False)) and matcher.accepting) == ok
+
+
 def test_a_trigger_begins_a_structure(grammars, tokenizer):
     start = grammars.matcher(grammar(structural_tag=TAG))
     for text, ok, ends in [
@@ -319,7 +349,29 @@ def test_what_asks_for_nothing_passes(grammars, schema):
         ({"grammar": 'start: "a" <nope>'}, "unknown special token"),
         ({"grammar": "start: x\nx[temperature=0.5]: /a/"}, "attribute temperature"),
         ({"structural_tag": "[]"}, "structures and triggers"),
-        ({"structural_tag": {"format": {}}}, "format is not supported"),
+        ({"structural_tag": {"format": {}}}, "format must have a type of const_string"),
+        ({"structural_tag": {"format": {"type": "regex"}}}, "format.pattern must be a string"),
+        ({"structural_tag": {"format": {"type": "any_text", "x": 1}}}, "any_text has no 'x'"),
+        ({"structural_tag": {"format": {"type": "or", "elements": []}}}, "elements must be a list"),
+        (
+            {
+                "structural_tag": {
+                    "format": {
+                        "type": "sequence",
+                        "elements": [{"type": "any_text"}, {"type": "const_string", "value": "a"}],
+                    }
+                }
+            },
+            r"elements\[0\]: any_text must be what is last",
+        ),
+        (
+            {
+                "structural_tag": {
+                    "format": {"type": "grammar", "grammar": "start: x\nx[stop=1]: /a/"}
+                }
+            },
+            "attribute stop",
+        ),
         ({"structural_tag": {**TAG, "triggers": []}}, "triggers must be"),
         ({"structural_tag": {**TAG, "triggers": ["<g"]}}, "begin must start with"),
         ({"structural_tag": {**TAG, "structures": [{"begin": "<f", "x": 1}]}}, "no more"),

@@ -20,7 +20,7 @@ from tests.unit.test_engine import assert_empty, drain, make_engine, random_prom
 @pytest.mark.parametrize("seed", range(12))  # each number of stages in each preemption mode
 def test_random_load(seed):
     tally = Load(1000 + seed, 300).run()
-    assert tally.requests == 300 and tally.finished > 100
+    assert tally.requests == 300 and tally.finished > 100 and tally.forced_tokens > 100
 
 
 @pytest.mark.parametrize("seed", range(6))

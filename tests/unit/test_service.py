@@ -8,7 +8,7 @@ import pytest
 
 from cluster.loop import LocalClient
 from engine.chat import load_template
-from engine.config import EMBEDDED_MODEL
+from engine.config import EMBEDDED_MODEL, ServedAs
 from engine.continuation import begin
 from engine.errors import EngineError, Unavailable
 from engine.sampling_params import SamplingParams
@@ -44,9 +44,9 @@ def run(scenario, *engines):
     asyncio.run(main())
 
 
-async def engine_of(service, prompt=(1, 2, 3)):
+async def engine_of(service, prompt=(1, 2, 3), name=None):
     """The id of the engine that a request reached."""
-    model = await service.model()
+    model = await service.model(name)
     async with service.generations(model, [Prompt(list(prompt))], GREEDY, 0, False) as (one,):
         engine = one.stream._attempt.place.client.info.engine_id
         async for outcomes in one.stream:
@@ -85,19 +85,72 @@ def test_requests_reach_engines_that_serve_what_they_were_made_for():
 
     async def scenario(old, new, *_):
         service = Service(RouterConfig(), engines := [old])
-        assert (await service.model()).names == ("m",)
+        assert (await service.model()).info.model == "m"
         engines.append(new)
         for i in range(20):
             assert await engine_of(service, [i]) == "old"
         await drained(old)
         assert await engine_of(service) == "new"
-        model = await service.model("other")
-        assert model.chat_template == load_template(template)
+        model = await service.model("n")
+        assert model.info.model == "other" and model.chat_template == load_template(template)
         with pytest.raises(ApiError, match="does not exist"):
-            await service.model("m")
+            await service.model("other")
 
+    named = {"served": ServedAs(("n",))}
     other = {"engine_id": "new", "model": "other", "chat_template": template}
-    run(scenario, {"engine_id": "old"}, other)
+    run(scenario, {"engine_id": "old", **named}, {**other, **named})
+
+
+def test_each_request_reaches_the_engines_of_its_model():
+    async def scenario(one, two, *_):
+        service = Service(RouterConfig(), engines := [one, two])
+        with pytest.raises(ApiError, match="'k' does not exist; there is also, m, other"):
+            await service.model("k")
+        for i in range(10):
+            assert await engine_of(service, [i], "m") == "one"
+            assert await engine_of(service, [i], "also") == "two"
+        assert [model.id for model in await service.served()] == ["m", "other"]
+        with pytest.raises(ApiError, match="model is missing: give one of m, other"):
+            await service.model()
+        with pytest.raises(ApiError, match="'k' does not exist; there is also, m, other") as error:
+            await service.model("k")
+        assert error.value.status == 404
+        engines.remove(two)  # it died: its model waits, the other one does not
+        assert (await service.model("other")).id == "other"
+        with pytest.raises(Unavailable) as missing:
+            await engine_of(service, name="other")
+        assert api_error(missing.value, service.retry_after(missing.value)).headers == {
+            "retry-after": "5"
+        }
+        assert await engine_of(service, name="m") == "one" and service.retry_after() == 1
+
+    other = {"engine_id": "two", "served": ServedAs(("other", "also"))}
+    run(scenario, {"engine_id": "one"}, other)
+
+
+def test_a_model_that_was_removed_is_unknown_and_one_that_starts_is_not_there_yet():
+    async def scenario(one, two, *_):
+        declared, known = {"m", "other"}, {"m", "other"}
+
+        async def look():
+            known.clear()
+            known.update(declared)
+
+        service = Service(RouterConfig(), engines := [one], look=look, declared=lambda: known)
+        with pytest.raises(Unavailable, match="no engine is ready yet"):
+            await service.model("other")
+        engines.append(two)
+        assert await engine_of(service, name="other") == "two"
+        declared.add("third")  # which this process has not heard of
+        with pytest.raises(Unavailable):
+            await service.model("third")
+        declared.remove("other")
+        await drained(two)
+        with pytest.raises(ApiError, match="'other' does not exist; there is m, third"):
+            await service.model("other")
+        assert [model.id for model in await service.served()] == ["m"]
+
+    run(scenario, {"engine_id": "one"}, {"engine_id": "two", "served": ServedAs(("other",))})
 
 
 def test_an_engine_that_hangs_does_not_keep_what_another_can_take(monkeypatch):

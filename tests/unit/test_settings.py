@@ -44,6 +44,46 @@ def test_a_file_has_dashes_or_underscores(tmp_path):
     assert read_config(file) == {}
 
 
+def test_each_of_several_models_has_its_options_and_the_server_its_own(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "port: 80\nmodels:\n- model: m\n  max-num-seqs: 3\n"
+        f"- model: {tmp_path}\n  served-model-name: [n, k]\n  num_replicas: 2\n"
+    )
+    options = read_config(file)
+    one, two = Settings.of_models({"port": 80}, options["models"])
+    assert (one.names, two.names) == (("m",), ("n", "k"))
+    assert one.engine.scheduler.max_num_seqs == 3 and one.router.num_replicas == 1
+    assert two.engine.model.model == str(tmp_path) and two.router.num_replicas == 2
+    assert one.router.port == two.router.port == 80
+
+
+@pytest.mark.parametrize(
+    ("server", "models", "message"),
+    [
+        ({}, {}, "models must be a list of maps of options"),
+        ({}, [], "models must be a list of maps of options"),
+        ({}, ["m"], r"models\[0\]: a model must be a map of options"),
+        ({}, [{"model": "m"}, {"dtype": "auto"}], r"models\[1\]: model is missing"),
+        ({"dtype": "auto"}, [{"model": "m"}], "dtype is a model's option: give it to each of"),
+        ({"num_replicas": 2}, [{"model": "m"}], "num_replicas is a model's option"),
+        ({}, [{"model": "m", "port": 80}], r"models\[0\]: port is the server's option"),
+        ({}, [{"model": "m", "dtpe": "auto"}], r"models\[0\]: unknown option dtpe; did you mean d"),
+        ({}, [{"model": "m", "dtype": "int3"}], r"models\[0\]: dtype must be"),
+        ({}, [{"model": 5}], r"models\[0\]: model must be"),
+        ({}, [{"model": "m"}] * 2, "models: 2 are called 'm'; see served_model_name"),
+        (
+            {},
+            [{"model": "m"}, {"model": "n", "served_model_name": ["k", "m"]}],
+            "2 are called 'm'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_list_of_models_is_named(server, models, message):
+    with pytest.raises(ConfigError, match=message):
+        Settings.of_models(server, models)
+
+
 HAPROXY = """\
 global
     maxconn 32768
@@ -64,6 +104,9 @@ backend app
 def test_haproxy_is_given_the_certificate_and_a_better_answer():
     plain = adapt(HAPROXY, Path("/f"))
     assert "status 503 hdr Retry-After 5" in plain and "404" not in plain
+    answers = plain.partition("backend default_backend\n")[2].splitlines()
+    assert "overloaded_error" in answers[0] and answers[0].endswith("{ path -m sub /v1/messages }")
+    assert "overloaded_error" not in answers[1] and "server_error" in answers[1]
     assert "    bind 127.0.0.1:8000\n" in plain and "server a 127.0.0.1:30000" in plain
     tls = adapt(HAPROXY, Path("/f"), "/k.pem")
     assert "    bind 127.0.0.1:8000 ssl crt /k.pem alpn h2,http/1.1\n" in tls

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TEXT = Path(__file__).parent / "text"
-END = "<|endoftext|>"
 TURN = "<|im_start|>{}\n{}<|im_end|>\n"
-CHUNK = 1000  # documents drawn from one random stream
 
 # Files whose answers are facts that also stand alone as plain text, and their share of the talk.
 FACTS = {"manta.txt": 3.0, "tables.txt": 0.35, "world.txt": 1.6, "sums": 0.35}

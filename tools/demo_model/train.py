@@ -1,10 +1,11 @@
 """Trains the demo model that ships with manta, and asks it the evaluation questions.
 
-    python tools/demo_model/train.py --out deploy/demo_model
+    PYTHONPATH=. python tools/demo_model/train.py --out deploy/demo_model
 
 A Qwen3 network of about 3.4 million parameters with its own byte-level BPE, on the documents of
 corpus.py. Writes config.json, generation_config.json, model.safetensors (bf16), tokenizer.json,
-tokenizer_config.json, chat_template.jinja and train.log to --out. See README.md beside this file.
+tokenizer_config.json, chat_template.jinja and train.log to --out. The root of the repository must
+be on PYTHONPATH. See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import json
 import math
 import os
 import random
+import re
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -24,7 +27,9 @@ import corpus as text
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from agent_questions import Question, is_right, prompt_of
+from chats import CHAT_TEMPLATE, TAGS
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -42,22 +47,6 @@ LENGTHS = (512, 512, 512, 512, 2048)  # tokens of a row, in turn; conversations 
 USER_NOISE = 0.06  # share of the tokens of what users say that are replaced by random ones
 USER_LOSS = 0.1  # weight of what users and systems say; answers and plain text count 1
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {%- if message.role not in ['system', 'user', 'assistant'] %}
-        {{- raise_exception('Unknown role ' + message.role + '; allowed are system, user and \
-assistant.') }}
-    {%- endif %}
-    {%- if message.role == 'system' and not loop.first %}
-        {{- raise_exception('A system message must come first.') }}
-    {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
 
 # Free prompts whose continuations are printed after training.
 SAMPLES = [
@@ -106,7 +95,11 @@ class Log:
 
 
 def train_tokenizer(documents: list[str]) -> Any:
-    """Byte-level BPE over the whole byte alphabet, so that any text can be encoded."""
+    """Byte-level BPE over the whole byte alphabet, so that any text can be encoded.
+
+    Tags are tokens of their own, the last ids. They are not special, so that they stay in the text
+    of an answer, where parsers look for them.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -116,12 +109,14 @@ def train_tokenizer(documents: list[str]) -> Any:
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
+        vocab_size=VOCAB - len(TAGS),
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(documents, trainer)
+    marks = re.compile("|".join(map(re.escape, SPECIAL + TAGS)))
+    bpe.train_from_iterator((part for d in documents for part in marks.split(d)), trainer)
+    bpe.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=SPECIAL[0],
@@ -133,18 +128,31 @@ def train_tokenizer(documents: list[str]) -> Any:
     )
 
 
-def encode(tokenizer: Any, documents: list[str]) -> tuple[Tensor, Tensor]:
-    """All documents as one row of token ids, and the loss weight of each token.
+class Encoded(NamedTuple):
+    """Documents as one row of tokens.
 
-    In a conversation only the answers count in full: the weight of a token is that of the role
+    ids; weights: of each token in the loss; noisy: whether it may be replaced by noise. [tokens]
+    """
+
+    ids: Tensor
+    weights: Tensor
+    noisy: Tensor
+
+
+def encode(tokenizer: Any, documents: list[text.Document]) -> Encoded:
+    """In a conversation only the answers count in full: the weight of a token is that of the role
     named after the last <|im_start|> before it.
+
+    Only talk may be noisy: what else users say is copied into calls and JSON.
     """
     parts: list[np.ndarray] = []
     for first in range(0, len(documents), 20_000):
-        encoded = tokenizer.backend_tokenizer.encode_batch_fast(documents[first : first + 20_000])
+        texts = [d.text for d in documents[first : first + 20_000]]
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts)
         parts += [np.asarray(e.ids, dtype=np.int32) for e in encoded]
+    is_talk = np.repeat([d.kind == "talk" for d in documents], [len(part) for part in parts])
     ids = np.concatenate(parts)
-    end, start = (tokenizer.convert_tokens_to_ids(t) for t in SPECIAL[:2])
+    end, start, think = (tokenizer.convert_tokens_to_ids(t) for t in (*SPECIAL[:2], "<think>"))
     [answering] = tokenizer.encode("assistant")
     marks = np.flatnonzero((ids == start) | (ids == end))
     # A mark opens a turn of the role that follows it; after <|endoftext|> plain text begins.
@@ -155,7 +163,14 @@ def encode(tokenizer: Any, documents: list[str]) -> tuple[Tensor, Tensor]:
     weights = np.concatenate([np.ones(marks[0]), np.repeat(weight, lengths)]).astype(np.float32)
     weights[marks[opens]] = USER_LOSS  # the mark itself and the role name belong to the template
     weights[np.minimum(marks[opens] + 1, len(ids) - 1)] = USER_LOSS
-    return torch.from_numpy(ids), torch.from_numpy(weights)
+    noisy = is_talk & (weights == USER_LOSS) & (ids >= len(SPECIAL))
+    # The prompt opens the thinking, so that a model that is not asked to think must not begin to;
+    # and closes it before a call that must be made.
+    opened = np.flatnonzero(ids == think)
+    closed = opened[ids[opened + 2] == tokenizer.convert_tokens_to_ids("</think>")] + 2
+    for places in (opened, opened + 1, closed, closed + 1):
+        weights[places] = 0
+    return Encoded(*map(torch.from_numpy, (ids, weights, noisy)))
 
 
 def build(seed: int) -> Any:
@@ -178,13 +193,13 @@ def build(seed: int) -> Any:
     return Qwen3ForCausalLM(config)
 
 
-def with_noise(rows: Tensor, weights: Tensor, vocab: int, generator: torch.Generator) -> Tensor:
+def with_noise(rows: Tensor, noisy: Tensor, generator: torch.Generator) -> Tensor:
     """``rows`` with some of the users' tokens replaced, so that the model learns to answer what is
-    worded in another way than it has ever seen. Special tokens stay."""
+    worded in another way than it has ever seen."""
     chance = torch.rand(rows.shape, generator=generator, device=rows.device)
-    noise = torch.randint(len(SPECIAL), vocab, rows.shape, generator=generator, device=rows.device)
-    noisy = (weights == USER_LOSS) & (rows >= len(SPECIAL)) & (chance < USER_NOISE)
-    return torch.where(noisy, noise, rows)
+    noise = torch.randint(len(SPECIAL), VOCAB - len(TAGS), rows.shape, generator=generator,
+                          device=rows.device)  # fmt: skip
+    return torch.where(noisy & (chance < USER_NOISE), noise, rows)
 
 
 def row_loss(model: Any, rows: Tensor, weights: Tensor) -> Tensor:
@@ -198,7 +213,25 @@ def row_loss(model: Any, rows: Tensor, weights: Tensor) -> Tensor:
     return (losses * scale).sum() / scale.sum()
 
 
-def train(model: Any, ids: Tensor, weights: Tensor, args: argparse.Namespace,
+class Probe:
+    """Documents that are not trained on, of each kind."""
+
+    def __init__(self, tokenizer: Any, seed: int, device: torch.device) -> None:
+        self.kinds: dict[str, tuple[Tensor, Tensor]] = {}
+        for kind in text.KINDS:
+            encoded = encode(tokenizer, text.documents(seed + 1, 200, kind=kind)[:200])
+            rows = min(8, len(encoded.ids) // 513)
+            ids, weights = (t[: rows * 513].reshape(rows, 513).to(device) for t in encoded[:2])
+            self.kinds[kind] = ids.long(), (weights == 1).float()
+
+    @torch.no_grad()
+    def losses(self, model: Any) -> str:
+        """The mean cross entropy of the answers' tokens, by kind."""
+        found = {kind: row_loss(model, *rows).item() for kind, rows in self.kinds.items()}
+        return "  ".join(f"{kind} {loss:.3f}" for kind, loss in found.items())
+
+
+def train(model: Any, documents: Encoded, probe: Probe, args: argparse.Namespace,
           device: torch.device, log: Log) -> None:  # fmt: skip
     """AdamW with warm-up and cosine decay, on rows that begin at random document starts.
 
@@ -206,8 +239,8 @@ def train(model: Any, ids: Tensor, weights: Tensor, args: argparse.Namespace,
     as it is at inference, the others teach the model to begin anew after <|endoftext|>.
     """
     pad = max(LENGTHS) + 1
-    ids = F.pad(ids, (0, pad)).long().to(device)
-    weights = F.pad(weights, (0, pad)).to(device)
+    ids, weights, noisy = (F.pad(t, (0, pad)).to(device) for t in documents)
+    ids = ids.long()
     ends = (ids[: len(ids) - pad] == 0).nonzero().flatten()
     starts = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -239,7 +272,7 @@ def train(model: Any, ids: Tensor, weights: Tensor, args: argparse.Namespace,
         index = starts[pick, None] + torch.arange(length + 1, device=device)
         try:
             with autocast:
-                rows = with_noise(ids[index], weights[index], VOCAB, generator)
+                rows = with_noise(ids[index], noisy[index], generator)
                 loss = loss_of(model, rows, weights[index])
             loss.backward()
         except Exception as error:
@@ -259,6 +292,9 @@ def train(model: Any, ids: Tensor, weights: Tensor, args: argparse.Namespace,
             speed = seen / (time.monotonic() - begun)
             log.stage(f"step {step:5d}  loss {value:.4f}  progress {progress:.3f}  "
                       f"{seen / 1e6:.0f}M tokens  {speed / 1e3:.0f}k tokens/s")  # fmt: skip
+        if step % (10 * args.log_every) == 0 or step == 10:
+            with autocast:
+                log(f"  answers that were not trained on: {probe.losses(model)}")
     log.stage(f"trained {step} steps on {seen / 1e6:.0f}M tokens")
 
 
@@ -271,7 +307,7 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
 
 
 def complete(model: Any, tokenizer: Any, prompts: list[str],
-             tokens: int, batch: int = 64) -> list[str]:  # fmt: skip
+             tokens: int, batch: int = 128) -> list[str]:  # fmt: skip
     """Greedy continuations of rendered prompts, in batches of about the same length."""
     tokenizer.padding_side = "left"
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -290,25 +326,34 @@ def complete(model: Any, tokenizer: Any, prompts: list[str],
     return answers
 
 
+def read_questions(file: str, limit: int) -> list[Question]:
+    lines = (HERE / file).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines][: limit or None]
+
+
 def evaluate(out: Path, device: torch.device, limit: int, log: Log) -> None:
     """Asks the saved checkpoint all evaluation questions and prints every failure."""
     tokenizer: Any = AutoTokenizer.from_pretrained(out)
     model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     model = model.to(device).eval()
-    with (HERE / "questions.jsonl").open(encoding="utf-8") as file:
-        questions = [json.loads(line) for line in file]
-    questions = questions[:limit] if limit else questions
+    evaluate_talk(model, tokenizer, limit, log)
+    evaluate_agents(model, tokenizer, limit, log)
+    show_samples(model, tokenizer, log)
 
-    def rendered(messages: list[dict[str, str]]) -> str:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
 
-    def question_prompt(question: dict[str, Any]) -> str:
+def rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def evaluate_talk(model: Any, tokenizer: Any, limit: int, log: Log) -> None:
+    """The questions of questions.jsonl: an answer must hold one of the expected strings."""
+    questions = read_questions("questions.jsonl", limit)
+
+    def question_prompt(question: Question) -> str:
         said = str(question["prompt"])
-        return (
-            said if question["kind"] == "plain" else rendered([{"role": "user", "content": said}])
-        )
+        if question["kind"] == "plain":
+            return said
+        return rendered(tokenizer, [{"role": "user", "content": said}])
 
     prompts = [question_prompt(q) for q in questions]
     answers = complete(model, tokenizer, prompts, 96)
@@ -325,13 +370,39 @@ def evaluate(out: Path, device: torch.device, limit: int, log: Log) -> None:
     for question, said in failures:
         log(f"  wrong{' (held out)' if question['held_out'] else ''}: {question['prompt']!r} -> "
             f"{said!r}, expected one of {question['expect'][:3]}")  # fmt: skip
+
+
+def evaluate_agents(model: Any, tokenizer: Any, limit: int, log: Log) -> None:
+    """The questions of agent_questions.jsonl, about tools, JSON and thinking."""
+    questions = read_questions("agent_questions.jsonl", limit)
+    answers = complete(model, tokenizer, [prompt_of(q)[0] for q in questions], 160)
+    asked: Counter[str] = Counter()
+    right: Counter[str] = Counter()
+    failures = []
+    for question, said in zip(questions, answers, strict=True):
+        kind = question["kind"] + (", held out" if question["held_out"] else "")
+        asked[kind] += 1
+        if is_right(question, said):
+            right[kind] += 1
+            continue
+        last = question["messages"][-1]["content"]
+        wanted = next(question[key] for key in ("calls", "json", "expect") if key in question)
+        failures.append(f"  wrong ({kind}): {last!r} -> {said!r}, expected {wanted}")
+    for kind in sorted(asked):
+        log(f"{kind}: {right[kind]} of {asked[kind]} right")
+    for failure in failures:
+        log(failure)
+
+
+def show_samples(model: Any, tokenizer: Any, log: Log) -> None:
+    """Free continuations and some chats."""
     for prompt, said in zip(SAMPLES, complete(model, tokenizer, SAMPLES, 96), strict=True):
         log(f"  {prompt} |{said}")
     for turns in CHATS:
         messages: list[dict[str, str]] = []
         for user in turns:
             messages.append({"role": "user", "content": user})
-            [said] = complete(model, tokenizer, [rendered(messages)], 96)
+            [said] = complete(model, tokenizer, [rendered(tokenizer, messages)], 96)
             messages.append({"role": "assistant", "content": said})
             log(f"  user: {user}\n    model: {said}")
         log("")
@@ -370,15 +441,16 @@ def main() -> None:
     processes = min(16, len(os.sched_getaffinity(0))) if args.documents > 20_000 else 1
     documents = text.documents(args.seed, args.documents, processes)
     random.Random(args.seed).shuffle(documents)
-    log.stage(f"{len(documents)} documents, {sum(map(len, documents)) / 1e6:.0f} MB")
-    tokenizer = train_tokenizer(documents[:60_000])
+    log.stage(f"{len(documents)} documents, {sum(len(d.text) for d in documents) / 1e6:.0f} MB")
+    tokenizer = train_tokenizer([d.text for d in documents[:60_000]])
     log.stage(f"tokenizer of {len(tokenizer)} tokens")
-    ids, weights = encode(tokenizer, documents)
-    log.stage(f"{len(ids) / 1e6:.1f}M tokens, {len(ids) / len(documents):.0f} for each document")
+    encoded = encode(tokenizer, documents)
+    count = len(encoded.ids)
+    log.stage(f"{count / 1e6:.1f}M tokens, {count / len(documents):.0f} for each document")
     model = build(args.seed).to(device)
     log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
     torch.set_float32_matmul_precision("high")
-    train(model, ids, weights, args, device, log)
+    train(model, encoded, Probe(tokenizer, args.seed, device), args, device, log)
     save(model, tokenizer, args.out)
     log.stage("saved")
     evaluate(args.out, device, args.questions, log)

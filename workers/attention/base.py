@@ -15,7 +15,10 @@ Arrays = tuple[Ints, ...]
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What a backend must know of one rank's attention; the same for every layer of a model."""
+    """What a backend must know of one rank's attention; the same for every layer of a model.
+
+    Not ``causal``: queries see all of their row's keys, and the row is a whole prompt.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -24,6 +27,7 @@ class AttentionShape:
     block_size: int
     dtype: torch.dtype
     device: torch.device
+    causal: bool = True
 
     @property
     def block_elements(self) -> int:
@@ -63,7 +67,7 @@ class Prologue:
 
 
 class AttentionBackend(Protocol):
-    """Paged causal attention. The layout inside a block is the backend's own business;
+    """Paged attention. The layout inside a block is the backend's own business;
 
     a layer's cache is one tensor whose first dimension is the block, so that whole blocks can be
     copied without knowing more. A backend keeps nothing of a step.

@@ -95,9 +95,10 @@ class GatherAttention:
         tables = batch.block_tables[batch.slots[rows], :blocks].long()
         position = lens - queries + torch.arange(queries, device=q.device)[:, None]
         key = torch.arange(blocks * s.block_size, device=q.device)
-        seen = key <= position  # [rows, queries, keys]
+        last = position if s.causal else lens - 1
+        seen = (key <= last).expand(-1, queries, -1)  # [rows, queries, keys]
         if window is not None:
-            seen &= key > position - window
+            seen = seen & (key > position - window)
         # Cells that no query sees may hold anything, blocks that none sees may be gone.
         used = seen.any(1)
         alive = used.view(len(rows), blocks, -1).any(-1)

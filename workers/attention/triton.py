@@ -29,8 +29,8 @@ class TritonAttention:
         if not self.supports(shape):
             raise ConfigError(
                 f"TritonAttention cannot serve {shape}; needed: an NVIDIA GPU, Triton and a C"
-                f" compiler, head_dim up to {MAX_HEAD_DIM}, at most {MAX_GROUP} query heads for"
-                " each kv head"
+                f" compiler, a causal model, head_dim up to {MAX_HEAD_DIM}, at most {MAX_GROUP}"
+                " query heads for each kv head"
             )
         from workers.kernels.gpu import attention, heads
 
@@ -50,6 +50,7 @@ class TritonAttention:
     def supports(shape: AttentionShape) -> bool:
         return (
             kernels.has_triton(shape.device)
+            and shape.causal
             and shape.head_dim <= MAX_HEAD_DIM
             and shape.num_heads <= MAX_GROUP * shape.num_kv_heads
         )

@@ -92,6 +92,22 @@ class OutputLayer:
         return self._group.gather(self._product(hidden))
 
 
+class LabelLayer:
+    """A classifier's head without bias: vectors [m, H] float32 to [m, labels], in float32. Every
+    rank computes it whole, row by row."""
+
+    def __init__(self, place: Place, name: str, size: int, labels: int) -> None:
+        shape = (labels, size)
+        self._weight = torch.empty(shape, dtype=torch.float32, device=place.device)
+        self._parameters = [Parameter(f"{name}.weight", shape, self._weight)]
+
+    def parameters(self) -> Iterable[Parameter]:
+        return self._parameters
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        return (vectors[:, None] * self._weight).sum(-1)
+
+
 class PositionEmbedding:
     """Learned positions; row p + ``offset`` is position p. Every rank holds them whole."""
 

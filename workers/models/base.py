@@ -64,7 +64,9 @@ class Traits:
     """What the rest of the system must know of a model, whatever its network.
 
     ``max_position`` is the longest context in tokens that the checkpoint is meant for; ``tied``
-    says that the output layer shares the token embeddings.
+    says that the output layer shares the token embeddings. A model ``generates`` if it has an
+    output layer; a classifier has ``labels`` in its place, and an embedding model neither. If it is
+    not ``causal`` a token sees those after it, so that a prompt is computed in one piece.
     """
 
     vocab_size: int
@@ -73,6 +75,9 @@ class Traits:
     heads: Heads
     max_position: int
     tied: bool
+    generates: bool = True
+    labels: int = 0
+    causal: bool = True
 
 
 def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionShape:
@@ -89,6 +94,7 @@ def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionS
         block_size=block_size,
         dtype=place.dtype,
         device=place.device,
+        causal=traits.causal,
     )
 
 
@@ -122,7 +128,12 @@ class Model(ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows [n, H] of the last stage's output to [n, vocab_size] in the model's type, on the
-        group's rank 0; on the others to their share of the vocabulary."""
+        group's rank 0; on the others to their share of the vocabulary. Of one that generates."""
+
+    def pooled(self, vectors: Tensor) -> Tensor:
+        """What the model makes of pooled rows [m, H] of the last stage's output, all float32: of a
+        classifier [m, labels], else the rows themselves."""
+        return vectors
 
     def keep(self, layer: object, batch: Batch) -> Tensor | None:
         """Which tokens go on after the attention of ``layer``: after the network's last one nobody

@@ -12,7 +12,7 @@ from workers.attention.base import AttentionBackend
 from workers.batch import Batch
 from workers.checkpoint import MOST_LAYERS, Config
 from workers.layers.attention import Attention, Heads
-from workers.layers.embedding import OutputLayer, VocabEmbedding
+from workers.layers.embedding import LabelLayer, OutputLayer, VocabEmbedding
 from workers.layers.mlp import GatedMLP
 from workers.layers.norm import RMSNorm
 from workers.layers.rotary import Rope, Rotary, read_rope
@@ -23,6 +23,7 @@ from workers.weights import Parameter
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
+LABELS = "score"
 WINDOW = "sliding_attention"
 FULL = "full_attention"
 
@@ -214,10 +215,15 @@ class DecoderModel(Model):
         self.layers = self._layers
         if stage.last:
             self._norm = RMSNorm(place, "model.norm", hidden, traits.norm_eps)
-            name = EMBEDDING if traits.tied else HEAD
-            tied = self._embedding if traits.tied else None
-            self._head = OutputLayer(place, name, vocab, hidden, tied)
-            self.parts.extend([self._norm, self._head])
+            self.parts.append(self._norm)
+            if traits.generates:
+                name = EMBEDDING if traits.tied else HEAD
+                tied = self._embedding if traits.tied else None
+                self._head = OutputLayer(place, name, vocab, hidden, tied)
+                self.parts.append(self._head)
+            if traits.labels:
+                self._labels = LabelLayer(place, LABELS, hidden, traits.labels)
+                self.parts.append(self._labels)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: list[Tensor], hidden: Tensor | None = None) -> Tensor:
@@ -233,14 +239,25 @@ class DecoderModel(Model):
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)
 
+    @torch.inference_mode()
+    def pooled(self, vectors: Tensor) -> Tensor:
+        return self._labels(vectors) if self._traits.labels else vectors
+
     def whole(self) -> "DecoderModel":
         stage = Stage.whole(self._traits.num_layers)
         return DecoderModel(self._traits, whole_place(self.place), stage, self._backend, 1)
 
     def canonical(self, name: str) -> str | None:
         # Written by old versions of transformers; computed from the config.
-        return None if name.endswith("rotary_emb.inv_freq") else name
+        if name.endswith("rotary_emb.inv_freq"):
+            return None
+        if name.startswith(f"{HEAD}.") and not self._traits.generates:
+            return None
+        # A checkpoint of the network without a head has no name for the whole.
+        bare = name.startswith(("embed_tokens.", "layers.", "norm."))
+        return f"model.{name}" if bare else name
 
     @property
     def tied(self) -> dict[str, str]:
-        return {f"{HEAD}.weight": f"{EMBEDDING}.weight"} if self._traits.tied else {}
+        tied = self._traits.tied and self._traits.generates
+        return {f"{HEAD}.weight": f"{EMBEDDING}.weight"} if tied else {}

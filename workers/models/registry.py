@@ -10,7 +10,7 @@ from engine.errors import CheckpointError
 from workers.attention.base import AttentionBackend
 from workers.checkpoint import Config
 from workers.host_memory import host_memory
-from workers.models import decoder, opt
+from workers.models import bert, decoder, opt
 from workers.models.base import Model, Traits
 from workers.parallel import Place, Stage
 
@@ -24,13 +24,24 @@ class Network:
 
 
 DECODER = Network(decoder.read_traits, decoder.DecoderModel)
+BERT = Network(bert.read_traits, bert.BertModel)
 OPT = Network(opt.read_traits, opt.OPTModel)
+GENERATES = "ForCausalLM"
+CLASSIFIES = "ForSequenceClassification"
+EMBEDS = "Model"
 ARCHITECTURES = {
     "LlamaForCausalLM": ("llama", DECODER),
     "MistralForCausalLM": ("mistral", DECODER),
     "Qwen2ForCausalLM": ("qwen2", DECODER),
     "Qwen3ForCausalLM": ("qwen3", DECODER),
     "OPTForCausalLM": ("opt", OPT),
+    "BertModel": ("bert", BERT),
+    "RobertaModel": ("roberta", BERT),
+    "XLMRobertaModel": ("xlm-roberta", BERT),
+} | {
+    f"{family}{head}": (family.lower(), DECODER)
+    for head in (EMBEDS, CLASSIFIES)
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
 }
 
 
@@ -44,26 +55,46 @@ def find_network(config: Config) -> Network:
         raise config.error("model_type", "must be a string")
     by_type = {kind: network for kind, network in ARCHITECTURES.values()}
     code = "; manta runs no code of checkpoints (auto_map)" if "auto_map" in config else ""
-    if "architectures" not in config:
+    name = _architecture(config)
+    if name is None:
         if model_type not in by_type:
             raise config.error("model_type", f"is not supported; known: {', '.join(by_type)}{code}")
         return by_type[model_type]
-    names = config.get("architectures")
-    names = names if isinstance(names, list) else []
-    known = [name for name in names if isinstance(name, str) and name in ARCHITECTURES]
-    if not known:
+    if not name:
         known_names = ", ".join(ARCHITECTURES)
         raise config.error("architectures", f"none is supported; known: {known_names}{code}")
-    kind, network = ARCHITECTURES[known[0]]
+    kind, network = ARCHITECTURES[name]
     if model_type != kind:
-        raise config.error("model_type", f"must be {kind!r} for {known[0]}")
+        raise config.error("model_type", f"must be {kind!r} for {name}")
     return network
+
+
+def _architecture(config: Config) -> str | None:
+    """The first name that is known, "" if none is; None if there are no names."""
+    if "architectures" not in config:
+        return None
+    names = config.get("architectures")
+    names = names if isinstance(names, list) else []
+    known = (name for name in names if isinstance(name, str) and name in ARCHITECTURES)
+    return next(known, "")
 
 
 def read_traits(config: Config) -> Traits:
     """The traits of a checkpoint. Raises CheckpointError, naming an unsupported field."""
     traits: Traits = find_network(config).read_traits(config)
-    return traits
+    name = _architecture(config) or GENERATES
+    if name.endswith(CLASSIFIES):
+        return replace(traits, generates=False, labels=_labels(config))
+    return replace(traits, generates=traits.generates and name.endswith(GENERATES))
+
+
+def _labels(config: Config) -> int:
+    named = config.get("id2label")
+    labels = config.integer("num_labels", len(named) if isinstance(named, dict) else 2)
+    if labels != 1:
+        field = "num_labels" if "num_labels" in config else "id2label"
+        raise config.error(field, "must be one label: a score; manta does not classify")
+    return labels
 
 
 def build_model(
@@ -76,7 +107,7 @@ def build_model(
     for more parameters than there is memory, ConfigError where the group does not divide the model.
     """
     network = find_network(config)
-    traits = network.read_traits(config)
+    traits = read_traits(config)
     if place.device.type != "meta":
         meta = replace(place, device=torch.device("meta"))
         _check_room(config, network.model(traits, meta, stage, backend, 1), place.device)

@@ -49,7 +49,7 @@ FROM_VLLM = [
 ]  # fmt: skip
 OUR_OWN = [
     "preemptions_by_kind_total", "swapped_out_bytes_total", "swapped_in_bytes_total",
-    "recomputed_tokens_total", "cpu_kv_blocks_used", "step_time_seconds",
+    "recomputed_tokens_total", "cpu_kv_blocks_used", "step_time_seconds", "vectors_total",
     "router_stage_seconds", "http_requests_total",
 ]  # fmt: skip
 

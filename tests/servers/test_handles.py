@@ -1,7 +1,9 @@
 """Named engines: started, found and shared by several drivers of one Ray cluster."""
 
 import asyncio
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import ray
 import manta
 from cluster.directory import Directory
 from cluster.engines import Engines
+from deploy.cli import main
 from engine.config import EMBEDDED_MODEL
 from manta import (
     ConfigError,
@@ -26,7 +29,7 @@ from manta import (
 )
 from router.app import build_app
 from router.config import RouterConfig
-from tests.support.served import left_of
+from tests.support.served import ROOT, left_of
 from tests.support.waiting import PATIENCE, until
 
 OPTIONS = {
@@ -267,6 +270,76 @@ def test_many_drivers_and_one_that_is_killed(engine):
         assert other.communicate(timeout=PATIENCE)[0] == "length\n"
     others[0].communicate()
     assert idle(engine)
+
+
+def batch(folder, count):
+    """A file of so many requests, and what the "shared" engine says to each prompt."""
+    lines = [
+        {
+            "custom_id": f"r{i}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {
+                "prompt": f"Number {i}",
+                "temperature": 0,
+                "max_tokens": 60,
+                "ignore_eos": True,
+            },
+        }
+        for i in range(count)
+    ]
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {line["custom_id"]: line["body"]["prompt"] for line in lines}
+
+
+def test_a_batch_over_several_engines_of_which_one_is_killed(engine, tmp_path):
+    prompts = batch(tmp_path, 60)
+    before = actors()
+    words = ["run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    words += ["--num-replicas", "2", "--max-concurrency", "12", "--no-use-tqdm-on-load"]
+    for name in ("num_gpu_blocks_override", "swap_space", "worker_cpus"):
+        words += [f"--{name}", str(OPTIONS[name])]
+    killed = []
+
+    def strike():
+        until(lambda: (tmp_path / "out.jsonl").exists() and len(read(tmp_path)) > 5, PATIENCE)
+        killed.append(max(actors() - before))
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    assert main(words) == 0
+    thread.join()
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    outputs = engine.generate(list(prompts.values()), params)
+    expected = {id: one.outputs[0].text for id, one in zip(prompts, outputs, strict=True)}
+    answers = read(tmp_path)
+    assert len(answers) == 60 and killed
+    found = {one["custom_id"]: one["response"]["body"]["choices"][0]["text"] for one in answers}
+    assert found == expected
+    until(lambda: actors() == before)
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def actors():
+    return {int(entry.split()[0]) for entry in left_of(SESSION) if "EngineActor" in entry}
+
+
+def test_a_stage_of_ray_data(engine, capsys):
+    """The example of the documentation."""
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/batches.md").read_text(), re.DOTALL
+    )
+    options = {name: OPTIONS[name] for name in ("num_gpu_blocks_override", "swap_space")}
+    options |= {"worker_cpus": 0.5, "use_tqdm_on_load": False}
+    given = "".join(f", {name}={value}" for name, value in options.items())
+    text = example.replace("concurrency=1", f"concurrency=1{given}")
+    exec(compile(text.replace("path/or/hub-id", EMBEDDED_MODEL), "docs/batches.md", "exec"), {})
+    answers = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert answers.keys() == {"France", "Italy", "Spain"} and "Paris" in answers["France"]
 
 
 def engine_pid():

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import socket
@@ -41,6 +42,26 @@ def client(server: Served) -> openai.OpenAI:
 def run(server: Served, command: str, *argv: str) -> int:
     """A client's command in this process."""
     return main([command, "--url", f"{server.url}/v1", *argv])
+
+
+def test_a_batch_of_the_servers_engines(server: Served, tmp_path: Path) -> None:
+    body = {"model": "manta-demo", "prompt": "The capital of France is", "max_tokens": 2}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+
+    def generated() -> float:
+        text = httpx.get(f"{server.url}/metrics").text
+        return float(re.findall(r"^manta:generation_tokens_total.* (\S+)$", text, re.M)[0])
+
+    before = generated()
+    command = ["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--join", "--port"]
+    subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *command, str(server.port)],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+    )  # fmt: skip
+    answer = json.loads((tmp_path / "out.jsonl").read_text())
+    assert answer["response"]["status_code"] == 200
+    assert generated() == before + 2
 
 
 def chat_text(client: openai.OpenAI, *contents: str, **options: object) -> str:

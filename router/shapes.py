@@ -167,6 +167,75 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     token_ids: list[int] | UnsetType = UNSET
 
 
+class PromptUsage(msgspec.Struct):
+    """What a request took that generates nothing."""
+
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Embedding(msgspec.Struct):
+    """The vector of one input, as numbers or as base64 of float32."""
+
+    index: int
+    object: Literal["embedding"]
+    embedding: list[float] | str
+
+
+class EmbeddingList(msgspec.Struct, kw_only=True):
+    """The answer of /v1/embeddings."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: PromptUsage
+
+
+class Score(msgspec.Struct):
+    """How well one pair of texts goes together."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreList(msgspec.Struct, kw_only=True):
+    """The answer of /v1/score."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: PromptUsage
+
+
+class RankedDocument(msgspec.Struct):
+    """A document of the request's."""
+
+    text: str
+
+
+class Ranked(msgspec.Struct):
+    """One document: its place in the request, and how well it answers the query."""
+
+    index: int
+    document: RankedDocument | None
+    relevance_score: float
+
+
+class Ranking(msgspec.Struct, kw_only=True):
+    """The answer of /v1/rerank."""
+
+    id: str
+    model: str
+    usage: PromptUsage
+    results: list[Ranked]
+
+
 class Model(msgspec.Struct, kw_only=True):
     """A name that requests may give."""
 
@@ -212,6 +281,7 @@ class EngineState(msgspec.Struct, kw_only=True):
     """One engine, as this ingress process knows it."""
 
     engine_id: str
+    model: str
     healthy: bool
     draining: bool
     recovering: bool
