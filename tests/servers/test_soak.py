@@ -2,11 +2,14 @@
 soak-serve`` and ``make soak-hostile``."""
 
 import asyncio
-import os
+import re
+import subprocess
+import sys
 
-from tests.soak import chaos, hostile
+from tests.soak import hostile
 from tests.soak.server import OPTIONS, Footprint, growth, leftovers, soak, wrong_answers
-from tests.support.served import gone, serve
+from tests.support.served import ROOT, serve
+from tests.support.waiting import PATIENCE
 
 
 def test_nothing_leaks_and_every_answer_is_right() -> None:
@@ -35,24 +38,19 @@ def test_hostile_clients_change_nothing_for_the_others() -> None:
 
 
 def test_failures_lose_nothing() -> None:
-    """Two engines, of which one is killed, one drained, and a third comes and leaves; then one that
-    is split in two takes their place."""
-    os.environ["MANTA_TEST"] = session = f"chaos-{os.getpid()}"
-    with serve(*chaos.OPTIONS) as served:
-        found = asyncio.run(chaos.soak(served, session, 40, ["kill", "drain", "scale"], 6))
-        assert not found.errors and not found.wrong
-        assert found.answers > 40 and found.moved > 3
-
-        async def reshape() -> None:
-            over = asyncio.Event()
-            found, some = chaos.Chaos(), chaos.requests(8, seed=1)
-            asking = asyncio.create_task(chaos.ask_all(served.url, some, 4, found, over))
-            shape = ("--num-replicas", "1", "--tensor-parallel-size", "2")
-            await chaos.manta(served, "scale", *shape)
-            ids = await chaos.manta(served, "engines")
-            over.set()
-            await asking
-            assert not found.errors and found.answers and len(ids.splitlines()) == 1
-
-        asyncio.run(reshape())
-    gone(session)
+    """One of two engines is killed, one drained, and then two that are split take their place, of
+    which one loses a worker; requests come through OpenAI's client and a handle."""
+    events = ["kill", "drain", "reshape", "worker"]
+    sizes = ["--requests", "20", "--streams", "6", "--order", *events]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.soak.chaos", *sizes],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=4 * PATIENCE,
+    )
+    assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
+    (line,) = [line for line in done.stdout.splitlines() if " answers to 20 requests over " in line]
+    found = re.search(r"(\d+) answers .*: 0 lost, 0 changed, .*; (\d+) moves;", line)
+    assert found is not None, line
+    assert int(found[1]) > 20 and int(found[2]) > 1, line
