@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-12,
     "pad_token_id": 1,
 }
+OWN_DEFAULTS = {"roberta": {"vocab_size": 50265}}
 _OURS = (  # a checkpoint's names within a layer, and those of the layers here
     (".attention.self.query.", ".self_attn.q_proj."),
     (".attention.self.key.", ".self_attn.k_proj."),
@@ -57,7 +58,8 @@ class BertTraits(Traits):
 
 def read_traits(config: Config) -> BertTraits:
     """The traits that config.json describes. Raises CheckpointError, naming the field."""
-    config = Config(DEFAULTS | config.values, config.source)
+    own = OWN_DEFAULTS.get(str(config.get("model_type")), {})
+    config = Config(DEFAULTS | own | config.values, config.source)
     refuse_foreign(config)
     config.choice("hidden_act", "gelu", ("gelu",))
     config.choice("position_embedding_type", "absolute", ("absolute",))
