@@ -246,10 +246,11 @@ def test_config_defaults_are_those_of_transformers(checkpoint: Checkpoint, tmp_p
     from workers.models.registry import ARCHITECTURES
 
     for architecture, (kind, _) in ARCHITECTURES.items():
-        bare, full = tmp_path / f"{kind}-bare", tmp_path / f"{kind}-full"
+        bare, full = tmp_path / f"{architecture}-bare", tmp_path / f"{architecture}-full"
         for folder, values in ((bare, {}), (full, AutoConfig.for_model(kind).to_dict())):
             folder.mkdir()
             values = {k: v for k, v in values.items() if k not in ("architectures",)}
             values |= {"model_type": kind, "architectures": [architecture]}
+            values["id2label"] = {"0": "score"}  # of those that classify, one label is a score
             (folder / "config.json").write_text(json.dumps(values))
         assert read_traits(load_config(bare)) == read_traits(load_config(full))
