@@ -341,9 +341,17 @@ def test_https_a_key_and_a_config_file_and_a_second_signal_that_ends_it_at_once(
         gone(session)
         reading.thread.join()
         assert not reading.done
+    until(_port_is_free)
+
+
+def _port_is_free():
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", PORT))
+        try:
+            probe.bind(("127.0.0.1", PORT))
+        except OSError:
+            return False
+    return True
 
 
 @contextlib.contextmanager
