@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 FOREVER = 2**31 - 1  # later than any position
 NO_LOGPROBS = -2
 HOTTEST = 1e30  # float32 holds its inverse; draws are uniform long before
+# What is nothing in 32 bits would leave no token, and rejection would go on for ever.
+LEAST_TOP_P = 1e-30
 
 
 def on_device(values: NDArray[Any], device: torch.device) -> Tensor:
@@ -133,7 +135,7 @@ class SamplingTable:
         self.greedy[slot] = sampling.greedy
         self.temperature[slot] = 1.0 if sampling.greedy else min(sampling.temperature, HOTTEST)
         self.top_k[slot] = min(sampling.top_k, self.vocab_size)
-        self.top_p[slot] = sampling.top_p
+        self.top_p[slot] = max(sampling.top_p, LEAST_TOP_P)
         self.min_p[slot] = sampling.min_p
         for asked, kept in ((sampling.logprobs, self.logprobs),
                             (sampling.prompt_logprobs, self._prompt_logprobs)):  # fmt: skip

@@ -147,6 +147,19 @@ def test_distribution_is_exact(params: dict[str, Any], shape: str, device: str) 
     assert p_value(counts, probabilities(logits, wanted)) > NEVER
 
 
+@pytest.mark.timeout(60)
+@on_devices
+@pytest.mark.parametrize("top_p", [5e-324, 1e-310, 1e-40, 1e-38])
+def test_a_top_p_that_is_nothing_in_32_bits_leaves_the_likeliest_token(
+    top_p: float, device: str
+) -> None:
+    """Nor does it keep the engine for ever."""
+    bench = Bench(300, request(top_p=top_p, seed=3), device=device)
+    logits = torch.zeros(300)
+    logits[217] = 1e-3
+    assert [bench.next(logits, position) for position in range(1, 9)] == [217] * 8
+
+
 @pytest.mark.parametrize("params", [{"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
 def test_small_vocabularies(params: dict[str, Any]) -> None:
     for vocab in (1, 2, 3, 5, 33):
