@@ -16,8 +16,21 @@ _ADDRESS = "RAY_ADDRESS"
 def add_commands(commands: Any) -> None:
     """Add them to the subparsers of ``manta``."""
     engines = commands.add_parser("engines", help="list the engines of a server that runs")
-    engines.set_defaults(run=_engines, parser=engines)
+    engines.set_defaults(run=_engines)
+    models = commands.add_parser("models", help="list the models of a server that runs")
+    models.set_defaults(run=_models)
+    changes = _add_scale(commands), _add_drain(commands), _add_add(commands), _add_remove(commands)
+    for parser in (engines, models, *changes):
+        parser.set_defaults(parser=parser)
+        parser.add_argument(
+            "--port",
+            type=int,
+            help="the port of the `manta serve`, where several run on this machine; without"
+            " effect where RAY_ADDRESS names the cluster",
+        )
 
+
+def _add_scale(commands: Any) -> Any:
     scale = commands.add_parser(
         "scale",
         help="change the number, shape or revision of a server's engines",
@@ -31,8 +44,11 @@ def add_commands(commands: Any) -> None:
     scale.add_argument("--pipeline-parallel-size", type=int, metavar="N", help="stages of one")
     scale.add_argument("--revision", help="of the checkpoint")
     scale.add_argument("--model", metavar="NAME", help="of which model, where there are several")
-    scale.set_defaults(run=_scale, parser=scale)
+    scale.set_defaults(run=_scale)
+    return scale
 
+
+def _add_drain(commands: Any) -> Any:
     drain = commands.add_parser(
         "drain",
         help="have an engine hand over its requests and end",
@@ -43,11 +59,11 @@ def add_commands(commands: Any) -> None:
     drain.add_argument(
         "--timeout", type=float, default=60.0, help="seconds to wait for its end; default 60"
     )
-    drain.set_defaults(run=_drain, parser=drain)
+    drain.set_defaults(run=_drain)
+    return drain
 
-    models = commands.add_parser("models", help="list the models of a server that runs")
-    models.set_defaults(run=_models, parser=models)
 
+def _add_add(commands: Any) -> Any:
     add = commands.add_parser(
         "add-model",
         help="have a server that runs serve one more model, or another under the same name",
@@ -64,8 +80,11 @@ def add_commands(commands: Any) -> None:
         help="take the place of the model of the same name, once the new engines serve",
     )
     add_options(add, model_options())
-    add.set_defaults(run=_add_model, parser=add)
+    add.set_defaults(run=_add_model)
+    return add
 
+
+def _add_remove(commands: Any) -> Any:
     remove = commands.add_parser(
         "remove-model",
         help="have a server that runs serve a model no longer",
@@ -73,15 +92,8 @@ def add_commands(commands: Any) -> None:
         " finish; the other models go on as they are.",
     )
     remove.add_argument("name", metavar="NAME", help="one of its names; `manta models` lists them")
-    remove.set_defaults(run=_remove_model, parser=remove)
-
-    for parser in (engines, scale, drain, models, add, remove):
-        parser.add_argument(
-            "--port",
-            type=int,
-            help="the port of the `manta serve`, where several run on this machine; without"
-            " effect where RAY_ADDRESS names the cluster",
-        )
+    remove.set_defaults(run=_remove_model)
+    return remove
 
 
 def _engines(args: argparse.Namespace) -> None:
