@@ -84,7 +84,6 @@ class Stream:
         self._moves, self._deaths = request.moves, request.deaths
         self._lost_at = 0.0  # when it lost its engine, if no token has come since
         self._cause = ""  # of that, for metrics
-        self._why = ""  # and in words
         self._leave_at = math.inf  # when to look for another engine than the one it has
         self._error: EngineError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -194,7 +193,7 @@ class Stream:
         self._deaths += attempt.begun
         self._moves += 1
         self._lost_at = self._lost_at or time.monotonic()
-        self._cause, self._why, self._leave_at = "lost", cause, math.inf
+        self._cause, self._leave_at = "lost", math.inf
         attempt.stay.cause, attempt.stay.error = "lost", cause
         if not self._policy.max_failovers:
             self._error = EngineError(cause)
@@ -248,7 +247,7 @@ class Stream:
             except (QueueFull, EngineError):
                 await asyncio.sleep(AGAIN)
         if time.monotonic() >= give_up_at:
-            self._error = EngineError(self._why)
+            self._error = EngineError(self.stays[-1].error)
 
     async def _try_to_leave(self, attempt: Attempt) -> None:
         """Go on at an engine that takes requests, if there is one; what the old one brings until

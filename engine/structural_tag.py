@@ -80,8 +80,10 @@ def _checked(form: Any, where: str, last: bool, depth: int) -> Format:
         elif name == "json_schema":
             clean[name] = enforceable(value)
         elif name == "content":
-            free = last and not form.get("end")
-            clean[name] = _content(value, at, bool(form.get("end")), free, depth)
+            free = last
+            if form.get("end"):  # up to there any text may stand
+                free = isinstance(value, dict) and value.get("type") == "any_text"
+            clean[name] = _checked(value, at, free, depth + 1)
         elif name == "triggers":
             clean[name] = _texts(value, at)
         elif name == "excludes":
@@ -103,12 +105,6 @@ def _flag(form: Format, name: str, where: str) -> bool:
     if not isinstance(value, bool):
         raise RequestError(f"{where}.{name} must be true or false, got {shown(value)}")
     return value
-
-
-def _content(value: Any, at: str, ends: bool, last: bool, depth: int) -> Format:
-    if ends and isinstance(value, dict) and value.get("type") == "any_text":
-        return _checked(value, at, True, depth + 1)
-    return _checked(value, at, last, depth + 1)
 
 
 def _texts(value: Any, at: str) -> list[str]:
@@ -160,17 +156,20 @@ class Rules:
     def __init__(self, special: Mapping[str, int], json: Callable[[Any], str]) -> None:
         self.grammars: dict[str, str] = {}
         self._special, self._json = special, json
-        self._rules: dict[str, str] = {}  # by what they say
+        self._rules: dict[tuple[str, str, str], str] = {}  # names, by prefix, mark and text
+        longest_first = sorted(special, key=len, reverse=True)
+        # (?!) is found nowhere: without special tokens a text is one piece.
+        self._marks = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def start(self, form: Format) -> str:
         """The grammar whose start the format is. Raises RequestError."""
-        return "\n".join([f"start: {self._of(form)}", "TEXT: /(?s:.*)/", *self._rules.values()])
+        start = f"start: {self._of(form)}"
+        rules = [f"{name}{mark}: {text}" for (_, mark, text), name in self._rules.items()]
+        return "\n".join([start, "TEXT: /(?s:.*)/", *rules])
 
     def _named(self, prefix: str, text: str, mark: str = "") -> str:
         """The name of a rule, which is made if there is none such."""
-        name = f"{prefix}{len(self._rules)}"
-        rule = self._rules.setdefault(prefix + text, f"{name}{mark}: {text}")
-        return rule.partition(":")[0].removesuffix(mark)
+        return self._rules.setdefault((prefix, mark, text), f"{prefix}{len(self._rules)}")
 
     def _of(self, form: Format) -> str:
         match form["type"]:
@@ -205,9 +204,7 @@ class Rules:
             yield f"<[{self._special[piece]}]>" if piece in self._special else quoted(piece)
 
     def _split(self, text: str) -> list[str]:
-        names = sorted(self._special, key=len, reverse=True)
-        pieces = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
-        return [piece for piece in pieces if piece]
+        return [piece for piece in self._marks.split(text) if piece]
 
     def _tag(self, form: Format, begin: str) -> str:
         """``begin``: what is still to come of its beginning."""

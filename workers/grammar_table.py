@@ -51,10 +51,13 @@ class _Output:
         self._most_forced = MOST_FORCED if _forces(admit) else 0
         self.ready: Future[None]
 
-    def learn(self, token: int) -> list[int]:
-        """Take the token that was sampled, and those that it forces: these."""
+    def learn(self, token: int) -> list[int] | None:
+        """Take the token that was sampled, and those that it forces: these; None if nothing comes
+        after it."""
         self.known += 1
-        if self.matcher is None or token in self.stops or not self.matcher.consume([token]):
+        if self.matcher is None or token in self.stops:
+            return None
+        if not self.matcher.consume([token]):
             return []
         forced: list[int] = []
         most = self._most_forced
@@ -132,12 +135,12 @@ class GrammarTable:
         self._threads.submit(self._load)
 
     def _learn(self, rows: Sequence[tuple[int, _Output]], tokens: Ints) -> dict[int, list[int]]:
-        forced = {row: found for row, out in rows if (found := out.learn(int(tokens[row])))}
-        outputs = [output for _, output in rows]
-        ready = self._threads.submit(lambda: self._next(self._load(), outputs))
-        for output in outputs:
+        found = [(row, output, output.learn(int(tokens[row]))) for row, output in rows]
+        going = [output for _, output, forced in found if forced is not None]
+        ready = self._threads.submit(lambda: self._next(self._load(), going))
+        for output in going:
             output.ready = ready
-        return forced
+        return {row: forced for row, _, forced in found if forced}
 
     def _mask(self, logits: Tensor, rows: Ints, masks: Masks) -> None:
         mask_rows(logits, on_device(rows, self.device), on_device(masks, self.device))

@@ -1,6 +1,6 @@
 """What a checkpoint says of pooling: its sentence-transformers files, and its architecture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.errors import CheckpointError, ConfigError, shown
@@ -43,10 +43,14 @@ def _headless(name: object) -> object:
 
 
 def read_pooling(
-    path: Path, config: Config, traits: Traits, option: str, id_of: Callable[[str], int | None]
+    path: Path,
+    config: Config,
+    traits: Traits,
+    option: str,
+    ids_of: Callable[[Sequence[str]], list[int | None]],
 ) -> Pooling | None:
-    """How the model pools with ``option`` pooling; None if it makes no vectors. ``id_of`` gives the
-    id of a token.
+    """How the model pools with ``option`` pooling; None if it makes no vectors. ``ids_of`` gives
+    the ids of tokens.
 
     Raises CheckpointError for modules that are not supported, ConfigError for an option that the
     model cannot follow.
@@ -58,7 +62,7 @@ def read_pooling(
     if option == "yes_no":
         if not traits.generates:
             raise ConfigError("pooling must not be yes_no: the model has no output layer")
-        tokens = tuple(id for id in map(id_of, ("yes", "no")) if id is not None)
+        tokens = tuple(id for id in ids_of(("yes", "no")) if id is not None)
         if len(tokens) < 2:
             raise ConfigError("pooling must not be yes_no: there are no tokens yes and no")
         return Pooling("last", scores=True, tokens=tokens)

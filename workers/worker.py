@@ -158,7 +158,7 @@ class Worker:
         options = self.config.model
         checkpoint = served_config(self.path, options.pooling)
         traits = self.traits = read_traits(checkpoint)
-        self.pooling = read_pooling(self.path, checkpoint, traits, options.pooling, self._token_id)
+        self.pooling = read_pooling(self.path, checkpoint, traits, options.pooling, self._token_ids)
         dtype = resolve_dtype(options.dtype, checkpoint, self.device)
         self.place = place = Place(self.device, dtype, self.ranks.group)
         block_size = self.config.cache.block_size or DEFAULT_BLOCK_SIZE
@@ -300,10 +300,10 @@ class Worker:
         if self.device.type == "cuda":
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
-    def _token_id(self, token: str) -> int | None:
+    def _token_ids(self, tokens: Sequence[str]) -> list[int | None]:
         options = self.config.model
         tokenizer = Tokenizer.load(options.tokenizer or self.path, options.revision)
-        return tokenizer.backend.token_to_id(token)
+        return [tokenizer.backend.token_to_id(token) for token in tokens]
 
     def _grammars(self) -> Grammars:
         """Raises CheckpointError if the tokenizer is not there."""

@@ -134,19 +134,12 @@ def after_thinking(
     """``form`` after thinking between any of the marks ``thoughts``, which is free but for the
     strings ``unthinkable``. ``opened``: whether the prompt has begun it."""
     text = {"type": "any_text", "excludes": list(unthinkable)}
+    marks = dict.fromkeys(("" if opened else begin, end) for begin, end in thoughts)
     tags: list[Format] = [
-        {
-            "type": "tag",
-            "begin": "" if opened else begin,
-            "content": text,
-            "end": end,
-        }
-        for begin, end in thoughts
+        {"type": "tag", "begin": begin, "content": text, "end": end} for begin, end in marks
     ]
     if not tags:
         return form
-    if opened:
-        tags = [tag for i, tag in enumerate(tags) if tag not in tags[:i]]
     thought = _sequence([_any(tags), _SPACES])
     return _sequence([thought if opened else _any([thought, _const("")]), form])
 

@@ -195,7 +195,9 @@ def pooling_of(path: Path, option: str = "auto") -> tuple[Pooling | None, bool]:
     config = served_config(path, option)
     traits = read_traits(config)
     ids = {"yes": 7, "no": 8}
-    return read_pooling(path, config, traits, option, ids.get), traits.generates
+    return read_pooling(
+        path, config, traits, option, lambda names: [ids.get(name) for name in names]
+    ), traits.generates
 
 
 @pytest.mark.parametrize(
