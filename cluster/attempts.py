@@ -44,7 +44,8 @@ class Stay:
 class Attempt:
     """A request at one engine, until it ends there, the engine is lost, or it is cancelled.
 
-    begun: whether the engine has run it. proven: whether a token has come of that.
+    begun: whether the engine has run it. proven: whether a token has come of that. over: tells the
+    sink why nothing more comes of it, if so.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Attempt:
         self.request = request
         self.begun = self.proven = False
         self.stay = Stay(time.monotonic())
+        self.over: Callable[[], None] | None = None
         self.place: Place | None = None
         self.sink = sink
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -78,6 +80,12 @@ class Attempt:
         """Every completion has ended."""
         self._table.forget(self._number, self.request.sampling.n)
         self.left()
+
+    def end(self, tell: Callable[["Attempt", str], None], cause: str) -> None:
+        """Nothing more comes of it. The sink is told at once, and once more when it gets an attempt
+        that was over before it had it."""
+        self.over = lambda: tell(self, cause)
+        self.over()
 
     def left(self) -> None:
         """The place is free; harmless to say again."""
@@ -170,7 +178,7 @@ class AttemptTable:
             self._take_load(update.load)
         if update.ended is not None:
             for attempt in self._take_all():
-                attempt.sink.ended(attempt, update.ended)
+                attempt.end(attempt.sink.ended, update.ended)
         if update.failure is not None:
             self.fail(update.failure)
 
@@ -189,7 +197,7 @@ class AttemptTable:
                 attempt.admitted.set_exception(errors.EngineError(cause))
                 attempt.admitted.exception()  # it may be that nobody waits for it any longer
             else:
-                attempt.sink.lost(attempt, cause)
+                attempt.end(attempt.sink.lost, cause)
         for answer in self._questions.values():
             if not answer.done():
                 answer.set_exception(errors.EngineError(cause))

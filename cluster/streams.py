@@ -272,21 +272,25 @@ class Stream:
         elif self._attempt is not None or not self._unfinished:
             found.cancel()  # it ended meanwhile
             return
-        self._arrive(found)
         self._moves = request.moves
+        self._arrive(found)
         for index in set(request.unfinished) - self._unfinished:
             found.stop_at_text(index)
 
     def _arrive(self, attempt: Attempt) -> None:
         self._attempt = attempt
         self.stays.append(attempt.stay)
+        if attempt.over is not None:  # the engine was lost right after it had queued it
+            attempt.over()
+        elif not attempt.load.admits:
+            self.asked_to_leave(attempt)
 
     def _check_position(self, attempt: Attempt, index: int, position: int) -> bool:
         """Whether an outcome follows on what is there. What was there already is nothing new, but
         where something is missing the attempt is worth nothing."""
         if position > len(self._tokens[index]):
             attempt.cancel()
-            self.lost(attempt, f"request {self.request_id} lacks tokens from its engine")
+            attempt.end(self.lost, f"request {self.request_id} lacks tokens from its engine")
             return False
         return True
 
