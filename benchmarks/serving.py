@@ -5,8 +5,9 @@
     python -m benchmarks.serving table FILE
 
 ``round`` starts each server on an idle machine (which of them first depends on the seed), waits
-until it answers a request, loads it with benchmarks/load_generator.py at 1, 8 and 32 streams, and
-stops it: random prompts of 128 tokens, 64 tokens of output, greedy, bf16. It appends a line of
+until it answers a request, loads it with benchmarks/load_generator.py at 1, 8 and 32 streams (or
+``--streams``), ``--turns`` times, and stops it: random prompts of 128 tokens, 64 tokens of output,
+greedy, bf16. It appends a line of
 JSON for each server and number of streams to FILE, with the CPU time of the server's processes
 by name. ``lost`` has the offline engine compute such prompts, 32 at a time, in turns of some
 seconds with a server at 32 streams; whichever has not the turn is stopped (SIGSTOP), so both meet
@@ -17,6 +18,7 @@ vLLM is told to use all cores: its default on a CPU leaves one out.
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -36,7 +38,7 @@ from benchmarks.processes import cpu_seconds, tree
 from deploy.ports import free_ports
 
 HERE = Path(__file__).resolve().parent
-STREAMS = {1: 16, 8: 32, 32: 96}  # number of streams: requests in a run
+STREAMS = {1: 16, 8: 32, 32: 96}  # number of streams: requests in a run (else 8 a stream)
 MAX_MODEL_LEN = 2048
 INPUT_LEN, OUTPUT_LEN = 128, 64
 
@@ -58,7 +60,7 @@ class Server:
             environment["VLLM_CPU_KVCACHE_SPACE"] = "4"
             environment["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{(os.cpu_count() or 1) - 1}"
             module = "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs
-            command = [vllm_python, "-m", module, "--model", model, *common]
+            command = [vllm_python, "-m", module, "--model", model, *common, *options]
         self._log = open(f"/tmp/serving-{name}.log", "w")  # noqa: SIM115  # closed by stop
         started = time.perf_counter()
         self._process = subprocess.Popen(
@@ -120,14 +122,17 @@ def one_round(args: argparse.Namespace) -> None:
     names = ["manta", "vllm"] if args.vllm_python else ["manta"]
     if args.only:
         names = [args.only]
+    both = (args.both or "").split()
     for name in names if args.seed % 2 else names[::-1]:
-        server = Server(name, args.model, args.vllm_python, (args.options or "").split())
+        own = (args.options or "").split() if name == "manta" else []
+        server = Server(name, args.model, args.vllm_python, [*both, *own])
         try:
-            server.load(8, 8, 10**6)  # warms up
-            for streams, requests in STREAMS.items():
+            server.load(max(args.streams), max(args.streams), 10**6)  # warms up
+            for turn, streams in itertools.product(range(args.turns), args.streams):
                 time.sleep(1)
-                figures = server.load(streams, requests, 100 * args.seed + streams)
-                figures |= {"server": name, "model": args.model, "round": args.seed}
+                seed = args.seed * args.turns + turn
+                figures = server.load(streams, STREAMS.get(streams, 8 * streams), 1000 * seed)
+                figures |= {"server": name, "model": args.model, "round": seed}
                 append(args.file, figures | {"ready_seconds": server.ready_seconds})
         finally:
             server.stop()
@@ -227,7 +232,7 @@ COLUMNS = ["output_tok_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_
 def table(args: argparse.Namespace) -> None:
     lines = [json.loads(line) for line in Path(args.file).read_text().splitlines()]
     print("| streams | figure | manta | vLLM | ratio |\n| --- | --- | --- | --- | --- |")
-    for streams in STREAMS:
+    for streams in sorted({line["streams"] for line in lines if "streams" in line}):
         for column in COLUMNS:
             mine, theirs = (
                 {x["round"]: x[column] for x in lines
@@ -277,6 +282,9 @@ def main() -> None:
             command.add_argument("--vllm-python", help="interpreter of an environment with vLLM")
             command.add_argument("--seed", type=int, default=1)
             command.add_argument("--only", choices=["manta", "vllm"])
+            command.add_argument("--streams", type=int, nargs="*", default=list(STREAMS))
+            command.add_argument("--turns", type=int, default=1)
+            command.add_argument("--both", help="options for both servers, in one word")
         if name == "lost":
             command.add_argument("--turns", type=int, default=6)
         if name != "table":

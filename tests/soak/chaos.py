@@ -37,7 +37,7 @@ from cluster.handle import AsyncEngineHandle
 from deploy.control import join_server
 from manta import SamplingParams
 from tests.soak.server import PROMPTS, leftovers
-from tests.support.served import Served, gone, left_of, serve
+from tests.support.served import Served, gone, pids, serve
 from tests.support.waiting import PATIENCE
 
 OPTIONS = [
@@ -73,6 +73,7 @@ class Chaos:
     refused: int = 0  # by the engine with a name, while it was started again; asked again
     cut: int = 0  # connections that an ingress replica took along; asked again
     events: Counter[str] = field(default_factory=Counter)
+    last: str = "no event"  # number and name of the latest one
     gaps: list[float] = field(default_factory=list)  # the longest of each stream, in seconds
     moved: float = 0.0
 
@@ -226,7 +227,7 @@ async def ask_all(
                 elif "is not ready within" in str(error) and chaos.events["named"]:
                     chaos.refused += 1
                 else:
-                    chaos.errors[repr(error)[:300]] += 1
+                    chaos.errors[f"after {chaos.last}: {repr(error)[:300]}"] += 1
                 continue
             chaos.answers += 1
             if asked[index]["by"] == "unseeded":
@@ -268,11 +269,6 @@ async def look_again(clients: Clients, chaos: Chaos) -> None:
             chaos.wrong.append((prompt, logprobs[0], wanted))
 
 
-def pids(session: str, name: str) -> list[int]:
-    """The processes that are called so."""
-    return [int(entry.split()[0]) for entry in left_of(session) if name in entry]
-
-
 async def manta_command(served: Served, *words: str) -> str:
     """Run a command of the command line against the server."""
     command = [sys.executable, "-m", "deploy.cli", *words, "--port", str(served.port)]
@@ -301,7 +297,8 @@ class Harm:
             if event == "worker" and self._ranks == 1:
                 event = "kill"
             self._chaos.events[event] += 1
-            print(f"{sum(self._chaos.events.values())}: {event}", flush=True)
+            self._chaos.last = f"{sum(self._chaos.events.values())}: {event}"
+            print(self._chaos.last, flush=True)
             await getattr(self, f"_{event}")()
         await self.until(lambda admitting: admitting >= 2)
         for pid in self._stopped:
@@ -449,7 +446,7 @@ def main() -> int:
         f" {chaos.moved:g} moves;"
         f" longest gap of a stream: median {statistics.median(gaps):.2f} s, worst {gaps[-1]:.2f} s"
     )
-    for error, times in chaos.errors.most_common(5):
+    for error, times in chaos.errors.most_common(20):
         print(f"  {times} × {error}")
     for asked, found, wanted in chaos.wrong[:3]:
         print(f"  {asked}\n    got    {found}\n    wanted {wanted}")

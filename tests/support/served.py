@@ -101,6 +101,11 @@ def left_of(session: str) -> list[str]:
     return found
 
 
+def pids(session: str, name: str) -> list[int]:
+    """The processes of a session that are called so."""
+    return [int(entry.split()[0]) for entry in left_of(session) if name in entry]
+
+
 def gone(session: str) -> None:
     """Wait until nothing of a session is left."""
     deadline = time.monotonic() + PATIENCE

@@ -183,12 +183,15 @@ def test_norms_add_the_update_first(width: int, bias: bool) -> None:
     close(norm.rms_norm(x, weight, 1e-5), plain.rms_norm(x, weight, 1e-5))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 19, 40])
+@pytest.mark.parametrize(
+    ("rows", "outputs"), [(1, 150), (16, 150), (19, 150), (40, 150), (64, 110), (50, 50)]
+)
 @pytest.mark.parametrize("bias", [False, True])
-def test_products(rows: int, bias: bool) -> None:
+def test_products(rows: int, outputs: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "BUSY_PROGRAMS", 1)  # every kind of tile with a small weight
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    x, weight = normal(rows, 320).to(dtype), normal(150, 320).to(dtype)
-    extra = normal(150).to(dtype) if bias else None
+    x, weight = normal(rows, 320).to(dtype), normal(outputs, 320).to(dtype)
+    extra = normal(outputs).to(dtype) if bias else None
     found = product.product(x, weight, extra)
     expected = x.double() @ weight.double().t() + (0 if extra is None else extra.double())
     close(found, expected, 1e-6 if dtype == torch.float32 else 4e-3)
