@@ -31,6 +31,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
+CONDITIONAL = "ForConditionalGeneration"
 SAMPLING_DEFAULTS = (
     "temperature",
     "top_p",
@@ -66,6 +67,10 @@ class Config:
     def __contains__(self, key: str) -> bool:
         """Whether the field is there and not null."""
         return self.values.get(key) is not None
+
+    def over(self, defaults: dict[str, Any]) -> "Config":
+        """The same with ``defaults`` for what it leaves out; null is not left out."""
+        return Config(defaults | self.values, self.source)
 
     def error(self, key: str, message: str) -> CheckpointError:
         """The error for field ``key``, naming the file and the value that it has."""
@@ -186,11 +191,24 @@ def read_any_json(file: Path) -> Any:
 
 
 def load_config(path: Path) -> Config:
-    """The checkpoint's config.json. Raises CheckpointError if it is missing or no JSON object."""
+    """The checkpoint's config.json; of one for images and text the ``text_config`` in it, with the
+    ``architectures`` of the whole. Raises CheckpointError if it is missing or no JSON object."""
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json")
-    return Config(read_json(file), str(file))
+    values = read_json(file)
+    text = values.get("text_config")
+    names = values.get("architectures")
+    if isinstance(text, dict) and isinstance(names, list) and has_other_parts(names):
+        outer = {k: v for k, v in values.items() if k not in ("text_config", "vision_config")}
+        # What the inner config leaves out, an outer token id say, holds for the text model too.
+        values = outer | {k: v for k, v in text.items() if v is not None} | {"architectures": names}
+    return Config(values, str(file))
+
+
+def has_other_parts(architectures: list[Any]) -> bool:
+    """Whether a checkpoint of these names is a text model beside others, of images say."""
+    return any(isinstance(n, str) and n.endswith(CONDITIONAL) for n in architectures)
 
 
 def load_generation_config(path: Path, config: Config) -> GenerationConfig:

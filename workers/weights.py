@@ -73,6 +73,16 @@ class Parameter:
         self._filled(target)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A parameter within a checkpoint tensor [``shape``] that holds several: ``at`` is its place, a
+    number for each dimension that the parameter has not, a slice for each that it has."""
+
+    name: str
+    at: tuple[int | slice, ...]
+    shape: tuple[int, ...]
+
+
 class Loadable(Protocol):
     """What the loader asks of a model."""
 
@@ -86,6 +96,10 @@ class Loadable(Protocol):
 
     def canonical(self, name: str) -> str | None:
         """The parameter name of a checkpoint tensor; None for one known to mean nothing."""
+        ...
+
+    def pieces(self, name: str) -> list[Piece]:
+        """The parameters that tensor ``name`` holds, if it is not one parameter itself."""
         ...
 
     @property
@@ -110,7 +124,7 @@ class _Source(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read(self, name: str, cut: Cut) -> Tensor: ...
+    def read(self, name: str, cut: tuple[int | slice, ...]) -> Tensor: ...
 
 
 class _Safetensors:
@@ -123,7 +137,7 @@ class _Safetensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._handle.get_slice(name).get_shape())
 
-    def read(self, name: str, cut: Cut) -> Tensor:
+    def read(self, name: str, cut: tuple[int | slice, ...]) -> Tensor:
         tensor: Tensor = self._handle.get_slice(name)[cut or ...]
         return tensor
 
@@ -138,8 +152,40 @@ class _Pickled:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def read(self, name: str, cut: Cut) -> Tensor:
+    def read(self, name: str, cut: tuple[int | slice, ...]) -> Tensor:
         return self._tensors[name][cut]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where a parameter is: the tensor ``raw`` of a file, or a piece of it."""
+
+    raw: str
+    source: _Source
+    piece: Piece | None = None
+
+    def misshapen(self, parameter: Parameter) -> str | None:
+        """What is wrong with the tensor's shape, if something is."""
+        expected = self.piece.shape if self.piece else parameter.shape
+        shape = self.source.shape(self.raw)
+        return None if shape == expected else f"{self.raw} {list(shape)}, not {list(expected)}"
+
+    def read(self, cut: Cut = ()) -> Tensor:
+        """The parameter, or the ``cut`` of it."""
+        if self.piece is None:
+            return self.source.read(self.raw, cut)
+        cuts = iter(cut)
+        at = [
+            index if isinstance(index, int) else _within(index, next(cuts, slice(None)))
+            for index in self.piece.at
+        ]
+        return self.source.read(self.raw, tuple(at))
+
+
+def _within(whole: slice, cut: slice) -> slice:
+    """``cut`` of what ``whole`` selects."""
+    start = whole.start or 0
+    return slice(start + (cut.start or 0), whole.stop if cut.stop is None else start + cut.stop)
 
 
 @contextmanager
@@ -221,24 +267,20 @@ def _fill_from_files(model: Loadable, files: list[Path], progress: Progress | No
     with ExitStack() as stack:
         where = _locate(model, [stack.enter_context(_open(file)) for file in files])
         known = model.names()
-        extra = [raw for name, (raw, _) in where.items() if name not in known]
+        extra = [found.raw for name, found in where.items() if name not in known]
         _complain("the model does not know", extra)
         _complain("the model needs but the checkpoint lacks", sorted(known - where.keys()))
         mine = {p.name: p for p in model.parameters()}
-        misshapen = []
-        for name, parameter in mine.items():
-            raw, source = where[name]
-            shape = source.shape(raw)
-            if shape != parameter.shape:
-                misshapen.append(f"{raw} {list(shape)}, not {list(parameter.shape)}")
-        _complain("have the wrong shape", misshapen)
+        wrong = (where[name].misshapen(parameter) for name, parameter in mine.items())
+        _complain("have the wrong shape", list(filter(None, wrong)))
         read = []
-        for name, (raw, source) in where.items():
+        for name, found in where.items():
             if name not in mine:
                 continue
-            part = source.read(raw, mine[name].cut)
+            part = found.read(mine[name].cut)
             if part.dtype not in DTYPES.values():
-                raise CheckpointError(f"tensor {raw} is {part.dtype}; allowed: {', '.join(DTYPES)}")
+                allowed = ", ".join(DTYPES)
+                raise CheckpointError(f"tensor {found.raw} is {part.dtype}; allowed: {allowed}")
             mine[name].fill(part)
             read.append(part.numel() * part.element_size())
             if progress:
@@ -246,29 +288,31 @@ def _fill_from_files(model: Loadable, files: list[Path], progress: Progress | No
         return read
 
 
-def _locate(model: Loadable, sources: list[_Source]) -> dict[str, tuple[str, _Source]]:
-    """Where each parameter is: parameter name to the checkpoint's own name and file."""
-    where: dict[str, tuple[str, _Source]] = {}
+def _locate(model: Loadable, sources: list[_Source]) -> dict[str, _Found]:
+    """Where each parameter is."""
+    where: dict[str, _Found] = {}
     for source in sources:
         for raw in source.names():
             name = model.canonical(raw)
             if name is None:
                 continue
-            if name in where:
-                raise CheckpointError(f"the checkpoint holds tensor {name} more than once")
-            where[name] = raw, source
+            pieces = {piece.name: _Found(raw, source, piece) for piece in model.pieces(name)}
+            for part, found in (pieces or {name: _Found(raw, source)}).items():
+                if part in where:
+                    raise CheckpointError(f"the checkpoint holds tensor {part} more than once")
+                where[part] = found
     for alias, owner in model.tied.items():
         if alias not in where:
             continue
-        raw, source = where.pop(alias)
+        found = where.pop(alias)
         if owner not in where:
-            where[owner] = raw, source
+            where[owner] = found
             continue
-        twin = where[owner][1].read(where[owner][0], ())
-        tensor = source.read(raw, ())
+        tensor, twin = found.read(), where[owner].read()
         if tensor.data_ptr() != twin.data_ptr() and not torch.equal(tensor, twin):
             raise CheckpointError(
-                f"tie_word_embeddings is true but tensor {raw} differs from {where[owner][0]}"
+                f"tie_word_embeddings is true but tensor {found.raw} differs from"
+                f" {where[owner].raw}"
             )
     return where
 
@@ -293,6 +337,7 @@ def _fill_dummy(model: Loadable, progress: Progress | None) -> list[int]:
 
 
 def _complain(what: str, names: list[str]) -> None:
+    names = list(dict.fromkeys(names))  # a tensor of several pieces is named once
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise CheckpointError(f"{len(names)} tensors {what}: {', '.join(names[:5])}{more}")

@@ -315,7 +315,7 @@ class Worker:
         """None where steps cannot be captured, or are not to be."""
         scheduler, options = self.config.scheduler, self.config.device
         can = kernels.has_triton(self.device) and isinstance(self.backend, TritonAttention)
-        can = can and self.traits.generates
+        can = can and self.traits.generates and self.traits.capturable
         if options.enforce_eager or not can or not self.ranks.group.capturable:
             return None
         most = min(options.max_cudagraph_capture_size, scheduler.max_num_batched_tokens)

@@ -66,6 +66,7 @@ _OPT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, _LLAMA),
     "mistral": (
@@ -75,6 +76,72 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, _LLAMA),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, _LLAMA | {"head_dim": 32}),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM, _LLAMA),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM, _LLAMA),
+    "olmo3": (
+        transformers.Olmo3Config,
+        transformers.Olmo3ForCausalLM,
+        _LLAMA | {"sliding_window": 6, "layer_types": _ALTERNATING},
+    ),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        transformers.SmolLM3ForCausalLM,
+        _LLAMA | {"no_rope_layers": [1, 0, 1]},
+    ),
+    "granite": (
+        transformers.GraniteConfig,
+        transformers.GraniteForCausalLM,
+        _LLAMA
+        | {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 1.5,
+        },
+    ),
+    "ministral3": (
+        transformers.Ministral3Config,
+        transformers.Ministral3ForCausalLM,
+        _LLAMA | {"head_dim": 16},
+    ),
+    "seed_oss": (
+        transformers.SeedOssConfig,
+        transformers.SeedOssForCausalLM,
+        _LLAMA | {"head_dim": 32},
+    ),
+    "exaone4": (
+        transformers.Exaone4Config,
+        transformers.Exaone4ForCausalLM,
+        _LLAMA | {"sliding_window": 6, "sliding_window_pattern": 2},
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        transformers.Gemma3ForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 6,
+            "layer_types": _ALTERNATING,
+        },
+    ),
+    "mixtral": (
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        _LLAMA | {"num_local_experts": 4},
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "moe_intermediate_size": 48,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+    ),
     "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, _OPT),
 }
 
@@ -83,6 +150,15 @@ def _rope(kind: str, **values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
 
 
+def _long_rope(original: int) -> dict[str, Any]:
+    return {"original_max_position_embeddings": original} | _rope(
+        "longrope",
+        short_factor=[1.0 + i / 16 for i in range(8)],
+        long_factor=[1.0 + i / 2 for i in range(8)],
+    )
+
+
+_FULL = ["full_attention"] * 3
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 _LLAMA3 = _YARN | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _SLIDING = {"use_sliding_window": True, "sliding_window": 6}
@@ -120,6 +196,27 @@ TINY_MODELS = [
     TinyModel("qwen3-tied-biases", "qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
     TinyModel("qwen3-sliding", "qwen3", _SLIDING | {"max_window_layers": 2}),
     TinyModel("qwen3-yarn", "qwen3", _rope("yarn", **_YARN)),
+    TinyModel("phi3", "phi3", {"sliding_window": 9}),
+    TinyModel("phi3-partial", "phi3", {"partial_rotary_factor": 0.75}),
+    TinyModel("phi3-long", "phi3", _long_rope(16)),
+    TinyModel("phi3-short", "phi3", _long_rope(128)),
+    TinyModel("olmo2", "olmo2", {"attention_bias": True}),
+    TinyModel("olmo3", "olmo3"),
+    TinyModel("smollm3", "smollm3"),
+    TinyModel("granite", "granite"),
+    TinyModel("ministral3", "ministral3", _rope("yarn", **_YARN, llama_4_scaling_beta=0.3)),
+    TinyModel("seed-oss", "seed_oss"),
+    TinyModel("exaone4", "exaone4"),
+    TinyModel("exaone4-full", "exaone4", {"sliding_window": None, "layer_types": _FULL}),
+    TinyModel("gemma3", "gemma3"),
+    TinyModel("gemma3-capped", "gemma3", {"final_logit_softcapping": 2.0}),
+    TinyModel("mixtral", "mixtral"),
+    TinyModel("qwen3-moe", "qwen3_moe"),
+    TinyModel(
+        "qwen3-moe-some",
+        "qwen3_moe",
+        {"decoder_sparse_step": 2, "norm_topk_prob": False},
+    ),
     TinyModel("opt", "opt"),
     TinyModel("opt-post-norm", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     TinyModel("opt-no-bias", "opt", {"enable_bias": False}),

@@ -26,6 +26,7 @@ __all__ = [
     "argmax_lse",
     "bias_act",
     "gated_product",
+    "gelu_mul",
     "has_triton",
     "layer_norm",
     "look_up",
@@ -119,12 +120,15 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [T, N] or [T, heads, N],
-    after ``x += update + bias`` if there is an update."""
+    after ``x += update + bias`` if there is an update. A weight in float32 is multiplied by before
+    the result is rounded."""
     if has_triton(x.device) and x.dim() == 2:
         from workers.kernels.gpu import norm
 
         return norm.rms_norm(x, weight, eps, update, bias)
     _add(x, update, bias)
+    if weight.dtype != x.dtype:
+        return rms_norm(x.to(weight.dtype), weight, eps).to(x.dtype)
     kernel = _compiled("rms_norm", x)
     if kernel is None:
         return plain.rms_norm(x, weight, eps)
@@ -183,6 +187,12 @@ def silu_mul(x: Tensor, bias: Tensor | None = None) -> Tensor:
     y = result_tensor((rows, width), x.dtype)
     kernel(x.data_ptr(), x.stride(0), rows, width, y.data_ptr(), torch.get_num_threads())
     return y
+
+
+def gelu_mul(x: Tensor) -> Tensor:
+    """gelu(gate) * up [T, I] of x = [gate, up] [T, 2 I], with gelu's approximation by tanh."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def look_up(

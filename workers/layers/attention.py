@@ -10,7 +10,7 @@ from engine.errors import ConfigError
 from workers.attention.base import AttentionBackend, Prologue
 from workers.batch import Batch
 from workers.layers.linear import ColumnLinear, Part, RowLinear
-from workers.layers.norm import RMSNorm
+from workers.layers.norm import RMSNorm, WideNorm
 from workers.layers.rotary import Rotary
 from workers.parallel import Group, Place
 from workers.weights import Parameter
@@ -41,11 +41,20 @@ class Heads:
         return mine, slice(shared, shared + 1)
 
 
+@dataclass(frozen=True)
+class QKNorm:
+    """RMS norms of q and k: of each head (Qwen3) or ``wide``, of all heads together (Olmo 2)."""
+
+    eps: float
+    wide: bool = False
+    offset: float = 0.0
+
+
 class Attention:
     """Projections q, k and v as one product, the backend, and the output projection.
 
-    ``rotary`` rotates q and k; ``head_norm`` is the eps of their RMS norms (Qwen3), None for no
-    norm; ``window`` is the sliding window in tokens.
+    ``rotary`` rotates q and k, behind their ``norm``; ``window`` is the sliding window in tokens.
+    ``query_scales`` [max_length] multiply q by its position (Llama 4).
     """
 
     def __init__(
@@ -59,9 +68,10 @@ class Attention:
         output: str = "o_proj",
         qkv_bias: bool = False,
         output_bias: bool = False,
-        head_norm: float | None = None,
+        norm: QKNorm | None = None,
         window: int | None = None,
         rotary: Rotary | None = None,
+        query_scales: Tensor | None = None,
     ) -> None:
         mine, shared = heads.split(place.group)
         self._backend = backend
@@ -73,29 +83,44 @@ class Attention:
         parts = [part("q", heads.count, mine)] + [
             part(which, heads.kv_count, shared) for which in ("k", "v")
         ]
-        self._qkv = ColumnLinear(place, parts, hidden, qkv_bias, late_bias=True)
+        self._width = parts[0].share
+        self._query_scales = query_scales
+        wide = norm is not None and norm.wide
+        late_bias = not wide and query_scales is None  # else before what is done here
+        self._qkv = ColumnLinear(place, parts, hidden, qkv_bias, late_bias=late_bias)
         self.output = RowLinear(
             place, f"{name}.{output}", heads.count * heads.size, hidden, output_bias
         )
-        self._norms = [
-            RMSNorm(place, f"{name}.{which}_norm", heads.size, head_norm)
-            for which in ("q", "k")
-            if head_norm is not None
-        ]
-
+        names = f"{name}.q_norm", f"{name}.k_norm"
+        self._wide_norm: WideNorm | None = None
+        self._head_norms: list[RMSNorm] = []
+        if norm is not None and norm.wide:
+            sizes, cuts = (parts[0].size, parts[1].size), (parts[0].cut, parts[1].cut)
+            self._wide_norm = WideNorm(place, names, sizes, cuts, norm.eps)
+        elif norm is not None:
+            self._head_norms = [
+                RMSNorm(place, which, heads.size, norm.eps, norm.offset) for which in names
+            ]
+        weights = [norm.weight for norm in self._head_norms]
         self._prologue = Prologue(
             bias=self._qkv.late_bias,
-            norms=(self._norms[0].weight, self._norms[1].weight) if self._norms else None,
-            eps=head_norm or 0.0,
+            norms=(weights[0], weights[1]) if weights else None,
+            eps=norm.eps if norm else 0.0,
             rotation=None if rotary is None else (rotary.cos, rotary.sin),
             window=window,
         )
 
     def parameters(self) -> Iterable[Parameter]:
-        norms = (norm.parameters() for norm in self._norms)
-        return chain(self._qkv.parameters(), *norms, self.output.parameters())
+        norms = chain.from_iterable(norm.parameters() for norm in self._head_norms)
+        wide = self._wide_norm.parameters() if self._wide_norm is not None else ()
+        return chain(self._qkv.parameters(), norms, wide, self.output.parameters())
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         """x [T, hidden] to the heads' [T, heads * size], for ``output``; keys and values go to
         ``cache``."""
-        return self._backend.attend(batch, cache, self._qkv(x), self._prologue)
+        qkv = self._qkv(x)
+        if self._wide_norm is not None:
+            self._wide_norm(qkv)
+        if self._query_scales is not None:
+            qkv[:, : self._width] *= self._query_scales[batch.positions][:, None]
+        return self._backend.attend(batch, cache, qkv, self._prologue)

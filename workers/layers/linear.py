@@ -23,6 +23,7 @@ from workers.parallel import Place
 from workers.weights import Parameter
 
 Activation = Literal["none", "relu", "gelu"]
+Gate = Literal["silu", "gelu_tanh"]
 
 # oneDNN sums a single row of more inputs than this in another order than the same row among others
 # (measured on AVX512-bf16). There two rows are computed for one, which takes as long: the weight is
@@ -97,8 +98,11 @@ class Packed:
             return _pointwise_add(x, residual, self._packed, self.bias)
         return _pointwise(x, self._packed, self.bias, self.activation)
 
-    def gated(self, x: Tensor) -> Tensor:
-        """silu(gate) * up, where the outputs are gate and up side by side."""
+    def gated(self, x: Tensor, gate: Gate = "silu") -> Tensor:
+        """gate(a) * b, where the outputs are a and b side by side."""
+        if gate == "gelu_tanh":
+            y = self(x)
+            return kernels.gelu_mul(y if self.late_bias is None else y + self.late_bias)
         if self._fused and self.weight is not None:
             return kernels.gated_product(x, self.weight, self.late_bias)
         return kernels.silu_mul(self(x))
@@ -216,9 +220,9 @@ class ColumnLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x)
 
-    def gated(self, x: Tensor) -> Tensor:
-        """silu(gate) * up [T, N / 2], where the two parts are gate and up."""
-        return self._product.gated(x)
+    def gated(self, x: Tensor, gate: Gate = "silu") -> Tensor:
+        """gate(a) * b [T, N / 2], where the two parts are a and b."""
+        return self._product.gated(x, gate)
 
 
 class RowLinear:
@@ -256,6 +260,16 @@ class RowLinear:
             return Stream(residual, update, self._product.late_bias)
         y = self._product(x, residual if self._group.rank == 0 else None)
         return Stream(self._group.all_reduce(y))
+
+    def update(self, x: Tensor) -> Tensor:
+        """The update [T, N] alone, with its bias, for what does not add it as it is."""
+        y = self._group.all_reduce(self.share(x))
+        bias = self._product.late_bias
+        return y if bias is None else y + bias
+
+    def share(self, x: Tensor) -> Tensor:
+        """What this rank adds to the sum over the group [T, N]."""
+        return self._product(x)
 
 
 class ReplicatedLinear(ColumnLinear):

@@ -5,16 +5,25 @@ from itertools import chain
 
 from torch import Tensor
 
-from workers.layers.linear import Activation, ColumnLinear, Part, RowLinear
+from workers.layers.linear import Activation, ColumnLinear, Gate, Part, RowLinear
 from workers.layers.stream import Stream
 from workers.parallel import Place
 from workers.weights import Parameter
 
 
 class GatedMLP:
-    """down(silu(gate(x)) · up(x)) + residual, as in Llama; gate and up are one product."""
+    """down(act(gate(x)) · up(x)) + residual, as in Llama; gate and up are one product."""
 
-    def __init__(self, place: Place, name: str, hidden: int, inner: int, bias: bool) -> None:
+    def __init__(
+        self,
+        place: Place,
+        name: str,
+        hidden: int,
+        inner: int,
+        bias: bool,
+        activation: Gate = "silu",
+    ) -> None:
+        self._activation: Gate = activation
         cut = place.group.split(inner, "intermediate_size")
         parts = [Part(f"{name}.{part}", inner, cut) for part in ("gate_proj", "up_proj")]
         self._gate_up = ColumnLinear(place, parts, hidden, bias, late_bias=True)
@@ -24,7 +33,11 @@ class GatedMLP:
         return chain(self._gate_up.parameters(), self._down.parameters())
 
     def __call__(self, x: Tensor, residual: Tensor) -> Stream:
-        return self._down(self._gate_up.gated(x), residual)
+        return self._down(self._gate_up.gated(x, self._activation), residual)
+
+    def update(self, x: Tensor) -> Tensor:
+        """What is added to the residual stream [T, hidden]."""
+        return self._down.update(self._gate_up.gated(x, self._activation))
 
 
 class MLP:

@@ -4,16 +4,19 @@ The formulas are those of transformers' ``modeling_rope_utils`` and are tested e
 """
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from workers.checkpoint import MOST_INTEGER, Config
+from workers.checkpoint import MOST_INTEGER, NUMBERS, Config
 from workers.parallel import Place
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+FULL = "full_attention"
+WINDOW = "sliding_attention"
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 HARMLESS = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
 FIELDS = {
     "default": set[str](),
@@ -29,12 +32,14 @@ FIELDS = {
         "mscale_all_dim",
         "truncate",
     },
+    "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
 }
 
 
 @dataclass(frozen=True)
 class Rope:
-    """One checkpoint's rotary embedding. ``original`` is the length it was first trained for."""
+    """One checkpoint's rotary embedding. ``original`` is the length it was first trained for;
+    ``head_dim`` is how many of a head's dimensions, from the first on, are rotated."""
 
     head_dim: int
     theta: float
@@ -48,6 +53,8 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -59,11 +66,19 @@ class Rope:
         return self.max_position
 
 
-def read_rope(config: Config, head_dim: int, max_position: int) -> Rope:
+def read_rope(
+    config: Config,
+    head_dim: int,
+    max_position: int,
+    *,
+    partial: bool = False,
+    others: Set[str] = frozenset(),
+) -> Rope:
     """The rotary embedding that a config.json describes.
 
     Both layouts are known: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``
-    (transformers 5). Raises CheckpointError for an unknown type or field.
+    (transformers 5). ``partial``: ``partial_rotary_factor`` is honoured; ``others`` are fields of
+    the object that the caller reads. Raises CheckpointError for an unknown type or field.
     """
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     values = config.get(key, {})
@@ -73,12 +88,15 @@ def read_rope(config: Config, head_dim: int, max_position: int) -> Rope:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in KINDS:
         raise rope.error("rope_type" if "rope_type" in rope else "type", _allowed(KINDS))
+    allowed = sorted(HARMLESS | FIELDS[kind] | others)
     for field in values:
-        if field == "partial_rotary_factor" and rope.get(field, 1.0) == 1.0:
+        if field == "partial_rotary_factor" and (partial or rope.get(field, 1.0) == 1.0):
             continue
-        if field not in HARMLESS | FIELDS[kind] and rope.get(field) is not None:
-            allowed = sorted(HARMLESS | FIELDS[kind])
+        if field not in allowed and rope.get(field) is not None:
             raise rope.error(field, f"is not supported for type {kind}; {_allowed(allowed)}")
+    if partial:
+        share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+        head_dim = int(head_dim * min(share, 1.0))
     if head_dim % 2:
         raise config.error("head_dim", f"rotary embeddings need an even head size, not {head_dim}")
     theta = rope.number("rope_theta", config.number("rope_theta", 10_000.0))
@@ -87,7 +105,8 @@ def read_rope(config: Config, head_dim: int, max_position: int) -> Rope:
     original = (config if outer else rope).integer("original_max_position_embeddings", max_position)
     if kind == "default":
         return Rope(head_dim, theta, max_position)
-    found = _scaled(rope, kind, Rope(head_dim, theta, max_position, kind, original=original))
+    plain = Rope(head_dim, theta, max_position, kind, original=original)
+    found = _long(rope, plain) if kind == "longrope" else _scaled(rope, kind, plain)
     if found.longest > MOST_INTEGER:
         raise rope.error("factor", f"must leave at most {MOST_INTEGER} positions")
     return found
@@ -121,6 +140,62 @@ def _scaled(rope: Config, kind: str, plain: Rope) -> Rope:
     )
 
 
+def read_layer_ropes(
+    config: Config, head_dim: int, max_position: int, local_theta: float | None = None
+) -> dict[str, Rope]:
+    """The rotary embedding of each kind of layer, where those with a window have one of their own.
+
+    ``rope_parameters`` holds an object for each kind (transformers 5); else ``rope_scaling`` is
+    that of the layers without a window, and ``local_theta`` is the others' base. Raises
+    CheckpointError as ``read_rope`` does.
+    """
+    theta = config.number("rope_theta", 10_000.0)
+    scaling = config.get("rope_scaling", {})
+    default = {FULL: scaling, WINDOW: {}}
+    given = default if scaling else config.get("rope_parameters", default)
+    if not isinstance(given, dict) or given.keys() - {FULL, WINDOW}:
+        raise config.error("rope_parameters", f"must hold an object for {FULL} and for {WINDOW}")
+    thetas = {FULL: theta, WINDOW: local_theta or theta}
+    return {
+        kind: read_rope(
+            Config({"rope_parameters": given.get(kind), "rope_theta": base}, config.source),
+            head_dim,
+            max_position,
+        )
+        for kind, base in thetas.items()
+    }
+
+
+def _long(rope: Config, plain: Rope) -> Rope:
+    """``plain`` with a factor for each pair of dimensions (LongRoPE, arXiv 2402.13753)."""
+    factor = rope.number("factor", plain.max_position / plain.original)
+    grown = 1.0
+    if factor > 1:
+        if plain.original < 2:
+            raise rope.error("original_max_position_embeddings", "longrope needs one over 1")
+        grown = math.sqrt(1 + math.log(factor) / math.log(plain.original))
+    return replace(
+        plain,
+        factor=factor,
+        attention_factor=rope.number("attention_factor", grown),
+        short_factors=_factors(rope, "short_factor", plain.head_dim // 2),
+        long_factors=_factors(rope, "long_factor", plain.head_dim // 2),
+    )
+
+
+def _factors(rope: Config, field: str, count: int) -> tuple[float, ...]:
+    given = rope.get(field)
+    least, most = NUMBERS
+    if (
+        not isinstance(given, list)
+        or len(given) != count
+        or any(isinstance(x, bool) or not isinstance(x, int | float) for x in given)
+        or any(not least <= x <= most for x in given)
+    ):
+        raise rope.error(field, f"must be a list of {count} positive numbers")
+    return tuple(map(float, given))
+
+
 def _allowed(names: Any) -> str:
     return f"allowed: {', '.join(names)}"
 
@@ -141,13 +216,17 @@ def _yarn_attention_factor(rope: Config, factor: float) -> float:
 def inverse_frequencies(rope: Rope, length: int) -> Tensor:
     """Radians a position of each pair of dimensions: [head_dim / 2], float32.
 
-    For "dynamic" the result is [length, head_dim / 2], each position having its own; else it
-    does not depend on ``length``.
+    For "dynamic" the result is [length, head_dim / 2], each position having its own. For "longrope"
+    it is the long factors' as soon as ``length`` is over the original one, for every position: a
+    sequence that grows past it must not mix two rotations. Else ``length`` does not matter.
     """
     dim = rope.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     if rope.kind == "dynamic":
         return _dynamic(rope, exponents, length)
+    if rope.kind == "longrope":
+        factors = rope.long_factors if length > rope.original else rope.short_factors
+        return 1.0 / (torch.tensor(factors) * rope.theta**exponents)
     frequencies = 1.0 / rope.theta**exponents
     if rope.kind == "linear":
         return frequencies / rope.factor
@@ -213,3 +292,18 @@ class Rotary:
         angles = positions * inverse_frequencies(rope, length)
         self.cos = (angles.cos() * rope.attention_factor).to(place.device)
         self.sin = (angles.sin() * rope.attention_factor).to(place.device)
+
+
+@dataclass(frozen=True)
+class PositionScale:
+    """1 + beta · log(1 + ⌊position / original⌋): queries grow in long contexts (Llama 4)."""
+
+    beta: float
+    original: int
+
+    def table(self, length: int, place: Place) -> Tensor | None:
+        """The scales of positions 0 to ``length`` - 1, in the model's type; None if all are 1."""
+        if length <= self.original:
+            return None
+        steps = torch.arange(length) // self.original
+        return (1 + self.beta * torch.log1p(steps)).to(place.device, place.dtype)

@@ -13,7 +13,7 @@ from workers.batch import Batch
 from workers.checkpoint import Config
 from workers.layers.attention import Heads
 from workers.parallel import Place, Stage
-from workers.weights import Parameter
+from workers.weights import Parameter, Piece
 
 # Fields of other networks that change the mathematics, and the values that leave it alone.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -49,6 +49,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "use_parallel_residual": (False,),
     "text_config": (),
     "vision_config": (),
+    "use_bidirectional_attention": (False,),
+    "attention_out_bias": (False,),
 }
 
 
@@ -67,6 +69,10 @@ class Traits:
     says that the output layer shares the token embeddings. A model ``generates`` if it has an
     output layer; a classifier has ``labels`` in its place, and an embedding model neither. If it is
     not ``causal`` a token sees those after it, so that a prompt is computed in one piece.
+
+    ``attention_scale`` multiplies q · k; None: 1 / √(head size). ``text_part``: the checkpoint has
+    other parts beside the text model, whose tensors mean nothing here. ``capturable``: a step looks
+    at nothing on the host, so that it can be a CUDA graph.
     """
 
     vocab_size: int
@@ -78,6 +84,12 @@ class Traits:
     generates: bool = True
     labels: int = 0
     causal: bool = True
+    attention_scale: float | None = None
+    text_part: bool = False
+
+    @property
+    def capturable(self) -> bool:
+        return True
 
 
 def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionShape:
@@ -90,7 +102,7 @@ def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionS
         num_heads=mine.stop - mine.start,
         num_kv_heads=shared.stop - shared.start,
         head_dim=traits.heads.size,
-        scale=traits.heads.size**-0.5,
+        scale=traits.attention_scale or traits.heads.size**-0.5,
         block_size=block_size,
         dtype=place.dtype,
         device=place.device,
@@ -122,7 +134,7 @@ class Model(ABC):
 
         ``caches`` holds one attention cache for each layer of the stage; ``hidden`` [T, H] comes
         from the stage before, None on the first. Returns [T, H] for the next stage or, on the
-        last one, [n, H] of ``batch.outputs`` for ``logits``. It looks at nothing on the host.
+        last one, [n, H] of ``batch.outputs`` for ``logits``. See ``Traits.capturable``.
         """
 
     @abstractmethod
@@ -155,6 +167,10 @@ class Model(ABC):
     @abstractmethod
     def canonical(self, name: str) -> str | None:
         """The parameter name of a checkpoint tensor; None for one known to mean nothing."""
+
+    def pieces(self, name: str) -> list[Piece]:
+        """The parameters that a checkpoint tensor holds, if it is not one parameter itself."""
+        return []
 
     @property
     @abstractmethod

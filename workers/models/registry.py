@@ -8,10 +8,23 @@ import torch
 
 from engine.errors import CheckpointError
 from workers.attention.base import AttentionBackend
-from workers.checkpoint import Config
+from workers.checkpoint import CONDITIONAL, Config
 from workers.host_memory import host_memory
 from workers.models import bert, decoder, opt
 from workers.models.base import Model, Traits
+from workers.models.families import (
+    exaone4,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo,
+    phi3,
+    qwen,
+    seed_oss,
+    smollm3,
+)
 from workers.parallel import Place, Stage
 
 
@@ -23,26 +36,51 @@ class Network:
     model: Callable[..., Model]
 
 
-DECODER = Network(decoder.read_traits, decoder.DecoderModel)
+def _decoder(read_traits: Callable[[Config], Any]) -> Network:
+    return Network(read_traits, decoder.DecoderModel)
+
+
 BERT = Network(bert.read_traits, bert.BertModel)
 OPT = Network(opt.read_traits, opt.OPTModel)
 GENERATES = "ForCausalLM"
 CLASSIFIES = "ForSequenceClassification"
 EMBEDS = "Model"
-ARCHITECTURES = {
-    "LlamaForCausalLM": ("llama", DECODER),
-    "MistralForCausalLM": ("mistral", DECODER),
-    "Qwen2ForCausalLM": ("qwen2", DECODER),
-    "Qwen3ForCausalLM": ("qwen3", DECODER),
-    "OPTForCausalLM": ("opt", OPT),
-    "BertModel": ("bert", BERT),
-    "RobertaModel": ("roberta", BERT),
-    "XLMRobertaModel": ("xlm-roberta", BERT),
-} | {
-    f"{family}{head}": (family.lower(), DECODER)
-    for head in (EMBEDS, CLASSIFIES)
-    for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+# The prefix of a family's architectures, its ``model_type``, and how its config is read.
+DECODERS: dict[str, tuple[str, Network]] = {
+    "Llama": ("llama", _decoder(llama.read_traits)),
+    "Mistral": ("mistral", _decoder(mistral.read_traits)),
+    "Qwen2": ("qwen2", _decoder(qwen.read_qwen2)),
+    "Qwen3": ("qwen3", _decoder(qwen.read_qwen3)),
+    "Qwen3Moe": ("qwen3_moe", _decoder(qwen.read_qwen3_moe)),
+    "Mixtral": ("mixtral", _decoder(mixtral.read_traits)),
+    "Phi3": ("phi3", _decoder(phi3.read_traits)),
+    "Olmo2": ("olmo2", _decoder(olmo.read_olmo2)),
+    "Olmo3": ("olmo3", _decoder(olmo.read_olmo3)),
+    "SmolLM3": ("smollm3", _decoder(smollm3.read_traits)),
+    "Granite": ("granite", _decoder(granite.read_traits)),
+    "Ministral3": ("ministral3", _decoder(mistral.read_ministral3)),
+    "SeedOss": ("seed_oss", _decoder(seed_oss.read_traits)),
+    "Exaone4": ("exaone4", _decoder(exaone4.read_traits)),
+    "Gemma3": ("gemma3_text", _decoder(gemma3.read_traits)),
 }
+ARCHITECTURES = (
+    {f"{family}{GENERATES}": network for family, network in DECODERS.items()}
+    | {
+        "OPTForCausalLM": ("opt", OPT),
+        "BertModel": ("bert", BERT),
+        "RobertaModel": ("roberta", BERT),
+        "XLMRobertaModel": ("xlm-roberta", BERT),
+        "Gemma3TextModel": DECODERS["Gemma3"],
+        "Gemma3ForConditionalGeneration": DECODERS["Gemma3"],
+        "Mistral3ForConditionalGeneration": DECODERS["Ministral3"],
+    }
+    | {
+        f"{family}{head}": network
+        for head in (EMBEDS, CLASSIFIES)
+        for family, network in DECODERS.items()
+        if family != "Gemma3"
+    }
+)
 
 
 def find_network(config: Config) -> Network:
@@ -64,6 +102,8 @@ def find_network(config: Config) -> Network:
         known_names = ", ".join(ARCHITECTURES)
         raise config.error("architectures", f"none is supported; known: {known_names}{code}")
     kind, network = ARCHITECTURES[name]
+    if name.endswith(CONDITIONAL) and model_type in by_type:
+        return by_type[model_type]  # one wrapper holds text models of several kinds
     if model_type != kind:
         raise config.error("model_type", f"must be {kind!r} for {name}")
     return network
@@ -85,6 +125,8 @@ def read_traits(config: Config) -> Traits:
     name = _architecture(config) or GENERATES
     if name.endswith(CLASSIFIES):
         return replace(traits, generates=False, labels=_labels(config))
+    if name.endswith(CONDITIONAL):
+        return replace(traits, text_part=True)
     return replace(traits, generates=traits.generates and name.endswith(GENERATES))
 
 

@@ -1,0 +1,1 @@
+"""What the config.json of each family of decoders says; a file for each family."""

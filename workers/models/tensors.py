@@ -1,0 +1,89 @@
+"""The names that checkpoints give a decoder's tensors, and tensors that hold several of them."""
+
+import re
+from typing import TYPE_CHECKING
+
+from workers.weights import Piece
+
+if TYPE_CHECKING:
+    from workers.models.decoder import DecoderTraits
+
+# Mixtral's own names for the parts of an expert.
+EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def text_name(name: str) -> str | None:
+    """A tensor's name in the text model of an image-text checkpoint; None for one of other parts.
+
+    Both layouts are known: ``model.language_model.layers`` (transformers 5) and
+    ``language_model.model.layers``.
+    """
+    for prefix in ("model.language_model.", "language_model.model."):
+        if name.startswith(prefix):
+            return f"model.{name.removeprefix(prefix)}"
+    if name.startswith("language_model."):
+        return name.removeprefix("language_model.")
+    return name if name.startswith("lm_head.") else None
+
+
+def decoder_name(name: str) -> str | None:
+    """The parameter name of a checkpoint tensor; None for one known to mean nothing."""
+    # Written by old versions of transformers; computed from the config.
+    if name.endswith("rotary_emb.inv_freq"):
+        return None
+    name = name.replace(".block_sparse_moe.", ".mlp.")
+    name = re.sub(r"(\.experts\.\d+)\.(w[123])\.", _expert_part, name)
+    # A checkpoint of the network without a head has no name for the whole.
+    bare = name.startswith(("embed_tokens.", "layers.", "norm."))
+    return f"model.{name}" if bare else name
+
+
+def _expert_part(match: re.Match[str]) -> str:
+    return f"{match[1]}.{EXPERT_PARTS[match[2]]}."
+
+
+def decoder_pieces(name: str, traits: "DecoderTraits") -> list[Piece]:
+    """The parameters in tensor ``name``: q, k and v, gate and up (Phi 3), or all experts of a layer
+    (transformers 5). Empty for a tensor that is one parameter."""
+    module, _, leaf = name.rpartition(".")
+    if name.endswith(".self_attn.qkv_proj.weight"):
+        heads = traits.heads
+        widths = [count * heads.size for count in (heads.count, heads.kv_count, heads.kv_count)]
+        stem = module.removesuffix("qkv_proj")
+        return _stacked([f"{stem}{part}_proj.{leaf}" for part in "qkv"], widths, traits)
+    if name.endswith(".mlp.gate_up_proj.weight"):
+        names = [module.replace("gate_up_proj", f"{part}_proj") for part in ("gate", "up")]
+        widths = [traits.intermediate_size] * 2
+        return _stacked([f"{part}.{leaf}" for part in names], widths, traits)
+    if re.fullmatch(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)", name):
+        return _experts(module, leaf, traits)
+    return []
+
+
+def _stacked(names: list[str], widths: list[int], traits: "DecoderTraits") -> list[Piece]:
+    shape = (sum(widths), traits.hidden_size)
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    return [
+        Piece(name, (slice(start, start + width), slice(None)), shape)
+        for name, start, width in zip(names, starts, widths, strict=True)
+    ]
+
+
+def _experts(module: str, leaf: str, traits: "DecoderTraits") -> list[Piece]:
+    """[experts, 2 · inner, hidden] of gates and ups, or [experts, hidden, inner]."""
+    layer = int(module.split(".")[2])
+    experts = traits.layers[layer].experts if layer < len(traits.layers) else None
+    if experts is None:
+        return []
+    inner, hidden, whole = experts.inner, traits.hidden_size, slice(None)
+    if leaf == "down_proj":
+        shape = (experts.count, hidden, inner)
+        rows = {"down_proj": whole}
+    else:
+        shape = (experts.count, 2 * inner, hidden)
+        rows = {"gate_proj": slice(0, inner), "up_proj": slice(inner, 2 * inner)}
+    return [
+        Piece(f"{module}.{expert}.{part}.weight", (expert, cut, whole), shape)
+        for expert in range(experts.count)
+        for part, cut in rows.items()
+    ]
