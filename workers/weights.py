@@ -33,7 +33,8 @@ class Parameter:
     ``shape`` is the whole tensor's in the checkpoint, ``cut`` this rank's part of it, ``target``
     the tensor (often a view of a merged one) that the part fills. ``filled`` is called once after,
     with what was filled: with ``adopt`` this may be the part as it was read, which is a piece of a
-    mapped file and so must be copied or packed there and then.
+    mapped file and so must be copied or packed there and then. ``order`` are the rows of the part
+    in the order in which the target holds them.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Parameter:
         cut: Cut = (),
         filled: Callable[[Tensor], None] = lambda tensor: None,
         adopt: bool = False,
+        order: Tensor | None = None,
     ) -> None:
         self.name = name
         self.shape = shape
@@ -51,6 +53,7 @@ class Parameter:
         self._target: Tensor | None = target
         self._filled = filled
         self._adopt = adopt
+        self._order = order
 
     @property
     def full(self) -> bool:
@@ -66,6 +69,8 @@ class Parameter:
         if self._target is None:
             raise CheckpointError(f"the checkpoint holds tensor {self.name} more than once")
         target, self._target = self._target, None  # a packed weight is then freed at once
+        if self._order is not None:
+            part = part[self._order]
         if self._adopt and part.dtype == target.dtype:
             target = part
         else:

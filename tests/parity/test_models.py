@@ -95,7 +95,9 @@ def test_dynamic_rope_beyond_the_original_length_is_as_generated(checkpoint: Che
 
 
 @pytest.mark.parametrize("dtype", BIT_STABLE)
-@pytest.mark.parametrize("name", ["llama", "qwen3-sliding", "opt", "opt-post-norm"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3-sliding", "olmo3", "gemma3", "qwen3-moe", "opt", "opt-post-norm"]
+)
 def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
     model = build(checkpoint(name), dtype=dtype)
     ragged = Paged([model], SEQUENCES).logits(RAGGED)
@@ -105,7 +107,9 @@ def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: 
 
 @pytest.mark.parametrize("dtype", BIT_STABLE)
 @pytest.mark.parametrize("cut", [1, 2, 3])
-@pytest.mark.parametrize("name", ["llama", "qwen3-sliding", "opt", "opt-post-norm"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3-sliding", "olmo3", "granite", "mixtral", "opt", "opt-post-norm"]
+)
 def test_outputs_alone_are_carried_to_the_end(
     name: str, cut: int, dtype: torch.dtype, checkpoint: Checkpoint
 ) -> None:
@@ -192,6 +196,14 @@ class _ThreadGroup(Group):
         ("llama-biases", 2),
         ("qwen2-sliding", 2),
         ("qwen3-tied-biases", 4),
+        ("phi3-long", 2),
+        ("olmo2", 2),
+        ("olmo3", 4),  # norms over all heads, of which two ranks hold the same ones
+        ("granite", 2),
+        ("ministral3", 2),
+        ("gemma3-capped", 2),
+        ("mixtral", 2),
+        ("qwen3-moe-some", 4),
         ("opt", 2),
         ("opt-post-norm", 4),
     ],
@@ -211,7 +223,13 @@ def test_tensor_parallel_ranks_equal_one(name: str, size: int, checkpoint: Check
         assert torch.equal(torch.cat((logits[0][:, :share], *logits[1:]), 1), logits[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "opt", "opt-post-norm", "opt-untied-gelu"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama", "llama-tied", "phi3", "olmo3", "smollm3", "exaone4", "gemma3", "qwen3-moe-some",
+        "opt", "opt-post-norm", "opt-untied-gelu",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("cut", [1, 2])
 def test_pipeline_stages_equal_the_whole(name: str, cut: int, checkpoint: Checkpoint) -> None:
     path = checkpoint(name)

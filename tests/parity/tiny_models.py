@@ -10,11 +10,16 @@ import transformers
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A checkpoint to be made: ``config`` is what differs from the family's tiny base."""
+    """A checkpoint to be made: ``config`` is what differs from the family's tiny base.
+
+    One that differs from another in tables or weights alone ``generates`` like that: its forward
+    passes are compared, not its generated tokens too, which take seconds.
+    """
 
     name: str
     family: str
     config: dict[str, Any] = field(default_factory=dict)
+    generates: bool = True
 
     def save(self, folder: Path, **options: Any) -> Path:
         """The checkpoint in ``folder``/name, random but always the same, float32."""
@@ -125,6 +130,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "layer_types": _ALTERNATING,
         },
     ),
+    "glm4": (transformers.Glm4Config, transformers.Glm4ForCausalLM, _LLAMA | {"head_dim": 24}),
     "mixtral": (
         transformers.MixtralConfig,
         transformers.MixtralForCausalLM,
@@ -171,17 +177,34 @@ TINY_MODELS = [
     TinyModel("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True}),
     TinyModel("llama-head-dim", "llama", {"head_dim": 24}),
     TinyModel("llama-odd", "llama", {"hidden_size": 60, "head_dim": 10, "rms_norm_eps": 1e-4}),
-    TinyModel("llama-theta", "llama", _rope("default", rope_theta=500000.0)),
-    TinyModel("llama-linear", "llama", _rope("linear", factor=3.0)),
+    TinyModel("llama-theta", "llama", _rope("default", rope_theta=500000.0), generates=False),
+    TinyModel("llama-linear", "llama", _rope("linear", factor=3.0), generates=False),
     TinyModel(
         "llama-dynamic", "llama", _rope("dynamic", factor=2.0) | {"max_position_embeddings": 24}
     ),
     TinyModel("llama-llama3", "llama", _rope("llama3", **_LLAMA3)),
     TinyModel("llama-yarn", "llama", _rope("yarn", **_YARN)),
-    TinyModel("llama-yarn-betas", "llama", _rope("yarn", **_YARN, beta_fast=8.0, beta_slow=2.0)),
-    TinyModel("llama-yarn-mscale", "llama", _rope("yarn", **_YARN, mscale=0.8, mscale_all_dim=0.5)),
-    TinyModel("llama-yarn-attention", "llama", _rope("yarn", **_YARN, attention_factor=1.3)),
-    TinyModel("llama-yarn-untruncated", "llama", _rope("yarn", **_YARN, truncate=False)),
+    TinyModel(
+        "llama-yarn-betas",
+        "llama",
+        _rope("yarn", **_YARN, beta_fast=8.0, beta_slow=2.0),
+        generates=False,
+    ),
+    TinyModel(
+        "llama-yarn-mscale",
+        "llama",
+        _rope("yarn", **_YARN, mscale=0.8, mscale_all_dim=0.5),
+        generates=False,
+    ),
+    TinyModel(
+        "llama-yarn-attention",
+        "llama",
+        _rope("yarn", **_YARN, attention_factor=1.3),
+        generates=False,
+    ),
+    TinyModel(
+        "llama-yarn-untruncated", "llama", _rope("yarn", **_YARN, truncate=False), generates=False
+    ),
     TinyModel("mistral", "mistral"),
     TinyModel("mistral-full", "mistral", {"sliding_window": None}),
     TinyModel("qwen2", "qwen2"),
@@ -197,9 +220,9 @@ TINY_MODELS = [
     TinyModel("qwen3-sliding", "qwen3", _SLIDING | {"max_window_layers": 2}),
     TinyModel("qwen3-yarn", "qwen3", _rope("yarn", **_YARN)),
     TinyModel("phi3", "phi3", {"sliding_window": 9}),
-    TinyModel("phi3-partial", "phi3", {"partial_rotary_factor": 0.75}),
-    TinyModel("phi3-long", "phi3", _long_rope(16)),
-    TinyModel("phi3-short", "phi3", _long_rope(128)),
+    TinyModel("phi3-partial", "phi3", {"partial_rotary_factor": 0.75}, generates=False),
+    TinyModel("phi3-long", "phi3", _long_rope(16), generates=False),
+    TinyModel("phi3-short", "phi3", _long_rope(128), generates=False),
     TinyModel("olmo2", "olmo2", {"attention_bias": True}),
     TinyModel("olmo3", "olmo3"),
     TinyModel("smollm3", "smollm3"),
@@ -207,15 +230,19 @@ TINY_MODELS = [
     TinyModel("ministral3", "ministral3", _rope("yarn", **_YARN, llama_4_scaling_beta=0.3)),
     TinyModel("seed-oss", "seed_oss"),
     TinyModel("exaone4", "exaone4"),
-    TinyModel("exaone4-full", "exaone4", {"sliding_window": None, "layer_types": _FULL}),
+    TinyModel(
+        "exaone4-full", "exaone4", {"sliding_window": None, "layer_types": _FULL}, generates=False
+    ),
     TinyModel("gemma3", "gemma3"),
-    TinyModel("gemma3-capped", "gemma3", {"final_logit_softcapping": 2.0}),
+    TinyModel("gemma3-capped", "gemma3", {"final_logit_softcapping": 2.0}, generates=False),
+    TinyModel("glm4", "glm4"),
     TinyModel("mixtral", "mixtral"),
     TinyModel("qwen3-moe", "qwen3_moe"),
     TinyModel(
         "qwen3-moe-some",
         "qwen3_moe",
         {"decoder_sparse_step": 2, "norm_topk_prob": False},
+        generates=False,
     ),
     TinyModel("opt", "opt"),
     TinyModel("opt-post-norm", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),

@@ -137,7 +137,8 @@ def test_longest_context(scaling: dict[str, Any], longest: int) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type='longrope': allowed: default"),
+        ({"rope_scaling": {"rope_type": "axial"}}, "rope_type='axial': allowed: default"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor=None: must be a list of 32"),
         ({"rope_scaling": {"type": "su"}}, "type='su': allowed"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor=None: is missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor=-1: must be a positive"),

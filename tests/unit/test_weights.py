@@ -431,7 +431,7 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes': must be true or false"),
     ("llama", {"rms_norm_eps": -1}, "rms_norm_eps=-1: must be a positive number"),
     ("llama", {"layer_types": ["sliding_attention"] * 3}, "layer_types=.*all be full_attention"),
-    ("llama", {"architectures": ["MixtralForCausalLM"]}, "none is supported; known: LlamaFor"),
+    ("llama", {"architectures": ["GPT2LMHeadModel"]}, "none is supported; known: LlamaFor"),
     (
         "llama",
         {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "own.M"}},
@@ -504,10 +504,11 @@ def test_windows_follow_max_window_layers(name: str, copy: Callable[[str], Path]
     configure(path, layer_types=None)
     implied = read_traits(load_config(path))
     assert isinstance(implied, DecoderTraits) and implied == explicit
-    assert implied.windows == ((None, 6, 6) if name == "qwen2-sliding" else (None, None, 6))
+    windows = [layer.window for layer in implied.layers]
+    assert windows == ([None, 6, 6] if name == "qwen2-sliding" else [None, None, 6])
     configure(path, use_sliding_window=False)
     full = read_traits(load_config(path))
-    assert isinstance(full, DecoderTraits) and full.windows == (None, None, None)
+    assert isinstance(full, DecoderTraits) and not any(layer.window for layer in full.layers)
 
 
 def test_config_json_must_be_there_and_an_object(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from workers.attention.base import AttentionBackend, Prologue
 from workers.batch import Batch
 from workers.layers.linear import ColumnLinear, Part, RowLinear
 from workers.layers.norm import RMSNorm, WideNorm
-from workers.layers.rotary import Rotary
+from workers.layers.rotary import Rotary, halves
 from workers.parallel import Group, Place
 from workers.weights import Parameter
 
@@ -78,7 +78,10 @@ class Attention:
 
         def part(which: str, count: int, cut: slice) -> Part:
             width = slice(cut.start * heads.size, cut.stop * heads.size)
-            return Part(f"{name}.{which}_proj", count * heads.size, width)
+            order = None
+            if which != "v" and rotary is not None and rotary.rope.interleaved:
+                order = halves(rotary.rope, heads.size, cut.stop - cut.start)
+            return Part(f"{name}.{which}_proj", count * heads.size, width, order)
 
         parts = [part("q", heads.count, mine)] + [
             part(which, heads.kv_count, shared) for which in ("k", "v")

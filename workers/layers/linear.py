@@ -33,11 +33,13 @@ LONELY_INPUTS = 1024
 
 @dataclass(frozen=True)
 class Part:
-    """A checkpoint linear ``name`` with ``size`` outputs, of which this rank computes ``cut``."""
+    """A checkpoint linear ``name`` with ``size`` outputs, of which this rank computes ``cut``, in
+    the ``order`` given."""
 
     name: str
     size: int
     cut: slice
+    order: Tensor | None = None
 
     @property
     def share(self) -> int:
@@ -197,11 +199,14 @@ class ColumnLinear:
                     cut,
                     product.ready if alone else self._filled,
                     adopt=alone and product.packs,
+                    order=part.order,
                 )
             )
             if biases is not None:
                 self._parameters.append(
-                    Parameter(f"{part.name}.bias", (part.size,), biases[rows], cut[:1])
+                    Parameter(
+                        f"{part.name}.bias", (part.size,), biases[rows], cut[:1], order=part.order
+                    )
                 )
 
     def _filled(self, _: Tensor) -> None:

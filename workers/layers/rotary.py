@@ -39,7 +39,8 @@ FIELDS = {
 @dataclass(frozen=True)
 class Rope:
     """One checkpoint's rotary embedding. ``original`` is the length it was first trained for;
-    ``head_dim`` is how many of a head's dimensions, from the first on, are rotated."""
+    ``head_dim`` is how many of a head's dimensions, from the first on, are rotated. Pairs are one of
+    each half, or ``interleaved``, neighbours: see ``halves``."""
 
     head_dim: int
     theta: float
@@ -55,6 +56,7 @@ class Rope:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    interleaved: bool = False
 
     @property
     def longest(self) -> int:
@@ -284,12 +286,21 @@ def _yarn(rope: Rope, exponents: Tensor) -> Tensor:
     return interpolated / (rope.factor * periods) + (1 - interpolated) / periods
 
 
+def halves(rope: Rope, size: int, heads: int) -> Tensor:
+    """The order of ``heads`` heads' dimensions, each of ``size``, in which interleaved pairs stand
+    as halves. What q and k are both reordered by, their products do not see."""
+    rotated, rest = torch.arange(rope.head_dim), torch.arange(rope.head_dim, size)
+    head = torch.cat((rotated[::2], rotated[1::2], rest))
+    return (torch.arange(heads)[:, None] * size + head).flatten()
+
+
 class Rotary:
     """Tables of cos and sin for positions 0 to ``length`` - 1: [length, head_dim / 2], float32."""
 
     def __init__(self, rope: Rope, length: int, place: Place) -> None:
         positions = torch.arange(length, dtype=torch.float32)[:, None]
         angles = positions * inverse_frequencies(rope, length)
+        self.rope = rope
         self.cos = (angles.cos() * rope.attention_factor).to(place.device)
         self.sin = (angles.sin() * rope.attention_factor).to(place.device)
 

@@ -15,6 +15,7 @@ from workers.models.base import Model, Traits
 from workers.models.families import (
     exaone4,
     gemma3,
+    glm4,
     granite,
     llama,
     mistral,
@@ -61,6 +62,7 @@ DECODERS: dict[str, tuple[str, Network]] = {
     "Ministral3": ("ministral3", _decoder(mistral.read_ministral3)),
     "SeedOss": ("seed_oss", _decoder(seed_oss.read_traits)),
     "Exaone4": ("exaone4", _decoder(exaone4.read_traits)),
+    "Glm4": ("glm4", _decoder(glm4.read_traits)),
     "Gemma3": ("gemma3_text", _decoder(gemma3.read_traits)),
 }
 ARCHITECTURES = (
