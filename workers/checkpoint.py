@@ -31,7 +31,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
-CONDITIONAL = "ForConditionalGeneration"
+CONDITIONAL = "ForConditionalGeneration"  # a text model beside others, of images say
 SAMPLING_DEFAULTS = (
     "temperature",
     "top_p",
@@ -197,18 +197,14 @@ def load_config(path: Path) -> Config:
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json")
     values = read_json(file)
-    text = values.get("text_config")
-    names = values.get("architectures")
-    if isinstance(text, dict) and isinstance(names, list) and has_other_parts(names):
+    text, names = values.get("text_config"), values.get("architectures")
+    names = names if isinstance(names, list) else []
+    if isinstance(text, dict) and any(str(name).endswith(CONDITIONAL) for name in names):
         outer = {k: v for k, v in values.items() if k not in ("text_config", "vision_config")}
-        # What the inner config leaves out, an outer token id say, holds for the text model too.
-        values = outer | {k: v for k, v in text.items() if v is not None} | {"architectures": names}
+        # What the inner config leaves out, a token id say, is the outer one's; the head is outside.
+        values = outer | {k: v for k, v in text.items() if v is not None}
+        values |= {k: outer[k] for k in ("architectures", "tie_word_embeddings") if k in outer}
     return Config(values, str(file))
-
-
-def has_other_parts(architectures: list[Any]) -> bool:
-    """Whether a checkpoint of these names is a text model beside others, of images say."""
-    return any(isinstance(n, str) and n.endswith(CONDITIONAL) for n in architectures)
 
 
 def load_generation_config(path: Path, config: Config) -> GenerationConfig:

@@ -1,6 +1,7 @@
 """Every network's forward pass against transformers: any mix of rows, ranks and stages."""
 
 import json
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,46 @@ def one_by_one(name: str, tokens: list[int]) -> Tensor:
             past = out.past_key_values
             rows.append(out.logits[0, 0])
     return torch.stack(rows)
+
+
+IMAGES = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "vision"),
+    [("gemma3", "Gemma3", "siglip_vision_model"), ("ministral3", "Mistral3", "pixtral")],
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_the_text_model_of_an_image_text_checkpoint(
+    name: str,
+    kind: str,
+    vision: str,
+    old: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import transformers
+
+    text = next(m for m in TINY_MODELS if m.name == name).build()
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text.config.to_dict(),
+        vision_config=IMAGES | {"model_type": vision},
+        tie_word_embeddings=text.config.tie_word_embeddings,
+    )
+    config._attn_implementation = "eager"
+    whole = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.lm_head.load_state_dict(text.lm_head.state_dict())
+    whole.save_pretrained(tmp_path, save_original_format=old)
+    with caplog.at_level(logging.INFO, logger="workers"):
+        ours = Paged([build(tmp_path)], SEQUENCES).logits(RAGGED)
+    assert [r for r in caplog.messages if "the text model alone is served" in r]
+    with torch.no_grad():
+        expected = [whole(torch.tensor([tokens])).logits[0] for tokens in SEQUENCES]
+    assert_close(ours, expected)
 
 
 def assert_close(ours: list[Tensor], expected: list[Tensor], tolerance: float = 1e-4) -> None:

@@ -469,6 +469,22 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
         )
     ),
     ("opt", {"num_attention_heads": 5}, "num_attention_heads=5: must divide hidden_size"),
+    (
+        "phi3-long",
+        {"rope_scaling": {"type": "su", "short_factor": [1.0]}},
+        r"short_factor=\[1.0\]:",
+    ),
+    ("olmo3", {"rope_parameters": {"rope_theta": 1e4}}, "must hold an object for full_attention"),
+    ("smollm3", {"no_rope_layers": [1, 2, 1]}, "no_rope_layers=.*must hold 3 times 0 or 1"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling=0: must be a positive number"),
+    ("exaone4", {"sliding_window_pattern": "LX", "layer_types": None}, "hold L and G only"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: is not supported"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    ("gemma3", {"hidden_activation": "relu"}, "hidden_activation='relu'.*gelu_pytorch_tanh"),
+    ("gemma3", {"sliding_window": None}, "sliding_window=None: is missing"),
+    ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok=5: must be at most .* 4"),
+    ("qwen3-moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers=.*list of layers' numbers"),
+    ("qwen3-moe", {"num_local_experts": 0}, "num_local_experts=0: must be a positive integer"),
 ]
 
 
@@ -509,6 +525,62 @@ def test_windows_follow_max_window_layers(name: str, copy: Callable[[str], Path]
     configure(path, use_sliding_window=False)
     full = read_traits(load_config(path))
     assert isinstance(full, DecoderTraits) and not any(layer.window for layer in full.layers)
+
+
+def fuse_experts(tensors: dict[str, Tensor]) -> None:
+    """As transformers 5 holds them in memory: one tensor of gates and ups, one of downs."""
+    for layer in range(3):
+        stem = f"model.layers.{layer}.mlp.experts"
+        parts = {
+            part: torch.stack([tensors.pop(f"{stem}.{i}.{part}_proj.weight") for i in range(6)])
+            for part in ("gate", "up", "down")
+        }
+        tensors[f"{stem}.gate_up_proj"] = torch.cat((parts["gate"], parts["up"]), 1)
+        tensors[f"{stem}.down_proj"] = parts["down"]
+
+
+def split_fused(tensors: dict[str, Tensor]) -> None:
+    """As Llama names them: q, k, v and gate, up apart."""
+    for layer in range(3):
+        stem = f"model.layers.{layer}"
+        qkv = tensors.pop(f"{stem}.self_attn.qkv_proj.weight").split([64, 32, 32])
+        halves = tensors.pop(f"{stem}.mlp.gate_up_proj.weight").chunk(2)
+        for part, tensor in zip("qkv", qkv, strict=True):
+            tensors[f"{stem}.self_attn.{part}_proj.weight"] = tensor.clone()
+        for part, tensor in zip(("gate", "up"), halves, strict=True):
+            tensors[f"{stem}.mlp.{part}_proj.weight"] = tensor.clone()
+
+
+@pytest.mark.parametrize(("name", "edit"), [("qwen3-moe", fuse_experts), ("phi3", split_fused)])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_parameters_may_share_a_tensor(
+    name: str,
+    edit: Callable[[dict[str, Tensor]], None],
+    pickled: bool,
+    copy: Callable[[str], Path],
+) -> None:
+    path = copy(name)
+    where = {"group": Group(2, 1), "stage": Stage(1, 3, 3)}
+    before, _ = fill(path, **where)
+    change(path, edit)
+    if pickled:
+        as_pickle(path)
+    after, _ = fill(path, **where)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_shared_tensor_of_the_wrong_shape_is_named(copy: Callable[[str], Path]) -> None:
+    path = copy("qwen3-moe")
+    change(path, fuse_experts)
+    name = "model.layers.1.mlp.experts.down_proj"
+    change(path, lambda tensors: tensors.update({name: tensors[name][:5].clone()}))
+    message = rf"1 tensors have the wrong shape: {name} \[5, 64, 48\], not \[6, 64, 48\]"
+    with pytest.raises(CheckpointError, match=message):
+        fill(path)
+    change(path, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=r"lacks: model.layers.1.mlp.experts.0.down_proj"):
+        fill(path)
 
 
 def test_config_json_must_be_there_and_an_object(tmp_path: Path) -> None:

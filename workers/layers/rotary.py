@@ -39,8 +39,8 @@ FIELDS = {
 @dataclass(frozen=True)
 class Rope:
     """One checkpoint's rotary embedding. ``original`` is the length it was first trained for;
-    ``head_dim`` is how many of a head's dimensions, from the first on, are rotated. Pairs are one of
-    each half, or ``interleaved``, neighbours: see ``halves``."""
+    ``head_dim`` is how many of a head's dimensions, from the first on, are rotated: in pairs of one
+    from each half or, ``interleaved``, of neighbours (see ``halves``)."""
 
     head_dim: int
     theta: float

@@ -1,5 +1,6 @@
 """Which class serves which architecture."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,8 @@ from workers.models.families import (
     smollm3,
 )
 from workers.parallel import Place, Stage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,8 @@ def build_model(
     """
     network = find_network(config)
     traits = read_traits(config)
+    if traits.text_part and stage.first and place.group.rank == 0:
+        logger.info("%s: the text model alone is served, other parts are skipped", config.source)
     if place.device.type != "meta":
         meta = replace(place, device=torch.device("meta"))
         _check_room(config, network.model(traits, meta, stage, backend, 1), place.device)

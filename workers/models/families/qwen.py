@@ -29,6 +29,7 @@ QWEN3_MOE: dict[str, Any] = QWEN2 | {
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
 }
+EXPERTS = ("num_experts", "num_local_experts")
 
 
 def read_qwen2(config: Config) -> DecoderTraits:
@@ -49,8 +50,8 @@ def read_qwen3_moe(config: Config) -> DecoderTraits:
     """See ``llama.read_traits``. Every ``decoder_sparse_step``-th layer has experts, but for
     ``mlp_only_layers``."""
     config = config.over(QWEN3_MOE)
-    named = "num_local_experts" if "num_local_experts" in config else "num_experts"
-    traits = read_decoder(config, {"sliding_window", "attention_bias", named})
+    named = next((name for name in EXPERTS if name in config), EXPERTS[0])
+    traits = read_decoder(config, {"sliding_window", "attention_bias", *EXPERTS})
     count = config.integer(named, 128)
     experts = ExpertTraits(
         count,
