@@ -45,6 +45,8 @@ CASES = [
     *[(name, 2, 2) for name in VARIATIONS],
     ("llama-mqa", 4, 1),  # one key-value head, held four times; others hold each of two twice
     ("opt", 1, 3),
+    ("olmo3", 2, 1),
+    ("qwen3-moe", 2, 2),
 ]
 POOLS = [("llama", 2, 1), ("qwen3", 2, 2), ("opt", 1, 3)]  # where vectors are asked for, too
 CANCELS = [("llama", 1, 2), ("qwen3", 2, 2), ("opt", 1, 3)]  # where requests come and go

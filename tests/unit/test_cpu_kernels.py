@@ -69,6 +69,18 @@ def test_rms_norm_of_heads(module: Any, dtype: torch.dtype) -> None:
     close(module.rms_norm(x, weight, 1e-6), exact_rms(x, weight))
 
 
+def test_rms_norm_with_a_weight_in_float32_rounds_once() -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    norm = Gemma3RMSNorm(96, eps=1e-5)
+    norm.weight.data.normal_()
+    x = torch.randn(64, 4, 96).bfloat16()
+    ours = kernels.rms_norm(x, 1 + norm.weight.data, 1e-5)
+    assert ours.dtype == x.dtype
+    assert (ours == norm(x)).float().mean() > 0.99  # else by order of summation
+    torch.testing.assert_close(ours, norm(x).detach(), rtol=2**-8, atol=1e-6)
+
+
 @EACH_DTYPE
 def test_rms_norm_rounds_as_transformers(dtype: torch.dtype) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm

@@ -120,8 +120,8 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float, update: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [T, N] or [T, heads, N],
-    after ``x += update + bias`` if there is an update. A weight in float32 is multiplied by before
-    the result is rounded."""
+    after ``x += update + bias`` if there is an update. The weight may be in float32 where x
+    is not."""
     if has_triton(x.device) and x.dim() == 2:
         from workers.kernels.gpu import norm
 
