@@ -74,7 +74,11 @@ IMAGES = {
 
 @pytest.mark.parametrize(
     ("name", "kind", "vision"),
-    [("gemma3", "Gemma3", "siglip_vision_model"), ("ministral3", "Mistral3", "pixtral")],
+    [
+        ("gemma3", "Gemma3", "siglip_vision_model"),
+        ("ministral3", "Mistral3", "pixtral"),
+        ("mistral", "Mistral3", "pixtral"),
+    ],
 )
 @pytest.mark.parametrize("old", [False, True])
 def test_the_text_model_of_an_image_text_checkpoint(

@@ -55,6 +55,7 @@ def read_traits(config: Config) -> DecoderTraits:
     cap = "final_logit_softcapping"
     traits = replace(
         traits,
+        max_position=longest,  # what the scaling of the rotary embedding has led to
         norms=NORMS,
         norm_offset=1.0,
         qk_norm=QKNorm(traits.norm_eps, offset=1.0),

@@ -1,6 +1,6 @@
 """Llama, and what its descendants read alike."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -28,15 +28,12 @@ def read_traits(config: Config) -> DecoderTraits:
 
     Raises CheckpointError, naming the field, for what the family does not have.
     """
-    config = config.over(COMMON)
-    layers = config.integer("num_hidden_layers", most=MOST_LAYERS)
-    read_kinds(config, [FULL] * layers, choose=False)
-    return read_decoder(config, {"attention_bias", "mlp_bias"})
+    return read_decoder(config.over(COMMON), {"attention_bias", "mlp_bias"})
 
 
 def read_decoder(
     config: Config,
-    honoured: Iterable[str] = (),
+    honoured: Set[str] = frozenset(),
     *,
     rope: Rope | None = None,
     activation: str = "hidden_act",
@@ -57,6 +54,8 @@ def read_decoder(
     rope = rope or read_rope(config, heads.size, config.integer("max_position_embeddings"))
     attention_bias = config.boolean("attention_bias", False)
     layers = config.integer("num_hidden_layers", most=MOST_LAYERS)
+    if not honoured & {"layer_types", "sliding_window"}:
+        read_kinds(config, [FULL] * layers, choose=False)
     return DecoderTraits(
         vocab_size=config.integer("vocab_size"),
         hidden_size=config.integer("hidden_size"),
@@ -101,6 +100,13 @@ def read_kinds(config: Config, implied: Sequence[str], choose: bool) -> list[str
     if not choose and given != list(implied):
         raise config.error("layer_types", f"must all be {implied[0]} here")
     return given
+
+
+def with_one_window(config: Config, traits: DecoderTraits) -> DecoderTraits:
+    """``traits`` with the ``sliding_window`` in every layer, if there is one."""
+    kind = WINDOW if "sliding_window" in config else FULL
+    kinds = read_kinds(config, [kind] * traits.num_layers, choose=False)
+    return with_windows(config, traits, kinds, {kind: traits.layers[0].rope})
 
 
 def with_windows(

@@ -4,15 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from workers.checkpoint import Config
-from workers.layers.rotary import FULL, WINDOW, PositionScale, Rope, read_rope
+from workers.layers.rotary import PositionScale, Rope, read_rope
 from workers.models.decoder import DecoderTraits
-from workers.models.families.llama import (
-    COMMON,
-    read_decoder,
-    read_heads,
-    read_kinds,
-    with_windows,
-)
+from workers.models.families.llama import COMMON, read_decoder, read_heads, with_one_window
 
 MISTRAL: dict[str, Any] = COMMON | {
     "intermediate_size": 14336,
@@ -63,7 +57,4 @@ def read_ministral3(config: Config) -> DecoderTraits:
 
 
 def _mistral(config: Config, rope: Rope | None = None) -> DecoderTraits:
-    traits = read_decoder(config, {"sliding_window"}, rope=rope)
-    kind = WINDOW if "sliding_window" in config else FULL
-    kinds = read_kinds(config, [kind] * traits.num_layers, choose=False)
-    return with_windows(config, traits, kinds, {kind: traits.layers[0].rope})
+    return with_one_window(config, read_decoder(config, {"sliding_window"}, rope=rope))

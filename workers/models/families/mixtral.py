@@ -6,7 +6,7 @@ from typing import Any
 from workers.checkpoint import Config
 from workers.layers.experts import ExpertTraits
 from workers.models.decoder import DecoderTraits
-from workers.models.families.llama import COMMON, read_decoder
+from workers.models.families.llama import COMMON, read_decoder, with_one_window
 
 MIXTRAL: dict[str, Any] = COMMON | {
     "intermediate_size": 14336,
@@ -26,9 +26,9 @@ def read_traits(config: Config) -> DecoderTraits:
     count = config.integer("num_local_experts")
     chosen = read_chosen(config, count)
     experts = ExpertTraits(count, chosen, traits.intermediate_size, normed=True)
-    window = config.integer("sliding_window") if "sliding_window" in config else None
-    layer = replace(traits.layers[0], window=window, experts=experts)
-    return replace(traits, layers=(layer,) * traits.num_layers)
+    traits = with_one_window(config, traits)
+    layers = tuple(replace(layer, experts=experts) for layer in traits.layers)
+    return replace(traits, layers=layers)
 
 
 def read_chosen(config: Config, count: int) -> int:

@@ -1,12 +1,11 @@
 """Phi 3 and Phi 4: q, k, v and gate, up are one tensor each; long contexts by LongRoPE."""
 
-from dataclasses import replace
 from typing import Any
 
 from workers.checkpoint import Config
 from workers.layers.rotary import read_rope
 from workers.models.decoder import DecoderTraits
-from workers.models.families.llama import COMMON, read_decoder, read_heads
+from workers.models.families.llama import COMMON, read_decoder, read_heads, with_one_window
 
 PHI3: dict[str, Any] = COMMON | {
     "vocab_size": 32064,
@@ -30,5 +29,4 @@ def read_traits(config: Config) -> DecoderTraits:
     longest = config.integer("max_position_embeddings")
     rope = read_rope(config, read_heads(config).size, longest, partial=True)
     traits = read_decoder(config, {"sliding_window", "partial_rotary_factor"}, rope=rope)
-    window = config.integer("sliding_window") if "sliding_window" in config else None
-    return replace(traits, layers=tuple(replace(layer, window=window) for layer in traits.layers))
+    return with_one_window(config, traits)

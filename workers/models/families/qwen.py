@@ -9,7 +9,13 @@ from workers.layers.attention import QKNorm
 from workers.layers.experts import ExpertTraits
 from workers.layers.rotary import FULL, WINDOW
 from workers.models.decoder import DecoderTraits
-from workers.models.families.llama import COMMON, read_decoder, read_kinds, with_windows
+from workers.models.families.llama import (
+    COMMON,
+    read_decoder,
+    read_kinds,
+    with_one_window,
+    with_windows,
+)
 from workers.models.families.mixtral import read_chosen
 
 QWEN2: dict[str, Any] = COMMON | {
@@ -59,9 +65,8 @@ def read_qwen3_moe(config: Config) -> DecoderTraits:
         config.integer("moe_intermediate_size"),
         config.boolean("norm_topk_prob", False),
     )
-    window = None
     if config.boolean("use_sliding_window", False):
-        window = config.integer("sliding_window")
+        traits = with_one_window(config, traits)
     step, dense = config.integer("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
         raise config.error("mlp_only_layers", "must be a list of layers' numbers")
@@ -69,11 +74,7 @@ def read_qwen3_moe(config: Config) -> DecoderTraits:
         traits,
         qk_norm=QKNorm(traits.norm_eps),
         layers=tuple(
-            replace(
-                layer,
-                window=window,
-                experts=None if i in dense or (i + 1) % step else experts,
-            )
+            replace(layer, experts=None if i in dense or (i + 1) % step else experts)
             for i, layer in enumerate(traits.layers)
         ),
     )

@@ -1,0 +1,139 @@
+"""What config.json says of a model: read, or refused by the field's name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import CheckpointError
+from tests.support.checkpoints import configure
+from workers.checkpoint import load_config
+from workers.models import read_traits
+from workers.models.decoder import DecoderTraits
+
+FOREIGN: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu': is not supported; allowed: silu"),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("llama", {"num_local_experts": 8}, "num_local_experts=8: is not supported"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+    ("llama", {"embedding_multiplier": 12.0}, "embedding_multiplier=12.0"),
+    ("llama", {"sliding_window": 16}, "sliding_window=16: is not supported"),
+    ("llama", {"hidden_size": "64"}, "hidden_size='64': must be a positive integer"),
+    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers=0: must be a positive integer"),
+    ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3: must divide num_attention_heads"),
+    (
+        "llama",
+        {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None},
+        "must divide",
+    ),
+    ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes': must be true or false"),
+    ("llama", {"rms_norm_eps": -1}, "rms_norm_eps=-1: must be a positive number"),
+    ("llama", {"layer_types": ["sliding_attention"] * 3}, "layer_types=.*all be full_attention"),
+    ("llama", {"architectures": ["GPT2LMHeadModel"]}, "none is supported; known: LlamaFor"),
+    (
+        "llama",
+        {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "own.M"}},
+        r"runs no code of checkpoints \(auto_map\)",
+    ),
+    ("llama", {"architectures": ["MistralForCausalLM"]}, "model_type='llama': must be 'mistral'"),
+    ("llama", {"architectures": None, "model_type": "gpt2"}, "model_type='gpt2': is not supported"),
+    ("mistral", {"attention_bias": True}, "attention_bias=True: is not supported"),
+    ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types=.*all be sliding_attention"),
+    ("qwen2", {"mlp_bias": True}, "mlp_bias=True"),
+    ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types=.*must hold 3 times"),
+    ("qwen2", {"layer_types": ["full_attention"] * 2}, "layer_types=.*must hold 3 times"),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "needs use_sliding_window"),
+    ("opt", {"activation_function": "silu"}, "activation_function='silu': .*allowed: relu, gelu"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: .* at most 4096"),
+    ("opt", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: .* at most 4096"),
+    ("llama", {"vocab_size": 10**30}, "vocab_size=10+: .* at most 16777216"),
+    ("llama", {"max_position_embeddings": 10**9}, "max_position_embeddings=10+: .* at most"),
+    ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps=inf: must be a positive number"),
+    ("llama", {"rope_theta": 1e308}, "rope_theta=1e\\+308: must be a positive number"),
+    ("llama", {"model_type": ["llama"] * 10**6}, "model_type=.*must be a string"),
+    ("llama", {"architectures": [["LlamaForCausalLM"]]}, "architectures=.*none is supported"),
+    ("qwen2", {"layer_types": [["full_attention"]] * 3}, "layer_types=.*must hold 3 times"),
+    ("qwen2", {"max_window_layers": "2"}, "max_window_layers='2': must be an integer"),
+    *(
+        ("llama", {"rope_scaling": {"rope_type": kind, **fields}}, message)
+        for kind, fields, message in (
+            ("yarn", {"factor": 1e308}, "factor=1e\\+308: must be a positive number"),
+            ("yarn", {"factor": 1e11}, "factor=10+.0: must leave at most 16777216 positions"),
+            ("linear", {"factor": 1e11}, "factor=10+.0: must leave at most 16777216 positions"),
+            ("yarn", {"factor": 2, "mscale": "1", "mscale_all_dim": 1}, "mscale='1': must be"),
+            ("yarn", {"factor": 2, "beta_fast": 1e-320}, "beta_fast=.*: must be a positive"),
+            ("yarn", {"factor": 2, "rope_theta": 1}, "rope_theta=1: yarn needs one over 1"),
+            ("llama3", {"factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}, "must be over"),
+        )
+    ),
+    ("opt", {"num_attention_heads": 5}, "num_attention_heads=5: must divide hidden_size"),
+    (
+        "phi3-long",
+        {"rope_scaling": {"type": "su", "short_factor": [1.0]}},
+        r"short_factor=\[1.0\]:",
+    ),
+    ("olmo3", {"rope_parameters": {"rope_theta": 1e4}}, "must hold an object for full_attention"),
+    ("smollm3", {"no_rope_layers": [1, 2, 1]}, "no_rope_layers=.*must hold 3 times 0 or 1"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling=0: must be a positive number"),
+    ("exaone4", {"sliding_window_pattern": "LX", "layer_types": None}, "hold L and G only"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: is not supported"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    ("gemma3", {"hidden_activation": "relu"}, "hidden_activation='relu'.*gelu_pytorch_tanh"),
+    ("gemma3", {"sliding_window": None}, "sliding_window=None: is missing"),
+    ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok=5: must be at most .* 4"),
+    ("qwen3-moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers=.*list of layers' numbers"),
+    ("qwen3-moe", {"num_local_experts": 0}, "num_local_experts=0: must be a positive integer"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "message"), FOREIGN)
+def test_what_would_change_the_mathematics_is_refused(
+    name: str, fields: dict[str, Any], message: str, copy: Callable[[str], Path]
+) -> None:
+    path = copy(name)
+    configure(path, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        read_traits(load_config(path))
+
+
+def test_neutral_values_of_foreign_fields_are_harmless(copy: Callable[[str], Path]) -> None:
+    path = copy("llama")
+    before = read_traits(load_config(path))
+    configure(
+        path,
+        quantization_config=None,
+        partial_rotary_factor=1.0,
+        num_local_experts=0,
+        layer_types=["full_attention"] * 3,
+        architectures=None,
+        anything_else=3,
+    )
+    assert read_traits(load_config(path)) == before
+
+
+@pytest.mark.parametrize("name", ["qwen2-sliding", "qwen3-sliding"])
+def test_windows_follow_max_window_layers(name: str, copy: Callable[[str], Path]) -> None:
+    path = copy(name)
+    explicit = read_traits(load_config(path))
+    configure(path, layer_types=None)
+    implied = read_traits(load_config(path))
+    assert isinstance(implied, DecoderTraits) and implied == explicit
+    windows = [layer.window for layer in implied.layers]
+    assert windows == ([None, 6, 6] if name == "qwen2-sliding" else [None, None, 6])
+    configure(path, use_sliding_window=False)
+    full = read_traits(load_config(path))
+    assert isinstance(full, DecoderTraits) and not any(layer.window for layer in full.layers)
+
+
+def test_rotary_embeddings_of_gemma3_in_either_layout(copy: Callable[[str], Path]) -> None:
+    path, scaling = copy("gemma3"), {"rope_type": "linear", "factor": 8.0}
+    local = {"rope_type": "default", "rope_theta": 2e4}
+    configure(path, rope_parameters={"full_attention": scaling, "sliding_attention": local})
+    new = read_traits(load_config(path))
+    configure(path, rope_parameters=None, rope_scaling=scaling, rope_local_base_freq=2e4)
+    assert read_traits(load_config(path)) == new
+    assert isinstance(new, DecoderTraits) and new.max_position == 256
+    ropes = [layer.rope for layer in new.layers if layer.rope is not None]
+    assert [(rope.theta, rope.factor) for rope in ropes] == [(2e4, 1), (1e6, 8), (2e4, 1)]
