@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -12,14 +12,15 @@ import transformers
 class TinyModel:
     """A checkpoint to be made: ``config`` is what differs from the family's tiny base.
 
-    One that differs from another in tables or weights alone ``generates`` like that: its forward
-    passes are compared, not its generated tokens too, which take seconds.
+    Every forward pass is compared. What is generated takes seconds: one that differs from another
+    within a layer alone is ``pressed``, run once with everything that an engine may do to a
+    sequence, and one that differs in tables or weights is not run.
     """
 
     name: str
     family: str
     config: dict[str, Any] = field(default_factory=dict)
-    generates: bool = True
+    generates: Literal["every way", "pressed", "no"] = "every way"
 
     def save(self, folder: Path, **options: Any) -> Path:
         """The checkpoint in ``folder``/name, random but always the same, float32."""
@@ -177,8 +178,8 @@ TINY_MODELS = [
     TinyModel("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True}),
     TinyModel("llama-head-dim", "llama", {"head_dim": 24}),
     TinyModel("llama-odd", "llama", {"hidden_size": 60, "head_dim": 10, "rms_norm_eps": 1e-4}),
-    TinyModel("llama-theta", "llama", _rope("default", rope_theta=500000.0), generates=False),
-    TinyModel("llama-linear", "llama", _rope("linear", factor=3.0), generates=False),
+    TinyModel("llama-theta", "llama", _rope("default", rope_theta=500000.0), generates="no"),
+    TinyModel("llama-linear", "llama", _rope("linear", factor=3.0), generates="no"),
     TinyModel(
         "llama-dynamic", "llama", _rope("dynamic", factor=2.0) | {"max_position_embeddings": 24}
     ),
@@ -188,22 +189,22 @@ TINY_MODELS = [
         "llama-yarn-betas",
         "llama",
         _rope("yarn", **_YARN, beta_fast=8.0, beta_slow=2.0),
-        generates=False,
+        generates="no",
     ),
     TinyModel(
         "llama-yarn-mscale",
         "llama",
         _rope("yarn", **_YARN, mscale=0.8, mscale_all_dim=0.5),
-        generates=False,
+        generates="no",
     ),
     TinyModel(
         "llama-yarn-attention",
         "llama",
         _rope("yarn", **_YARN, attention_factor=1.3),
-        generates=False,
+        generates="no",
     ),
     TinyModel(
-        "llama-yarn-untruncated", "llama", _rope("yarn", **_YARN, truncate=False), generates=False
+        "llama-yarn-untruncated", "llama", _rope("yarn", **_YARN, truncate=False), generates="no"
     ),
     TinyModel("mistral", "mistral"),
     TinyModel("mistral-full", "mistral", {"sliding_window": None}),
@@ -219,30 +220,35 @@ TINY_MODELS = [
     TinyModel("qwen3-tied-biases", "qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
     TinyModel("qwen3-sliding", "qwen3", _SLIDING | {"max_window_layers": 2}),
     TinyModel("qwen3-yarn", "qwen3", _rope("yarn", **_YARN)),
-    TinyModel("phi3", "phi3", {"sliding_window": 9}),
-    TinyModel("phi3-partial", "phi3", {"partial_rotary_factor": 0.75}, generates=False),
-    TinyModel("phi3-long", "phi3", _long_rope(16), generates=False),
-    TinyModel("phi3-short", "phi3", _long_rope(128), generates=False),
-    TinyModel("olmo2", "olmo2", {"attention_bias": True}),
-    TinyModel("olmo3", "olmo3"),
-    TinyModel("smollm3", "smollm3"),
-    TinyModel("granite", "granite"),
-    TinyModel("ministral3", "ministral3", _rope("yarn", **_YARN, llama_4_scaling_beta=0.3)),
-    TinyModel("seed-oss", "seed_oss"),
-    TinyModel("exaone4", "exaone4"),
+    TinyModel("phi3", "phi3", {"sliding_window": 9}, generates="pressed"),
+    TinyModel("phi3-partial", "phi3", {"partial_rotary_factor": 0.75}, generates="no"),
+    TinyModel("phi3-long", "phi3", _long_rope(16), generates="no"),
+    TinyModel("phi3-short", "phi3", _long_rope(128), generates="no"),
+    TinyModel("olmo2", "olmo2", {"attention_bias": True}, generates="pressed"),
+    TinyModel("olmo3", "olmo3", generates="pressed"),
+    TinyModel("smollm3", "smollm3", generates="pressed"),
+    TinyModel("granite", "granite", generates="pressed"),
     TinyModel(
-        "exaone4-full", "exaone4", {"sliding_window": None, "layer_types": _FULL}, generates=False
+        "ministral3",
+        "ministral3",
+        _rope("yarn", **_YARN, llama_4_scaling_beta=0.3),
+        generates="pressed",
+    ),
+    TinyModel("seed-oss", "seed_oss", generates="pressed"),
+    TinyModel("exaone4", "exaone4", generates="pressed"),
+    TinyModel(
+        "exaone4-full", "exaone4", {"sliding_window": None, "layer_types": _FULL}, generates="no"
     ),
     TinyModel("gemma3", "gemma3"),
-    TinyModel("gemma3-capped", "gemma3", {"final_logit_softcapping": 2.0}, generates=False),
-    TinyModel("glm4", "glm4"),
+    TinyModel("gemma3-capped", "gemma3", {"final_logit_softcapping": 2.0}, generates="no"),
+    TinyModel("glm4", "glm4", generates="pressed"),
     TinyModel("mixtral", "mixtral"),
-    TinyModel("qwen3-moe", "qwen3_moe"),
+    TinyModel("qwen3-moe", "qwen3_moe", generates="pressed"),
     TinyModel(
         "qwen3-moe-some",
         "qwen3_moe",
         {"decoder_sparse_step": 2, "norm_topk_prob": False},
-        generates=False,
+        generates="no",
     ),
     TinyModel("opt", "opt"),
     TinyModel("opt-post-norm", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
