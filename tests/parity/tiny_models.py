@@ -120,6 +120,18 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.Exaone4ForCausalLM,
         _LLAMA | {"sliding_window": 6, "sliding_window_pattern": 2},
     ),
+    "gemma2": (
+        transformers.Gemma2Config,
+        transformers.Gemma2ForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
     "gemma3": (
         transformers.Gemma3TextConfig,
         transformers.Gemma3ForCausalLM,
@@ -239,6 +251,7 @@ TINY_MODELS = [
     TinyModel(
         "exaone4-full", "exaone4", {"sliding_window": None, "layer_types": _FULL}, generates="no"
     ),
+    TinyModel("gemma2", "gemma2", generates="pressed"),
     TinyModel("gemma3", "gemma3"),
     TinyModel("gemma3-capped", "gemma3", {"final_logit_softcapping": 2.0}, generates="no"),
     TinyModel("glm4", "glm4", generates="pressed"),

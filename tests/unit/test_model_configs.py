@@ -79,6 +79,7 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("granite", {"logits_scaling": 0}, "logits_scaling=0: must be a positive number"),
     ("exaone4", {"sliding_window_pattern": "LX", "layer_types": None}, "hold L and G only"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: is not supported"),
+    ("gemma2", {"attn_logit_softcapping": -1}, "attn_logit_softcapping=-1: must be a positive"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     ("gemma3", {"hidden_activation": "relu"}, "hidden_activation='relu'.*gelu_pytorch_tanh"),
     ("gemma3", {"sliding_window": None}, "sliding_window=None: is missing"),

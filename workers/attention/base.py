@@ -17,7 +17,8 @@ Arrays = tuple[Ints, ...]
 class AttentionShape:
     """What a backend must know of one rank's attention; the same for every layer of a model.
 
-    Not ``causal``: queries see all of their row's keys, and the row is a whole prompt.
+    Not ``causal``: queries see all of their row's keys, and the row is a whole prompt. ``cap`` is a
+    soft cap of scaled products (Gemma 2): cap · tanh(x / cap).
     """
 
     num_heads: int
@@ -28,6 +29,7 @@ class AttentionShape:
     dtype: torch.dtype
     device: torch.device
     causal: bool = True
+    cap: float | None = None
 
     @property
     def block_elements(self) -> int:

@@ -48,9 +48,9 @@ class CpuAttention:
     """An AttentionBackend for bf16 and fp32, head dimensions that are multiples of 16 up to 256 and
     block sizes that are multiples of 16.
 
-    Causal only. A query's result does not depend, not in one bit, on the other rows of its batch,
-    on how its prompt was cut into chunks or on the number of threads. The layout of a block is
-    described in cpu.cpp. Raises ConfigError for a shape outside these limits.
+    Causal and without a soft cap only. A query's result does not depend, not in one bit, on the
+    other rows of its batch, on how its prompt was cut into chunks or on the number of threads. The
+    layout of a block is described in cpu.cpp. Raises ConfigError for a shape outside these limits.
     """
 
     def __init__(self, shape: AttentionShape) -> None:
@@ -58,8 +58,9 @@ class CpuAttention:
         if kernels is None:
             raise ConfigError(
                 f"CpuAttention cannot serve {shape}; needed: compiled kernels, bfloat16 or float32 "
-                f"on a CPU, a causal model, head_dim a multiple of 16 up to {MAX_HEAD_DIM}, "
-                f"block_size a multiple of 16, at most {MAX_GROUP} query heads for each kv head"
+                f"on a CPU, a causal model, no soft cap, head_dim a multiple of 16 up to "
+                f"{MAX_HEAD_DIM}, block_size a multiple of 16, at most {MAX_GROUP} query heads for "
+                "each kv head"
             )
         self.shape = shape
         self.kernel = kernels.functions["attend", shape.dtype]
@@ -69,6 +70,7 @@ class CpuAttention:
         return (
             shape.device.type == "cpu"
             and shape.causal
+            and shape.cap is None
             and shape.dtype in DTYPES
             and shape.head_dim % 16 == 0
             and shape.head_dim <= MAX_HEAD_DIM

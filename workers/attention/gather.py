@@ -107,12 +107,28 @@ class GatherAttention:
             pages[:, :, i].flatten(1, 2).where(used[..., None, None], 0).transpose(1, 2)
             for i in (0, 1)
         )
-        attended = F.scaled_dot_product_attention(
-            q.view(len(rows), queries, s.num_heads, s.head_dim).transpose(1, 2),
-            keys,
-            values,
-            attn_mask=seen[:, None],
-            scale=s.scale,
-            enable_gqa=s.num_heads != s.num_kv_heads,
-        )
+        q = q.view(len(rows), queries, s.num_heads, s.head_dim).transpose(1, 2)
+        if s.cap is not None:
+            attended = _capped(q, keys, values, seen[:, None], s.scale, s.cap)
+        else:
+            attended = F.scaled_dot_product_attention(
+                q,
+                keys,
+                values,
+                attn_mask=seen[:, None],
+                scale=s.scale,
+                enable_gqa=s.num_heads != s.num_kv_heads,
+            )
         return attended.transpose(1, 2).reshape(-1, s.num_heads, s.head_dim)
+
+
+def _capped(
+    q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, cap: float
+) -> Tensor:
+    """softmax(cap · tanh(q · k · scale / cap)) · v of q [rows, heads, queries, D], keys and values
+    [rows, kv_heads, keys, D]; ``seen`` is the mask [rows, 1, queries, keys]."""
+    shared = q.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(shared, 1) for x in (keys, values))
+    scores = cap * torch.tanh(q @ keys.transpose(2, 3) * (scale / cap))
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ values

@@ -97,7 +97,9 @@ class TritonAttention:
             norms=prologue.norms, eps=prologue.eps, rotation=prologue.rotation,
         )  # fmt: skip
         out = torch.empty_like(q)
-        traits = self._kernels.Traits(shape.num_heads, shape.scale, prologue.window)
+        traits = self._kernels.Traits(
+            shape.num_heads, shape.scale, prologue.window, shape.cap or 0.0
+        )
         if len(rows.decode):
             programs = min(len(rows.decode), max(2 * len(rows.slots), self._busy))
             self._kernels.decode(

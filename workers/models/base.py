@@ -70,7 +70,8 @@ class Traits:
     output layer; a classifier has ``labels`` in its place, and an embedding model neither. If it is
     not ``causal`` a token sees those after it, so that a prompt is computed in one piece.
 
-    ``attention_scale`` multiplies q · k; None: 1 / √(head size). ``text_part``: the checkpoint has
+    ``attention_scale`` multiplies q · k; None: 1 / √(head size). ``attention_cap`` is a soft cap of
+    that. ``text_part``: the checkpoint has
     other parts beside the text model, whose tensors mean nothing here. ``capturable``: a step looks
     at nothing on the host, so that it can be a CUDA graph.
     """
@@ -85,6 +86,7 @@ class Traits:
     labels: int = 0
     causal: bool = True
     attention_scale: float | None = None
+    attention_cap: float | None = None
     text_part: bool = False
 
     @property
@@ -107,6 +109,7 @@ def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionS
         dtype=place.dtype,
         device=place.device,
         causal=traits.causal,
+        cap=traits.attention_cap,
     )
 
 

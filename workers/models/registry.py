@@ -15,7 +15,7 @@ from workers.models import bert, decoder, opt
 from workers.models.base import Model, Traits
 from workers.models.families import (
     exaone4,
-    gemma3,
+    gemma,
     glm4,
     granite,
     llama,
@@ -66,7 +66,8 @@ DECODERS: dict[str, tuple[str, Network]] = {
     "SeedOss": ("seed_oss", _decoder(seed_oss.read_traits)),
     "Exaone4": ("exaone4", _decoder(exaone4.read_traits)),
     "Glm4": ("glm4", _decoder(glm4.read_traits)),
-    "Gemma3": ("gemma3_text", _decoder(gemma3.read_traits)),
+    "Gemma2": ("gemma2", _decoder(gemma.read_gemma2)),
+    "Gemma3": ("gemma3_text", _decoder(gemma.read_gemma3)),
 }
 ARCHITECTURES = (
     {f"{family}{GENERATES}": network for family, network in DECODERS.items()}
