@@ -74,6 +74,8 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
         {"rope_scaling": {"type": "su", "short_factor": [1.0]}},
         r"short_factor=\[1.0\]:",
     ),
+    ("phi3", {"rope_parameters": {"partial_rotary_factor": 2}}, "must be at most 1, not 2"),
+    ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.01}}, "even head size, not 0"),
     ("olmo3", {"rope_parameters": {"rope_theta": 1e4}}, "must hold an object for full_attention"),
     ("smollm3", {"no_rope_layers": [1, 2, 1]}, "no_rope_layers=.*must hold 3 times 0 or 1"),
     ("granite", {"logits_scaling": 0}, "logits_scaling=0: must be a positive number"),

@@ -98,8 +98,10 @@ def read_rope(
             raise rope.error(field, f"is not supported for type {kind}; {_allowed(allowed)}")
     if partial:
         share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-        head_dim = int(head_dim * min(share, 1.0))
-    if head_dim % 2:
+        if share > 1:
+            raise config.error("partial_rotary_factor", f"must be at most 1, not {share:g}")
+        head_dim = int(head_dim * share)
+    if head_dim % 2 or not head_dim:
         raise config.error("head_dim", f"rotary embeddings need an even head size, not {head_dim}")
     theta = rope.number("rope_theta", config.number("rope_theta", 10_000.0))
     # transformers lets the top-level field win over the one in the object.
