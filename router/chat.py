@@ -11,8 +11,10 @@ from msgspec import UNSET
 from engine.chat import check_variables
 from engine.errors import RequestError
 from engine.outputs import CompletionOutput, Piece
+from engine.parsing.answers import thinking_budget
 from engine.sampling_params import SamplingParams
 from engine.structured_outputs import StructuredOutputsParams
+from engine.thinking import ThinkingBudget
 from router.answers import ChunkedAnswer, check, to_json
 from router.errors import ApiError, field_of, wrong
 from router.generation import Generation, Prompt
@@ -56,8 +58,8 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
 
 
 async def run_of(service: Service, body: ChatRequest, fits: bool = False) -> ChatRun:
-    """What is to be run for a chat. fits: an output that is longer than there is room for is cut,
-    not refused.
+    """What is to be run for a chat. fits: bounds are made to fit, not refused: of an output that is
+    longer than there is room for, and of thinking where a model has none.
 
     Raises ApiError and RequestError, naming what is wrong.
     """
@@ -77,9 +79,26 @@ async def run_of(service: Service, body: ChatRequest, fits: bool = False) -> Cha
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         structured_outputs=outputs,
+        thinking_token_budget=body.thinking_token_budget,
         **({"skip_special_tokens": False} if parsing and parsing.shows_special else {}),
     )
+    if (most := sampling.thinking_token_budget) is not None:
+        goes_on = bool(body.continue_final_message)
+        prompt.thinking = _bounded(parsing, most, goes_on, fits)
     return ChatRun(model, prompt, sampling, parsing)
+
+
+def _bounded(
+    parsing: Parsing | None, most: int, goes_on: bool, fits: bool
+) -> ThinkingBudget | None:
+    """A bound on the thinking of answers; None if there will be none. goes_on, fits: see
+    ``in_answers`` and ``run_of``. Raises RequestError."""
+    form = parsing.form if parsing else None
+    if fits and not (form and form.thoughts):
+        return None
+    budget = thinking_budget(form, most, bool(parsing and parsing.opened))
+    begins = parsing is not None and not parsing.prefix and (parsing.opened or not goes_on)
+    return budget if begins else None
 
 
 async def length_of(service: Service, body: ChatRequest, most: int) -> int:

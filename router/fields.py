@@ -64,6 +64,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_prompt_text": (False,),
     "return_token_offsets": (False,),
     "structural_tag": (),
+    "thinking_token_budget": (-1,),
     "truncation_side": (),
     "vllm_xargs": (),
     "watermarking": (False,),

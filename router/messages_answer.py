@@ -30,7 +30,11 @@ from router.typed import Block, TypedAnswer
 _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 _PROVIDERS = ("claude", "anthropic")  # how the names of the provider's own models begin
 # What a chat calls the fields that a request of this kind has.
-_FIELDS = {"response_format": "output_config.format", "reasoning_effort": "output_config.effort"}
+_FIELDS = {
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+    "thinking_token_budget": "thinking.budget_tokens",
+}
 
 
 async def answer_messages(service: Service, body: MessagesRequest) -> "MessagesAnswer":

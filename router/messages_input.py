@@ -40,6 +40,8 @@ def asked_of(body: CountRequest, model: str | None, strict_tools: bool) -> ChatR
     if isinstance(body, MessagesRequest):
         chat.max_completion_tokens = body.max_tokens
         chat.stop = body.stop_sequences or None
+        if body.thinking is not None and body.thinking.type != "disabled":
+            chat.thinking_token_budget = body.thinking.budget_tokens
         chat.request_id, chat.priority = body.request_id, body.priority
         chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
         chat.stream = body.stream

@@ -18,7 +18,8 @@ class ThinkingOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Meta(description="all but disabled ask the chat template for thinking"),
     ]
     budget_tokens: Annotated[
-        Positive | None, Meta(description="accepted; max_tokens alone bounds the thinking")
+        Positive | None,
+        Meta(description="most tokens of thinking, where the model has any; max_tokens by default"),
     ] = None
     display: Annotated[
         Literal["summarized", "omitted"] | None,

@@ -70,6 +70,13 @@ Documents = Annotated[
     list[dict[str, str]] | None, Meta(description="for chat templates that take documents")
 ]
 TopK = Annotated[Annotated[int, Meta(ge=-1, le=_INT32)] | None, Meta(description="0 or -1 is off")]
+ThinkingBudget = Annotated[
+    Annotated[int, Meta(ge=-1, le=_INT32)] | None,
+    Meta(
+        description="most tokens of thinking, after which its end is written for the model; 0"
+        " leaves it none, -1 is no bound"
+    ),
+]
 Harmless = Annotated[Any, Meta(description="accepted; has no effect")]
 
 
@@ -262,6 +269,7 @@ class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
         Annotated[str, Meta(pattern="^(none|minimal|low|medium|high|xhigh|max)$")] | None,
         Meta(description="a variable of the chat template; none also asks it for no thinking"),
     ] = None
+    thinking_token_budget: ThinkingBudget = None
     include_reasoning: Annotated[
         bool | None, Meta(description="false leaves the reasoning out of the answer")
     ] = None

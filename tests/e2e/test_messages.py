@@ -133,6 +133,15 @@ def test_thinking(client: anthropic.Anthropic) -> None:
     assert not [event for event in events if event.type == "thinking"]
 
 
+def test_thinking_has_a_budget(client: anthropic.Anthropic) -> None:
+    few: Any = {"type": "enabled", "budget_tokens": 2}
+    fields: Any = {"max_tokens": 14, "extra_body": {"temperature": 0}}
+    block = both(client, "think", thinking=few, **fields)[0].content[0]
+    assert block.type == "thinking" and block.thinking != THOUGHT
+    assert THOUGHT.startswith(block.thinking)
+    assert text_of(ask(client, "hello", thinking=few)) == ANSWERS["hello"]
+
+
 def test_the_template_hears_of_thinking(client: anthropic.Anthropic) -> None:
     def tokens(**fields: Any) -> int:
         return client.messages.count_tokens(
