@@ -11,12 +11,14 @@ from router.schema import (
     Positive,
     Priority,
     TemplateVariables,
+    ThinkingBudget,
     Tools,
     TopK,
 )
 
 Includable = Literal[
     "reasoning.encrypted_content",
+    "message.output_text.logprobs",
     "file_search_call.results",
     "web_search_call.results",
     "web_search_call.action.sources",
@@ -110,18 +112,25 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     ] = None
     include: Annotated[
         list[Includable] | None,
-        Meta(description="reasoning.encrypted_content; the others are nowhere in answers"),
+        Meta(
+            description="reasoning.encrypted_content and message.output_text.logprobs; the others"
+            " are nowhere in answers"
+        ),
     ] = None
     metadata: Annotated[
         dict[str, str] | None, Meta(description="comes back; has no other effect")
     ] = None
+    thinking_token_budget: ThinkingBudget = None
     chat_template_kwargs: TemplateVariables = None
     request_id: Id = None
     priority: Priority = None
     truncation: Annotated[
         Literal["disabled"] | None, Meta(description="nothing is ever left out of the input")
     ] = None
-    top_logprobs: Annotated[Literal[0] | None, Meta(description="only 0: there are none")] = None
+    top_logprobs: Annotated[
+        Annotated[int, Meta(ge=0, le=20)] | None,
+        Meta(description="how many likeliest tokens log-probabilities show; over 0 brings them"),
+    ] = None
     background: Annotated[bool | None, Meta(description="not supported but for false")] = None
     previous_response_id: Stateless = None
     conversation: Stateless = None

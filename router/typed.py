@@ -2,6 +2,7 @@
 
 import time
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,9 @@ class TypedAnswer(Answer):
     def _chunks(self, generation: Generation, pieces: list[Piece]) -> bytes:
         for piece in pieces:
             check(generation.output.outputs[piece.index])
-            for part in self._parts(piece):
+            if piece.finish_reason is not None:
+                self._finish = piece.finish_reason, piece.stop_reason
+            for part in self._parts(generation, piece):
                 self._add(part)
         data, now = self._taken(), time.monotonic()
         if not data and now - self._told_at >= SILENCE:
@@ -112,15 +115,13 @@ class TypedAnswer(Answer):
         self._events.clear()
         return data
 
-    def _parts(self, piece: Piece) -> list[Part]:
-        reason = piece.finish_reason
-        if reason is not None:
-            self._finish = reason, piece.stop_reason
+    def _parts(self, generation: Generation, piece: Piece) -> Iterable[Part]:
+        """The parts that a piece makes certain."""
         if self._parser is None or self._parsing is None:
             return [Content(piece.text)] if piece.text else []
         parts = self._parser.push(piece.text)
-        if reason is not None:
-            parts += self._parser.finish(cut=reason != "stop")
+        if piece.finish_reason is not None:
+            parts += self._parser.finish(cut=piece.finish_reason != "stop")
         return self._parsing.shown(parts)
 
     def _add(self, part: Part) -> None:
