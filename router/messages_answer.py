@@ -64,10 +64,9 @@ async def _asked(service: Service, body: CountRequest) -> ChatRequest:
 async def _model_of(name: str | None, service: Service) -> str | None:
     """The model that a request means: clients have names of the provider's models built in, for
     small tasks beside the user's, which the first of the server's models does."""
-    known = name is None or service.models.named(name) is not None
-    if not known and name is not None and name.startswith(_PROVIDERS):
-        name = (await service.served())[0].id
-    return name
+    if name is None or service.models.named(name) is not None or not name.startswith(_PROVIDERS):
+        return name
+    return (await service.models.load_all())[0].id
 
 
 class MessagesAnswer(TypedAnswer):
