@@ -19,7 +19,7 @@ from engine.sampling_params import SamplingParams
 from router.errors import ApiError
 from router.generation import Generation, Prompt, merged
 from router.models import ServedModel
-from router.schema import Sampling
+from router.schema import PoolingRequest, Sampling
 from router.service import Service
 from router.shapes import PromptTokensDetails, Usage
 
@@ -31,17 +31,30 @@ to_json = msgspec.json.Encoder().encode
 class WholeAnswer(ABC):
     """One request's way out, as a ``Reply`` runs it, in one piece.
 
-    pools: its prompts become vectors, not completions.
+    prefix: of the id. pools: its prompts become vectors, not completions.
     """
 
-    service: Service
-    model: ServedModel
-    prompts: list[Prompt]
-    sampling: SamplingParams
-    priority: int
-    id: str
+    prefix: str
     id_headers: tuple[str, ...] = ("x-request-id",)
     pools = False
+
+    def __init__(
+        self,
+        service: Service,
+        model: ServedModel,
+        body: Sampling | PoolingRequest,
+        prompts: list[Prompt],
+        sampling: SamplingParams,
+    ) -> None:
+        self.service = service
+        self.model = model
+        self.prompts = prompts
+        self.sampling = sampling
+        self.priority = body.priority or 0
+        self._unique = body.request_id or uuid.uuid4().hex
+        self.id = self.prefix + self._unique
+        self.created = int(time.time())
+        self.name = body.model or model.id
 
     @abstractmethod
     async def complete(self, generations: list[Generation]) -> bytes:
@@ -51,8 +64,6 @@ class WholeAnswer(ABC):
 class Answer(WholeAnswer):
     """One request's way out, whole or as a stream. A subclass gives the shapes of its API."""
 
-    prefix: str  # of the id
-    joint = "-"  # between that and the rest
     waiting = WAITING  # what a stream tells while it has no engine
 
     def __init__(
@@ -63,16 +74,8 @@ class Answer(WholeAnswer):
         prompts: list[Prompt],
         sampling: SamplingParams,
     ) -> None:
-        self.service = service
-        self.model = model
-        self.prompts = prompts
-        self.sampling = sampling
-        self.priority = body.priority or 0
+        super().__init__(service, model, body, prompts, sampling)
         self.streaming = bool(body.stream)
-        self._unique = body.request_id or uuid.uuid4().hex
-        self.id = f"{self.prefix}{self.joint}{self._unique}"
-        self.created = int(time.time())
-        self.name = body.model or model.id
         # Whether what a step brings takes so long that it is made in a thread.
         self._heavy = sampling.prompt_logprobs is not None or not (
             sampling.logprobs is None or 0 <= sampling.logprobs <= FEW_LOGPROBS

@@ -221,7 +221,7 @@ def _template(service: Service, model: ServedModel, asked: str | None) -> str | 
 class ChatAnswer(ChunkedAnswer):
     """Answers to a chat, whole or as a stream."""
 
-    prefix = "chatcmpl"
+    prefix = "chatcmpl-"
     chunk_object = "chat.completion.chunk"
 
     def __init__(

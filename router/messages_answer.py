@@ -72,7 +72,7 @@ async def _model_of(name: str | None, service: Service) -> str | None:
 class MessagesAnswer(TypedAnswer):
     """An answer as blocks, whole or as a stream."""
 
-    prefix = "msg"
+    prefix = "msg_"
     id_headers = ("x-request-id", "request-id")
     waiting = alive = _PING
 

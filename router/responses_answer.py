@@ -60,7 +60,7 @@ async def answer_responses(service: Service, body: ResponsesRequest) -> "Respons
 class ResponsesAnswer(TypedAnswer):
     """An answer as items, whole or as a stream."""
 
-    prefix = "resp"
+    prefix = "resp_"
     alive = b": a call is being written\n\n"
 
     def __init__(

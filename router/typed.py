@@ -32,7 +32,6 @@ class TypedAnswer(Answer):
     Whole or as a stream, the same events happen; a whole answer is what they have built.
     """
 
-    joint = "_"
     alive: bytes  # what a stream tells where it has had nothing to tell for long
 
     def __init__(self, service: Service, chat: ChatRequest, run: ChatRun) -> None:
