@@ -23,6 +23,8 @@ from router.schema import PoolingRequest, Sampling
 from router.service import Service
 from router.shapes import PromptTokensDetails, Usage
 
+SILENCE = 10.0  # seconds after which a stream that tells nothing shows that it lives
+CALLING = b": a call is being written\n\n"  # a comment, which clients pass over
 DONE = b"data: [DONE]\n\n"
 WAITING = b": the engine was lost; the answer goes on at another as soon as there is one\n\n"
 to_json = msgspec.json.Encoder().encode
@@ -65,6 +67,7 @@ class Answer(WholeAnswer):
     """One request's way out, whole or as a stream. A subclass gives the shapes of its API."""
 
     waiting = WAITING  # what a stream tells while it has no engine
+    alive = b""  # what it tells where it has had nothing to tell for long
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class Answer(WholeAnswer):
     ) -> None:
         super().__init__(service, model, body, prompts, sampling)
         self.streaming = bool(body.stream)
+        self._told_at = time.monotonic()  # when the stream said something
         # Whether what a step brings takes so long that it is made in a thread.
         self._heavy = sampling.prompt_logprobs is not None or not (
             sampling.logprobs is None or 0 <= sampling.logprobs <= FEW_LOGPROBS
@@ -127,12 +131,22 @@ class Answer(WholeAnswer):
             unfinished -= sum(piece.finish_reason is not None for piece in pieces)
             if not unfinished:
                 data += await self._end(generations)
+            data = self._or_alive(data)
             spent += time.perf_counter() - started
             if data:
                 yield data
             if not unfinished:
                 break
         self.service.stats.observe("stream", spent)
+
+    def _or_alive(self, data: bytes) -> bytes:
+        """While a long call is written nothing of it is told yet, which proxies take for death."""
+        now = time.monotonic()
+        if not data and now - self._told_at >= SILENCE:
+            data = self.alive
+        if data:
+            self._told_at = now
+        return data
 
     # ---- both ----
 

@@ -1,7 +1,6 @@
 """POST /v1/chat/completions, and the way from messages to a prompt."""
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from engine.parsing.answers import thinking_budget
 from engine.sampling_params import SamplingParams
 from engine.structured_outputs import StructuredOutputsParams
 from engine.thinking import ThinkingBudget
-from router.answers import ChunkedAnswer, check, to_json
+from router.answers import CALLING, ChunkedAnswer, check, to_json
 from router.errors import ApiError, field_of, wrong
 from router.generation import Generation, Prompt
 from router.logprobs import chat_logprobs, prompt_logprobs
@@ -35,8 +34,6 @@ from router.shapes import (
 from router.structured import check_outputs, outputs_of
 from router.structured_calls import in_answers
 from router.tools import tool_use
-
-SILENCE = 10.0  # seconds after which a stream that tells nothing shows that it lives
 
 
 @dataclass(frozen=True)
@@ -236,18 +233,8 @@ class ChatAnswer(ChunkedAnswer):
         self._role: str = last["role"] if goes_on else "assistant"
         self._echoed = last_text(body) if body.echo and last["role"] == self._role else ""
         self._parsing = run.parsing
-        self._told_at = time.monotonic()  # when the stream said something
+        self.alive = CALLING if run.parsing else b""
         self._streams: dict[int, ChoiceStream] = {}  # of the choices of a stream that is parsed
-
-    def _chunk(self, generation: Generation, piece: Piece) -> bytes:
-        """While a long call is written nothing of it is told yet, which proxies take for death."""
-        data = super()._chunk(generation, piece)
-        now = time.monotonic()
-        if not data and self._parsing is not None and now - self._told_at >= SILENCE:
-            data = b": a call is being written\n\n"  # a comment, which clients pass over
-        if data:
-            self._told_at = now
-        return data
 
     def whole(self, generations: list[Generation]) -> bytes:
         (generation,) = generations

@@ -10,6 +10,7 @@ from msgspec import UNSET
 from engine.outputs import Piece
 from engine.parsing.parts import Content, Part, Reasoning
 from engine.parsing.source import NO_TAGS
+from router.answers import CALLING
 from router.chat import ChatRun, run_of
 from router.errors import ApiError, blaming
 from router.generation import Generation
@@ -61,7 +62,7 @@ class ResponsesAnswer(TypedAnswer):
     """An answer as items, whole or as a stream."""
 
     prefix = "resp_"
-    alive = b": a call is being written\n\n"
+    alive = CALLING
 
     def __init__(
         self, service: Service, body: ResponsesRequest, asked: AskedResponse, run: ChatRun

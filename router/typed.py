@@ -1,6 +1,5 @@
 """Answers of typed parts: a stream's events build what the whole answer is."""
 
-import time
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 from engine.outputs import Piece
 from engine.parsing.parts import Content, Part, Reasoning, ToolCallArguments, ToolCallStart
 from router.answers import Answer, check, to_json
-from router.chat import SILENCE, ChatRun
+from router.chat import ChatRun
 from router.generation import Generation, merged
 from router.schema import ChatRequest
 from router.service import Service
@@ -32,8 +31,6 @@ class TypedAnswer(Answer):
     Whole or as a stream, the same events happen; a whole answer is what they have built.
     """
 
-    alive: bytes  # what a stream tells where it has had nothing to tell for long
-
     def __init__(self, service: Service, chat: ChatRequest, run: ChatRun) -> None:
         super().__init__(service, run.model, chat, [run.prompt], run.sampling)
         self._parsing = run.parsing
@@ -44,7 +41,6 @@ class TypedAnswer(Answer):
         self._called = False
         self._finish: tuple[str | None, int | str | None] = None, None  # reason, and what caused it
         self._events: list[bytes] = []
-        self._told_at = time.monotonic()  # when the stream said something
 
     # ---- the shapes ----
 
@@ -89,12 +85,7 @@ class TypedAnswer(Answer):
                 self._finish = piece.finish_reason, piece.stop_reason
             for part in self._parts(generation, piece):
                 self._add(part)
-        data, now = self._taken(), time.monotonic()
-        if not data and now - self._told_at >= SILENCE:
-            data = self.alive
-        if data:
-            self._told_at = now
-        return data
+        return self._taken()
 
     async def _end(self, generations: list[Generation]) -> bytes:
         (generation,) = generations

@@ -11,7 +11,7 @@ import anthropic
 import httpx
 import pytest
 
-from router import hosted, typed
+from router import answers, hosted, typed
 from router.sealed import unseal
 from tests.support.scripted_chats import ANSWERS, ARGUMENTS, MODEL, THOUGHT, save_chats
 from tests.support.server import Server, serving
@@ -303,7 +303,7 @@ def test_a_stream_that_fails(
 
 
 def test_a_long_call_is_no_silence(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(typed, "SILENCE", 0.0)
+    monkeypatch.setattr(answers, "SILENCE", 0.0)
     body = fields_of("weather", {"tools": TOOLS, "stream": True})
     text = httpx.post(f"{server.url}/v1/messages", json=body, headers={"x-api-key": KEY}).text
     assert text.count("event: ping\n") > 3

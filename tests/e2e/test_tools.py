@@ -15,7 +15,7 @@ from langchain.agents import create_agent
 from langchain_openai import ChatOpenAI
 
 from deploy.cli import main
-from router import chat
+from router import answers
 from tests.support.scripted_model import save_scripted
 from tests.support.server import Server, serving
 
@@ -280,7 +280,7 @@ def test_the_example_of_the_documentation(
 def test_a_long_call_is_no_silence(
     client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "SILENCE", 0.0)
+    monkeypatch.setattr(answers, "SILENCE", 0.0)
     body = {"messages": ask("weather"), "tools": TOOLS, "stream": True}
     text = httpx.post(f"{server.url}/v1/chat/completions", json=body).text
     events = text.split("\n\n")
