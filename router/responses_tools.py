@@ -16,7 +16,7 @@ _CUSTOM = {
     "required": [INPUT],
     "additionalProperties": False,
 }
-_OWN = ("type", "name", "description", "parameters", "strict")
+_SHOWN = ("description", "parameters", "strict")  # of a function, to the model
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def offered(given: Sequence[Mapping[str, Any]] | None, strict: bool) -> OfferedT
 
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tool[k] for k in _OWN[2:] if tool.get(k) is not None}
+    return {k: tool[k] for k in _SHOWN if tool.get(k) is not None}
 
 
 def _custom(where: str, tool: Mapping[str, Any]) -> dict[str, Any]:
