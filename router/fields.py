@@ -114,6 +114,12 @@ def read(body: bytes, kind: type[T], allow_unknown: bool) -> T:
         raise _invalid(str(error)) from None
 
 
+def without_nulls(given: msgspec.Struct | None) -> dict[str, Any]:
+    """The entries of a part of a body that are not null; none of what is not there."""
+    values = {} if given is None else msgspec.structs.asdict(given)
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _with_numbers(value: Any, kind: msgspec.inspect.Type, *, text: bool = True) -> Any:
     """The value with its numbers as numbers where they are written in another way, as some clients
     do and pydantic takes them: 5.0 for an integer and, unless ``text`` is False, "5" or "0.7"."""

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import msgspec
 from msgspec import UNSET
 
 from engine.outputs import Piece
@@ -13,6 +12,7 @@ from engine.parsing.source import NO_TAGS
 from router.answers import CALLING
 from router.chat import ChatRun, run_of
 from router.errors import ApiError, blaming
+from router.fields import without_nulls
 from router.generation import Generation
 from router.responses_input import AskedResponse, asked_of
 from router.responses_schema import ResponsesRequest
@@ -222,7 +222,7 @@ def _opened(answer: ResponsesAnswer, body: ResponsesRequest) -> Response:
     """The response before anything is in it, with what was asked for."""
     form = body.text.format if body.text else None
     text = {"format": form or {"type": "text"}}
-    reasoning = {"effort": None, "summary": None} | _given(body.reasoning)
+    reasoning = {"effort": None, "summary": None} | without_nulls(body.reasoning)
     return Response(
         id=answer.id,
         created_at=answer.created,
@@ -240,8 +240,3 @@ def _opened(answer: ResponsesAnswer, body: ResponsesRequest) -> Response:
         top_p=answer.sampling.top_p,
         top_logprobs=answer.sampling.logprobs or 0,
     )
-
-
-def _given(options: msgspec.Struct | None) -> dict[str, Any]:
-    values = {} if options is None else msgspec.structs.asdict(options)
-    return {name: value for name, value in values.items() if value is not None}
