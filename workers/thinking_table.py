@@ -54,11 +54,11 @@ class ThinkingTable:
             return None
         forced = [(row, count.forced) for row, count in rows if count.forced is not None]
         if forced:
-            masks = np.zeros((len(forced), self._words), np.int32)
+            masks = np.zeros((len(forced), self._words), np.uint32)
             for at, (_, token) in enumerate(forced):
-                masks[at, token // 32] = np.array(1 << token % 32, np.uint32).astype(np.int32)
+                masks[at, token // 32] = 1 << token % 32
             only = on_device(ints([row for row, _ in forced]), self._device)
-            mask_rows(logits, only, on_device(masks, self._device))
+            mask_rows(logits, only, on_device(masks.view(np.int32), self._device))
 
         def learn(tokens: Ints, others: Forced) -> Forced:
             for row, count in rows:
