@@ -15,6 +15,7 @@ from tests.support.schemas import SchemaGenerator
 from tests.support.tiny_llm import assert_idle, start_llm
 from tests.support.tiny_tokenizer import save_byte_tokenizer, save_tokenizer
 from workers import grammar_table
+from workers.local import LocalExecutor
 
 BLOCK_SIZE = 8
 SCHEMA = {
@@ -166,10 +167,10 @@ def test_preemption_changes_nothing(start, mixed, mode):
     assert_idle(llm)
 
 
-def test_steps_ahead_of_their_results_change_nothing(start, mixed):
+def test_steps_ahead_of_their_results_change_nothing(start, mixed, monkeypatch):
     params, alone = mixed
+    monkeypatch.setattr(LocalExecutor, "steps_ahead", 2)  # as on a GPU
     llm = start(num_gpu_blocks_override=600)
-    llm.engine.steps_ahead = 2  # as on a GPU
     assert tokens(llm.generate(prompts(24), params, use_tqdm=False)) == alone
     assert_idle(llm)
 
