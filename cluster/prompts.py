@@ -122,8 +122,7 @@ def requests_of(
     for number, ((text, ids), params, priority) in enumerate(each):
         try:
             bad_words = tokenizer.bad_words_ids(params.bad_words)
-            end = tokenizer.decode(ids[-_LONGEST_OPENER:]) if text is None else text
-            thinking = _bounded(form, params, end)
+            thinking = _bounded(tokenizer, form, params, text, ids)
         except RequestError as error:
             raise RequestError(f"prompt {number}: {error}") from None
         requests.append(
@@ -142,9 +141,13 @@ def requests_of(
 
 
 def _bounded(
-    form: AnswerFormat | None, params: SamplingParams, prompt: str
+    tokenizer: Tokenizer,
+    form: AnswerFormat | None,
+    params: SamplingParams,
+    text: str | None,
+    ids: list[int],
 ) -> ThinkingBudget | None:
-    """What bounds the thinking after a prompt, of which the end is enough. Raises RequestError."""
+    """What bounds the thinking after a prompt. Raises RequestError."""
     if params.thinking_token_budget is None:
         return None
     if params.structured_outputs is not None:
@@ -152,7 +155,9 @@ def _bounded(
             "thinking_token_budget must be None with structured_outputs, which the whole output"
             " matches"
         )
-    opened = form is not None and form.opened_by(prompt)
+    if text is None:
+        text = tokenizer.decode(ids[-_LONGEST_OPENER:])
+    opened = form is not None and form.opened_by(text)
     return thinking_budget(form, params.thinking_token_budget, opened)
 
 

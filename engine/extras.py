@@ -38,6 +38,8 @@ def extras_of(request: Continuation, stop_ids: Sequence[int]) -> tuple[Extras, S
     before (``engine.grammar_trial``): one that is not ends its request alone.
     """
     sampling, grammar = request.sampling, None
+    if sampling.structured_outputs is None and request.thinking is None:
+        return NONE, sampling
     if sampling.structured_outputs is not None:
         if not stop_ids:
             raise RequestError(
@@ -45,5 +47,5 @@ def extras_of(request: Continuation, stop_ids: Sequence[int]) -> tuple[Extras, S
                 " or stop_token_ids must have one"
             )
         grammar = Grammar.of(sampling.structured_outputs)
-        sampling = replace(sampling, structured_outputs=None)
-    return Extras(grammar=grammar, thinking=request.thinking), sampling
+    extras = Extras(grammar=grammar, thinking=request.thinking)
+    return extras, replace(sampling, structured_outputs=None, thinking_token_budget=None)

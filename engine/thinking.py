@@ -73,12 +73,12 @@ class ThinkingCount:
             pass
 
     def _end(self) -> bool:
-        found = [(at, -len(mark)) for mark in self._ends if (at := self._text.find(mark)) >= 0]
+        found = [mark for mark in self._ends if mark in self._text]
         if not found:
             self._text = self._text[1 - self._longest :]
             return False
-        at, length = min(found)
-        self._text, self._thinks, self._written = self._text[at - length :], False, 0
+        first = min(found, key=self._text.index)
+        self._text, self._thinks, self._written = self._text.partition(first)[2], False, 0
         return True
 
     def _begin(self) -> bool:
