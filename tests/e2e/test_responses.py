@@ -146,7 +146,7 @@ def test_log_probabilities_of_the_text(client: openai.OpenAI, words: str) -> Non
     for entry in text.logprobs:
         assert len(entry.top_logprobs) == 2 and entry.logprob == entry.top_logprobs[0].logprob
         assert bytes(entry.bytes).decode() == entry.token
-    told = [entry for e in events if e.type.endswith("text.delta") for entry in e.logprobs]
+    told = [entry for e in events if e.type.endswith("output_text.delta") for entry in e.logprobs]
     (done,) = [e.logprobs for e in events if e.type.endswith("output_text.done")]
     assert [e.to_dict() for e in told] == [e.to_dict() for e in done]
     assert [e.to_dict() for e in done] == [e.to_dict() for e in text.logprobs]
@@ -321,7 +321,7 @@ def test_hosted_tools(
             "not made by this server",
         ),
         ({"truncation": "auto"}, "truncation", "auto"),
-        ({"include": ["message.output_text.tokens"]}, "include[0]", "logprobs"),
+        ({"include": ["message.output_text.tokens"]}, "include[0]", "invalid enum"),
         ({"top_logprobs": 21}, "top_logprobs", "20"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format", "schema"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
