@@ -38,17 +38,18 @@ class SpelledParts:
             sampling.skip_special_tokens,
             sampling.spaces_between_special_tokens,
         )
+        self._count = 0  # of the tokens so far
         # The text that no part has yet, by token; None stands for what was told of it already.
         self._left: list[tuple[str, TokenLogprob | None]] = []
 
     def read(
         self, output: CompletionOutput, piece: Piece
     ) -> Iterator[tuple[Part, list[TokenLogprob]]]:
-        """The parts of a piece, which is the last of ``output``; of text for the user with its
-        tokens."""
+        """The parts of the next piece of ``output``; of text for the user with its tokens."""
         ids = piece.token_ids
         assert output.logprobs is not None
-        positions = output.logprobs[len(output.logprobs) - len(ids) :]
+        positions = output.logprobs[self._count : self._count + len(ids)]
+        self._count += len(ids)
         entries = chat_logprobs(ids, positions, self._top, self._tokenizer, as_ids=False).content
         if piece.finish_reason == "stop":
             ids = ids[:-1]  # but for the token that ends it, which has no text
