@@ -24,7 +24,7 @@ class ThinkingTable:
     def __init__(
         self, vocab_size: int, device: torch.device, tokenizer: Callable[[], Tokenizer]
     ) -> None:
-        self._words = -(-vocab_size // 32)
+        self._vocab_size = vocab_size
         self._device = device
         self._tokenizer = tokenizer
         self._counts: dict[int, ThinkingCount] = {}  # by slot
@@ -54,9 +54,10 @@ class ThinkingTable:
             return None
         forced = [(row, count.forced) for row, count in rows if count.forced is not None]
         if forced:
-            masks = np.zeros((len(forced), self._words), np.uint32)
+            masks = np.zeros((len(forced), -(-self._vocab_size // 32)), np.uint32)
             for at, (_, token) in enumerate(forced):
-                masks[at, token // 32] = 1 << token % 32
+                if token < self._vocab_size:  # else none can come: the sequence ends with an error
+                    masks[at, token // 32] = 1 << token % 32
             only = on_device(ints([row for row, _ in forced]), self._device)
             mask_rows(logits, only, on_device(masks.view(np.int32), self._device))
 
