@@ -40,6 +40,7 @@ from engine.errors import EngineError, RequestError, Unavailable
 from engine.grammar_trial import trial_of
 from engine.log import get_logger
 from engine.outputs import Piece, RequestOutput
+from engine.parsing.formats import NONE, answer_format
 from engine.sampling_params import SamplingParams
 from engine.stats import Metric
 from engine.tokenizer import Tokenizer
@@ -210,7 +211,9 @@ class AsyncEngineHandle:
         params = one_for_each(sampling_params, self.info.default_sampling, len(prompts))
         priorities = checked_priority(priority, self.info.scheduling_policy, len(prompts))
         ids = iter(lambda: uuid.uuid4().hex, "")
-        return requests_of(self.tokenizer, prompts, params, priorities, timeout, ids)
+        template = self.tokenizer.chat_template(self._chat_template, with_tools=False)
+        form = answer_format(NONE, self.info.served.reasoning_parser, template or "", False)
+        return requests_of(self.tokenizer, form, prompts, params, priorities, timeout, ids)
 
     def _stream_of(self, request: Continuation) -> Stream:
         return Stream(request, self._route, self.info.failover)

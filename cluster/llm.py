@@ -31,6 +31,7 @@ from engine.errors import EngineError, RequestError
 from engine.grammar_trial import trial_of
 from engine.log import get_logger
 from engine.outputs import RequestOutput
+from engine.parsing.formats import AUTO, NONE, answer_format
 from engine.pooling import (
     EmbeddingOutput,
     PoolingParams,
@@ -74,6 +75,8 @@ class LLM:
         self.tokenizer = Tokenizer.load(self._tokenizer_path, options_.revision, options_.chat)
         template = options_.chat_template
         self._chat_template = None if template is None else load_template(template)
+        shown = self.tokenizer.chat_template(self._chat_template, with_tools=False)
+        self._form = answer_format(NONE, AUTO, shown or "", False)
         self.engine = start_replica(self.config, checkpoint, self.tokenizer)
         self._trial = trial_of(
             str(self._tokenizer_path), options_.revision, self.engine.facts.vocab_size
@@ -256,7 +259,7 @@ class LLM:
         priority = checked_priority(priority, self.config.scheduler.scheduling_policy, len(prompts))
         ids = map(str, self._request_ids)
         requests = requests_of(
-            self.tokenizer, prompts, params, priority, timeout, ids, self._random
+            self.tokenizer, self._form, prompts, params, priority, timeout, ids, self._random
         )
         return self._complete(requests, prompts, use_tqdm)
 

@@ -8,13 +8,16 @@ from typing import Any
 from engine.chat import check_variables
 from engine.continuation import SYSTEM_RANDOM, Continuation, begin
 from engine.errors import RequestError
+from engine.parsing.answers import AnswerFormat, thinking_budget
 from engine.sampling_params import SamplingParams
+from engine.thinking import ThinkingBudget
 from engine.tokenizer import Tokenizer
 from engine.values import asks_for_nothing
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 _KEYS = ("prompt", "prompt_token_ids")
+_LONGEST_OPENER = 64  # tokens of what begins thinking, and spaces after it
 Tokenized = tuple[str | None, list[int]]  # the text, if it was text, and the token ids
 
 # Arguments of vLLM's methods that manta has not, and what there is instead.
@@ -100,6 +103,7 @@ def chat_prompts(
 
 def requests_of(
     tokenizer: Tokenizer,
+    form: AnswerFormat | None,
     prompts: Sequence[Tokenized],
     sampling: Sequence[SamplingParams],
     priorities: Sequence[int],
@@ -107,15 +111,18 @@ def requests_of(
     request_ids: Iterator[str],
     draw: random.Random = SYSTEM_RANDOM,
 ) -> list[Continuation]:
-    """A request for each prompt; those without a seed get theirs from ``draw``.
+    """A request for each prompt; those without a seed get theirs from ``draw``. ``form`` is how the
+    model writes its answers, if that is known.
 
-    Raises RequestError, naming the prompt, for bad_words that are no tokens.
+    Raises RequestError, naming the prompt, for bad_words that are no tokens, and for a bound on the
+    thinking of a model that has none.
     """
     requests = []
     each = zip(prompts, sampling, priorities, strict=True)
-    for number, ((_, ids), params, priority) in enumerate(each):
+    for number, ((text, ids), params, priority) in enumerate(each):
         try:
             bad_words = tokenizer.bad_words_ids(params.bad_words)
+            thinking = _bounded(tokenizer, form, params, text, ids)
         except RequestError as error:
             raise RequestError(f"prompt {number}: {error}") from None
         requests.append(
@@ -124,12 +131,34 @@ def requests_of(
                 ids,
                 params,
                 bad_words=bad_words,
+                thinking=thinking,
                 priority=priority,
                 timeout=timeout,
                 draw=draw,
             )
         )
     return requests
+
+
+def _bounded(
+    tokenizer: Tokenizer,
+    form: AnswerFormat | None,
+    params: SamplingParams,
+    text: str | None,
+    ids: list[int],
+) -> ThinkingBudget | None:
+    """What bounds the thinking after a prompt. Raises RequestError."""
+    if params.thinking_token_budget is None:
+        return None
+    if params.structured_outputs is not None:
+        raise RequestError(
+            "thinking_token_budget must be None with structured_outputs, which the whole output"
+            " matches"
+        )
+    if text is None:
+        text = tokenizer.decode(ids[-_LONGEST_OPENER:])
+    opened = form is not None and form.opened_by(text)
+    return thinking_budget(form, params.thinking_token_budget, opened)
 
 
 def one_for_each(

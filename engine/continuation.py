@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.sampling_params import SamplingParams
+from engine.thinking import ThinkingBudget
 
 _MASK64 = 2**64 - 1
 SYSTEM_RANDOM = random.SystemRandom()
@@ -23,6 +24,7 @@ class Continuation:
     outputs: the tokens of each completion so far, None for one that has ended; () is all of them
         from the beginning.
     bad_words: the token id sequences of ``sampling.bad_words``, which the tokenizer made.
+    thinking: ``sampling.thinking_token_budget``, with how the model marks its thinking.
     priority: lower runs first, under the policy of that name.
     client: who asks, for the policy ``fair``.
     pools: no completion is wanted but the prompt's vector (``engine.pooling``).
@@ -38,6 +40,7 @@ class Continuation:
     seed: int
     outputs: tuple[Sequence[int] | None, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    thinking: ThinkingBudget | None = None
     priority: int = 0
     client: str = ""
     pools: bool = False
@@ -63,6 +66,7 @@ def begin(
     sampling: SamplingParams,
     *,
     bad_words: Sequence[Sequence[int]] = (),
+    thinking: ThinkingBudget | None = None,
     priority: int = 0,
     client: str = "",
     pools: bool = False,
@@ -76,6 +80,7 @@ def begin(
         sampling=sampling,
         seed=draw.getrandbits(64) if sampling.seed is None else sampling.seed & _MASK64,
         bad_words=tuple(map(tuple, bad_words)),
+        thinking=thinking,
         priority=priority,
         client=client,
         pools=pools,

@@ -145,7 +145,7 @@ class Engine:
             if asked is not None and most != -1 and count > most:
                 raise RequestError(f"{name} must be at most max_logprobs ({most}), got {asked}")
         self._check_bad_words(request)
-        extras, sampling = extras_of(sampling, stop_ids)
+        extras, sampling = extras_of(request, stop_ids)
         if not request.moves:
             self._check_queue(request)
         return {
@@ -156,7 +156,7 @@ class Engine:
                 extras=extras,
                 max_total=max_total,
                 stop_ids=stop_ids,
-                runs_ahead=not (self.executor.pipelined or extras.grammar),
+                runs_ahead=not (self.executor.pipelined or extras.needs_results),
             )
             for index in request.unfinished
         }

@@ -86,7 +86,7 @@ class Grammars:
         self.vocab_size = vocab_size
         # That an output may end is a token of its own; which tokens end it each request says.
         self.end = max(vocab_size, tokenizer.backend.size)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._kept: OrderedDict[Grammar, Matcher] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -95,7 +95,7 @@ class Grammars:
         """The tokenizer as llguidance has it. Raises RequestError for one that it cannot have."""
         import llguidance
 
-        backend = self._tokenizer.backend
+        backend = self.tokenizer.backend
         if not isinstance(backend, FastBackend):
             raise RequestError("this model's tokenizer is one that transformers runs in Python")
         return llguidance.LLTokenizer(_with_end(backend, self.end), eos_token=self.end)
@@ -103,7 +103,7 @@ class Grammars:
     @functools.cached_property
     def special(self) -> dict[str, int]:
         """The added tokens that llguidance takes for no text: the special ones, and <such>."""
-        backend = self._tokenizer.backend
+        backend = self.tokenizer.backend
         ids = {name: backend.token_to_id(name) for name in backend.added_tokens}
         return {n: i for n, i in ids.items() if i is not None and self.tokens.is_special_token(i)}
 

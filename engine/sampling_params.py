@@ -35,7 +35,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "skip_clone": (False, True),
     "skip_reading_prefix_cache": (False,),
     "stream_interval": (1,),
-    "thinking_token_budget": (-1,),
     "trace_decode_token_ids": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
@@ -73,6 +72,10 @@ def _words(name: str, values: Any) -> tuple[str, ...]:
     if not isinstance(values, Sequence) or any(not isinstance(v, str) or not v for v in values):
         raise RequestError(f"{name} must be a non-empty string or a list of them, got {values!r}")
     return tuple(values)
+
+
+def _budget(value: Any) -> int | None:
+    return None if value == -1 else _integer("thinking_token_budget", value, 0, optional=True)
 
 
 def _seed(value: Any) -> int | None:
@@ -138,6 +141,8 @@ class SamplingParams:
         whole vocabulary. prompt_logprobs: the same for the prompt.
     detokenize: make text; False leaves it empty (stop strings then cannot be used).
     structured_outputs: what the output must match; it ends where that may end, at an end token.
+    thinking_token_budget: most tokens of thinking, after which its end is written for the model;
+        0 leaves it no thinking, and -1 is the same as None: no bound.
 
     Parameters of vLLM's that are none here (``NEUTRAL``) are accepted where they ask for nothing.
     Raises RequestError, naming the field, for a wrong value or a contradiction, when it is made
@@ -168,9 +173,11 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputsParams | None = None
+    thinking_token_budget: int | None = None
 
     def __post_init__(self) -> None:
         clean: dict[str, Any] = {"seed": _seed(self.seed)}
+        clean["thinking_token_budget"] = _budget(self.thinking_token_budget)
         for name, least, optional in _INTEGERS:
             clean[name] = _integer(name, getattr(self, name), least, optional=optional)
         for name, allowed, ok in _NUMBERS:
@@ -207,6 +214,11 @@ class SamplingParams:
         if self.structured_outputs is not None and self.allowed_token_ids is not None:
             raise RequestError(
                 "allowed_token_ids must be None with structured_outputs, which say what may come"
+            )
+        if self.thinking_token_budget is not None and self.allowed_token_ids is not None:
+            raise RequestError(
+                "allowed_token_ids must be None with thinking_token_budget, which writes the end of"
+                " the thinking"
             )
         if self.greedy and self.n > 1:
             raise RequestError(

@@ -19,10 +19,12 @@ from engine.sampling_params import SamplingParams
 from router.errors import ApiError
 from router.generation import Generation, Prompt, merged
 from router.models import ServedModel
-from router.schema import Sampling
+from router.schema import PoolingRequest, Sampling
 from router.service import Service
 from router.shapes import PromptTokensDetails, Usage
 
+SILENCE = 10.0  # seconds after which a stream that tells nothing shows that it lives
+CALLING = b": a call is being written\n\n"  # a comment, which clients pass over
 DONE = b"data: [DONE]\n\n"
 WAITING = b": the engine was lost; the answer goes on at another as soon as there is one\n\n"
 to_json = msgspec.json.Encoder().encode
@@ -31,17 +33,30 @@ to_json = msgspec.json.Encoder().encode
 class WholeAnswer(ABC):
     """One request's way out, as a ``Reply`` runs it, in one piece.
 
-    pools: its prompts become vectors, not completions.
+    prefix: of the id. pools: its prompts become vectors, not completions.
     """
 
-    service: Service
-    model: ServedModel
-    prompts: list[Prompt]
-    sampling: SamplingParams
-    priority: int
-    id: str
+    prefix: str
     id_headers: tuple[str, ...] = ("x-request-id",)
     pools = False
+
+    def __init__(
+        self,
+        service: Service,
+        model: ServedModel,
+        body: Sampling | PoolingRequest,
+        prompts: list[Prompt],
+        sampling: SamplingParams,
+    ) -> None:
+        self.service = service
+        self.model = model
+        self.prompts = prompts
+        self.sampling = sampling
+        self.priority = body.priority or 0
+        self._unique = body.request_id or uuid.uuid4().hex
+        self.id = self.prefix + self._unique
+        self.created = int(time.time())
+        self.name = body.model or model.id
 
     @abstractmethod
     async def complete(self, generations: list[Generation]) -> bytes:
@@ -51,9 +66,8 @@ class WholeAnswer(ABC):
 class Answer(WholeAnswer):
     """One request's way out, whole or as a stream. A subclass gives the shapes of its API."""
 
-    prefix: str  # of the id
-    joint = "-"  # between that and the rest
     waiting = WAITING  # what a stream tells while it has no engine
+    alive = b""  # what it tells where it has had nothing to tell for long
 
     def __init__(
         self,
@@ -63,16 +77,9 @@ class Answer(WholeAnswer):
         prompts: list[Prompt],
         sampling: SamplingParams,
     ) -> None:
-        self.service = service
-        self.model = model
-        self.prompts = prompts
-        self.sampling = sampling
-        self.priority = body.priority or 0
+        super().__init__(service, model, body, prompts, sampling)
         self.streaming = bool(body.stream)
-        self._unique = body.request_id or uuid.uuid4().hex
-        self.id = f"{self.prefix}{self.joint}{self._unique}"
-        self.created = int(time.time())
-        self.name = body.model or model.id
+        self._told_at = time.monotonic()  # when the stream said something
         # Whether what a step brings takes so long that it is made in a thread.
         self._heavy = sampling.prompt_logprobs is not None or not (
             sampling.logprobs is None or 0 <= sampling.logprobs <= FEW_LOGPROBS
@@ -124,12 +131,22 @@ class Answer(WholeAnswer):
             unfinished -= sum(piece.finish_reason is not None for piece in pieces)
             if not unfinished:
                 data += await self._end(generations)
+            data = self._or_alive(data)
             spent += time.perf_counter() - started
             if data:
                 yield data
             if not unfinished:
                 break
         self.service.stats.observe("stream", spent)
+
+    def _or_alive(self, data: bytes) -> bytes:
+        """While a long call is written nothing of it is told yet, which proxies take for death."""
+        now = time.monotonic()
+        if not data and now - self._told_at >= SILENCE:
+            data = self.alive
+        if data:
+            self._told_at = now
+        return data
 
     # ---- both ----
 

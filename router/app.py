@@ -15,6 +15,7 @@ from engine.errors import MantaError
 from engine.tokenizer import Tokenizer
 from router import shapes
 from router.access import AccessLog
+from router.answers import WholeAnswer
 from router.bodies import receive_body
 from router.chat import answer_chat, render
 from router.completions import answer_completion
@@ -60,6 +61,7 @@ from router.vectors import answer_embedding, answer_rerank, answer_score
 
 T = TypeVar("T")
 Identified = Sampling | ResponsesRequest | MessagesRequest | PoolingRequest
+R = TypeVar("R", bound=Identified)
 MOST_TOKENIZED = 1 << 17  # tokens that /tokenize counts, or as many as the model's length
 
 
@@ -160,31 +162,19 @@ class _Routes:
 
     async def completions(self, request: Request) -> Response:
         """Complete prompts."""
-        self._service.check_admission()
-        body = await self._body(request, CompletionRequest)
-        own_id = _take_id(request, body)
-        return Reply(await answer_completion(self._service, body), own_id)
+        return await self._reply(request, CompletionRequest, answer_completion)
 
     async def chat_completions(self, request: Request) -> Response:
         """Answer a chat."""
-        self._service.check_admission()
-        body = await self._body(request, ChatRequest)
-        own_id = _take_id(request, body)
-        return Reply(await answer_chat(self._service, body), own_id)
+        return await self._reply(request, ChatRequest, answer_chat)
 
     async def responses(self, request: Request) -> Response:
         """Answer a chat in the shapes of OpenAI's Responses, keeping nothing of it."""
-        self._service.check_admission()
-        body = await self._body(request, ResponsesRequest)
-        own_id = _take_id(request, body)
-        return Reply(await answer_responses(self._service, body), own_id)
+        return await self._reply(request, ResponsesRequest, answer_responses)
 
     async def messages(self, request: Request) -> Response:
         """Answer a chat in the shapes of Anthropic's Messages."""
-        self._service.check_admission()
-        body = await self._body(request, MessagesRequest)
-        own_id = _take_id(request, body)
-        return Reply(await answer_messages(self._service, body), own_id)
+        return await self._reply(request, MessagesRequest, answer_messages)
 
     async def count_tokens(self, request: Request) -> Response:
         """How many tokens the prompt of such a chat has."""
@@ -193,24 +183,15 @@ class _Routes:
 
     async def embeddings(self, request: Request) -> Response:
         """Make vectors of texts."""
-        self._service.check_admission()
-        body = await self._body(request, EmbeddingRequest)
-        own_id = _take_id(request, body)
-        return Reply(await answer_embedding(self._service, body), own_id)
+        return await self._reply(request, EmbeddingRequest, answer_embedding)
 
     async def rerank(self, request: Request) -> Response:
         """Order documents by how well they answer a query."""
-        self._service.check_admission()
-        body = await self._body(request, RerankRequest)
-        own_id = _take_id(request, body)
-        return Reply(await answer_rerank(self._service, body), own_id)
+        return await self._reply(request, RerankRequest, answer_rerank)
 
     async def score(self, request: Request) -> Response:
         """Say how well texts go together."""
-        self._service.check_admission()
-        body = await self._body(request, ScoreRequest)
-        own_id = _take_id(request, body)
-        return Reply(await answer_score(self._service, body), own_id)
+        return await self._reply(request, ScoreRequest, answer_score)
 
     async def models(self) -> Response:
         """The names that requests may give."""
@@ -298,6 +279,18 @@ class _Routes:
         if names not in PREFIXES:
             raise wrong(f"names must be {' or '.join(PREFIXES)}, got {names[:100]!r}", "names")
         return Response(await self._service.scrape(names), media_type=CONTENT_TYPE)
+
+    async def _reply(
+        self,
+        request: Request,
+        kind: type[R],
+        answer: Callable[[Service, R], Awaitable[WholeAnswer]],
+    ) -> Response:
+        """What ``answer`` makes of the request's body. Raises as ``_body`` and ``answer`` do."""
+        self._service.check_admission()
+        body = await self._body(request, kind)
+        own_id = _take_id(request, body)
+        return Reply(await answer(self._service, body), own_id)
 
     async def _body(self, request: Request, kind: type[T]) -> T:
         """The request's body, checked. Raises ApiError, or RequestError for a wrong value."""

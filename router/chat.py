@@ -1,7 +1,6 @@
 """POST /v1/chat/completions, and the way from messages to a prompt."""
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,11 @@ from msgspec import UNSET
 from engine.chat import check_variables
 from engine.errors import RequestError
 from engine.outputs import CompletionOutput, Piece
+from engine.parsing.answers import thinking_budget
 from engine.sampling_params import SamplingParams
 from engine.structured_outputs import StructuredOutputsParams
-from router.answers import ChunkedAnswer, check, to_json
+from engine.thinking import ThinkingBudget
+from router.answers import CALLING, ChunkedAnswer, check, to_json
 from router.errors import ApiError, field_of, wrong
 from router.generation import Generation, Prompt
 from router.logprobs import chat_logprobs, prompt_logprobs
@@ -33,8 +34,6 @@ from router.shapes import (
 from router.structured import check_outputs, outputs_of
 from router.structured_calls import in_answers
 from router.tools import tool_use
-
-SILENCE = 10.0  # seconds after which a stream that tells nothing shows that it lives
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ async def answer_chat(service: Service, body: ChatRequest) -> "ChatAnswer":
 
 
 async def run_of(service: Service, body: ChatRequest, fits: bool = False) -> ChatRun:
-    """What is to be run for a chat. fits: an output that is longer than there is room for is cut,
-    not refused.
+    """What is to be run for a chat. fits: bounds are made to fit, not refused: of an output that is
+    longer than there is room for, and of thinking where a model has none.
 
     Raises ApiError and RequestError, naming what is wrong.
     """
@@ -77,9 +76,26 @@ async def run_of(service: Service, body: ChatRequest, fits: bool = False) -> Cha
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         structured_outputs=outputs,
+        thinking_token_budget=body.thinking_token_budget,
         **({"skip_special_tokens": False} if parsing and parsing.shows_special else {}),
     )
+    if (most := sampling.thinking_token_budget) is not None:
+        goes_on = bool(body.continue_final_message)
+        prompt.thinking = _bounded(parsing, most, goes_on, fits)
     return ChatRun(model, prompt, sampling, parsing)
+
+
+def _bounded(
+    parsing: Parsing | None, most: int, goes_on: bool, fits: bool
+) -> ThinkingBudget | None:
+    """A bound on the thinking of answers; None if there will be none. goes_on, fits: see
+    ``in_answers`` and ``run_of``. Raises RequestError."""
+    form = parsing.form if parsing else None
+    if fits and not (form and form.thoughts):
+        return None
+    budget = thinking_budget(form, most, bool(parsing and parsing.opened))
+    begins = parsing is not None and not parsing.prefix and (parsing.opened or not goes_on)
+    return budget if begins else None
 
 
 async def length_of(service: Service, body: ChatRequest, most: int) -> int:
@@ -202,7 +218,7 @@ def _template(service: Service, model: ServedModel, asked: str | None) -> str | 
 class ChatAnswer(ChunkedAnswer):
     """Answers to a chat, whole or as a stream."""
 
-    prefix = "chatcmpl"
+    prefix = "chatcmpl-"
     chunk_object = "chat.completion.chunk"
 
     def __init__(
@@ -217,18 +233,8 @@ class ChatAnswer(ChunkedAnswer):
         self._role: str = last["role"] if goes_on else "assistant"
         self._echoed = last_text(body) if body.echo and last["role"] == self._role else ""
         self._parsing = run.parsing
-        self._told_at = time.monotonic()  # when the stream said something
+        self.alive = CALLING if run.parsing else b""
         self._streams: dict[int, ChoiceStream] = {}  # of the choices of a stream that is parsed
-
-    def _chunk(self, generation: Generation, piece: Piece) -> bytes:
-        """While a long call is written nothing of it is told yet, which proxies take for death."""
-        data = super()._chunk(generation, piece)
-        now = time.monotonic()
-        if not data and self._parsing is not None and now - self._told_at >= SILENCE:
-            data = b": a call is being written\n\n"  # a comment, which clients pass over
-        if data:
-            self._told_at = now
-        return data
 
     def whole(self, generations: list[Generation]) -> bytes:
         (generation,) = generations

@@ -70,7 +70,7 @@ def _echoed(tokenizer: Tokenizer, ids: Sequence[int], alone: bool) -> str:
 class CompletionAnswer(ChunkedAnswer):
     """Completions, whole or as a stream."""
 
-    prefix = "cmpl"
+    prefix = "cmpl-"
     chunk_object = "text_completion"
 
     def __init__(

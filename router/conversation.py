@@ -1,7 +1,10 @@
 """A chat's messages, made of what other protocols call items and blocks."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
+
+from router.errors import wrong_at
 
 Message = dict[str, Any]
 
@@ -58,3 +61,11 @@ class Conversation:
 def as_arguments(values: Any) -> str:
     """The arguments of a call as text."""
     return json.dumps(values, ensure_ascii=False)
+
+
+def string_of(where: str, part: Mapping[str, Any], name: str) -> str:
+    """An entry of an item or a block, which must be a string. Raises ApiError, naming it."""
+    value = part.get(name)
+    if not isinstance(value, str):
+        raise wrong_at(f"{where}.{name}", "must be a string")
+    return value

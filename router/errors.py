@@ -74,6 +74,11 @@ def wrong(message: str, param: str | None = None, code: str | None = None) -> Ap
     return ApiError(400, message, param=param, code=code)
 
 
+def wrong_at(where: str, what: str) -> ApiError:
+    """400 for a field or a part of one, whose place begins the message."""
+    return wrong(f"{where} {what}", where)
+
+
 def too_long(most: int, has: str, param: str) -> ApiError:
     """A prompt does not fit ``most`` tokens: 400. It ``has`` so many, and what else is asked for.
 

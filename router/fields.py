@@ -64,6 +64,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "return_prompt_text": (False,),
     "return_token_offsets": (False,),
     "structural_tag": (),
+    "thinking_token_budget": (-1,),
     "truncation_side": (),
     "vllm_xargs": (),
     "watermarking": (False,),
@@ -111,6 +112,12 @@ def read(body: bytes, kind: type[T], allow_unknown: bool) -> T:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
+
+
+def without_nulls(given: msgspec.Struct | None) -> dict[str, Any]:
+    """The entries of a part of a body that are not null; none of what is not there."""
+    values = {} if given is None else msgspec.structs.asdict(given)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _with_numbers(value: Any, kind: msgspec.inspect.Type, *, text: bool = True) -> Any:

@@ -9,14 +9,16 @@ from engine.collector import Collector
 from engine.outcome import Outcome
 from engine.outputs import Piece
 from engine.sampling_params import SamplingParams
+from engine.thinking import ThinkingBudget
 
 
 @dataclass
 class Prompt:
-    """Tokens to complete, and the text that they were."""
+    """Tokens to complete, the text that they were, and what bounds the thinking after them."""
 
     ids: list[int]
     text: str | None = None
+    thinking: ThinkingBudget | None = None
 
 
 @dataclass(slots=True)

@@ -30,7 +30,11 @@ from router.typed import Block, TypedAnswer
 _PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 _PROVIDERS = ("claude", "anthropic")  # how the names of the provider's own models begin
 # What a chat calls the fields that a request of this kind has.
-_FIELDS = {"response_format": "output_config.format", "reasoning_effort": "output_config.effort"}
+_FIELDS = {
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+    "thinking_token_budget": "thinking.budget_tokens",
+}
 
 
 async def answer_messages(service: Service, body: MessagesRequest) -> "MessagesAnswer":
@@ -60,16 +64,15 @@ async def _asked(service: Service, body: CountRequest) -> ChatRequest:
 async def _model_of(name: str | None, service: Service) -> str | None:
     """The model that a request means: clients have names of the provider's models built in, for
     small tasks beside the user's, which the first of the server's models does."""
-    known = name is None or service.models.named(name) is not None
-    if not known and name is not None and name.startswith(_PROVIDERS):
-        name = (await service.served())[0].id
-    return name
+    if name is None or service.models.named(name) is not None or not name.startswith(_PROVIDERS):
+        return name
+    return (await service.models.load_all())[0].id
 
 
 class MessagesAnswer(TypedAnswer):
     """An answer as blocks, whole or as a stream."""
 
-    prefix = "msg"
+    prefix = "msg_"
     id_headers = ("x-request-id", "request-id")
     waiting = alive = _PING
 

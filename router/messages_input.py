@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from router.conversation import Conversation, as_arguments
-from router.errors import ApiError, wrong
+from router.conversation import Conversation, as_arguments, string_of
+from router.errors import wrong, wrong_at
 from router.hosted import pass_over
 from router.messages_schema import CountRequest, MessagesRequest, ToolChoice
 from router.schema import ChatRequest, JsonSchema, ResponseFormat
@@ -40,6 +40,8 @@ def asked_of(body: CountRequest, model: str | None, strict_tools: bool) -> ChatR
     if isinstance(body, MessagesRequest):
         chat.max_completion_tokens = body.max_tokens
         chat.stop = body.stop_sequences or None
+        if body.thinking is not None and body.thinking.type != "disabled":
+            chat.thinking_token_budget = body.thinking.budget_tokens
         chat.request_id, chat.priority = body.request_id, body.priority
         chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
         chat.stream = body.stream
@@ -69,12 +71,12 @@ def _messages(body: CountRequest) -> list[dict[str, Any]]:
 def _add(conversation: Conversation, where: str, message: Mapping[str, Any]) -> None:
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
-        raise _wrong(f"{where}.role", "must be user, assistant or system")
+        raise wrong_at(f"{where}.role", "must be user, assistant or system")
     where = f"{where}.content"
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
-        raise _wrong(where, "must be a string or a list of blocks")
+        raise wrong_at(where, "must be a string or a list of blocks")
     if role == "assistant":
         if not content:
             conversation.answer("")
@@ -96,7 +98,7 @@ def _add_of_assistant(conversation: Conversation, where: str, block: Any) -> Non
     kind = block.get("type") if isinstance(block, Mapping) else None
     match kind:
         case "text":
-            conversation.answer(_string(where, block, "text"))
+            conversation.answer(string_of(where, block, "text"))
         case "thinking":
             conversation.think(_thought(where, block))
         case "redacted_thinking":
@@ -104,11 +106,11 @@ def _add_of_assistant(conversation: Conversation, where: str, block: Any) -> Non
         case "tool_use":
             values = block.get("input")
             if not isinstance(values, Mapping):
-                raise _wrong(f"{where}.input", "must be an object")
-            id, name = _string(where, block, "id"), _string(where, block, "name")
+                raise wrong_at(f"{where}.input", "must be an object")
+            id, name = string_of(where, block, "id"), string_of(where, block, "name")
             conversation.call(id, name, as_arguments(values))
         case _:
-            raise _wrong(
+            raise wrong_at(
                 f"{where}.type",
                 f"must be text, thinking, redacted_thinking or tool_use, got {kind!r}",
             )
@@ -116,7 +118,7 @@ def _add_of_assistant(conversation: Conversation, where: str, block: Any) -> Non
 
 def _thought(where: str, block: Mapping[str, Any]) -> str:
     """The text of a block of thinking, which is in its signature where the text was omitted."""
-    text = _string(where, block, "thinking")
+    text = string_of(where, block, "thinking")
     return text or _unsealed(f"{where}.signature", block.get("signature"))
 
 
@@ -132,7 +134,7 @@ def _add_result(conversation: Conversation, where: str, block: Mapping[str, Any]
     if block.get("is_error"):  # a chat's tool messages have no such mark
         mark = "Error: "
         content = mark + content if isinstance(content, str) else [_as_part(mark), *content]
-    conversation.result(_string(where, block, "tool_use_id"), content)
+    conversation.result(string_of(where, block, "tool_use_id"), content)
 
 
 def _text(where: str, content: Any) -> Text:
@@ -140,15 +142,15 @@ def _text(where: str, content: Any) -> Text:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _wrong(where, "must be a string or a list of blocks")
+        raise wrong_at(where, "must be a string or a list of blocks")
     return [_part(f"{where}[{i}]", block) for i, block in enumerate(content)]
 
 
 def _part(where: str, block: Any) -> dict[str, Any]:
     kind = block.get("type") if isinstance(block, Mapping) else None
     if kind != "text":
-        raise _wrong(f"{where}.type", f"must be text here, got {kind!r}")
-    return _as_part(_string(where, block, "text"))
+        raise wrong_at(f"{where}.type", f"must be text here, got {kind!r}")
+    return _as_part(string_of(where, block, "text"))
 
 
 def _as_part(text: str) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def _tools(tools: list[dict[str, Any]], strict: bool) -> list[dict[str, Any]]:
         if kind != "custom":
             pass_over(where, str(kind), strict)
             continue
-        function = {"name": _string(where, tool, "name")}
+        function = {"name": string_of(where, tool, "name")}
         for name, ours in (("description", "description"), ("input_schema", "parameters")):
             if tool.get(name) is not None:
                 function[ours] = tool[name]
@@ -203,14 +205,3 @@ def _thinking(body: CountRequest) -> dict[str, Any]:
         schema = JsonSchema(definition=options.format.definition)
         fields["response_format"] = ResponseFormat(type="json_schema", json_schema=schema)
     return fields
-
-
-def _string(where: str, block: Mapping[str, Any], name: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        raise _wrong(f"{where}.{name}", "must be a string")
-    return value
-
-
-def _wrong(where: str, what: str) -> ApiError:
-    return wrong(f"{where} {what}", where)

@@ -5,7 +5,17 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from router.schema import Harmless, Id, Messages, Positive, Priority, Stop, TopK
+from router.schema import (
+    Harmless,
+    Id,
+    Messages,
+    Positive,
+    Priority,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 Blocks = Annotated[list[dict[str, Any]], Meta(max_length=1 << 16)]
 
@@ -18,7 +28,8 @@ class ThinkingOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         Meta(description="all but disabled ask the chat template for thinking"),
     ]
     budget_tokens: Annotated[
-        Positive | None, Meta(description="accepted; max_tokens alone bounds the thinking")
+        Positive | None,
+        Meta(description="most tokens of thinking, where the model has any; max_tokens by default"),
     ] = None
     display: Annotated[
         Literal["summarized", "omitted"] | None,
@@ -87,10 +98,8 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
         Meta(description="strings that end the output"),
     ] = None
     stream: bool | None = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=100)] | None, Meta(description="0 is greedy")
-    ] = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    temperature: Temperature = None
+    top_p: TopP = None
     top_k: TopK = None
     priority: Priority = None
     request_id: Id = None

@@ -82,9 +82,6 @@ _STREAMS = {
     "/v1/messages": "an event as JSON; its type is also the event's",
 }
 _ANTHROPIC = "/v1/messages"  # how the paths of routes with Anthropic's errors begin
-_GENERATING = (
-    "ChatRequest", "CompletionRequest", "ResponsesRequest", "MessagesRequest", "CountRequest",
-)  # fmt: skip
 _OPEN = ("/health", "/metrics")
 _TEXTS = {
     "integer": r"^-?[0-9]{1,30}(\.0{1,30})?$",
@@ -174,7 +171,8 @@ def _responses(path: str, answer: Any, errors: tuple[int, ...], keys: bool) -> d
 def _complete(schemas: dict[str, Any]) -> None:
     """What the structs do not say: the shape of messages, and fields with neutral values only."""
     schemas["Message"]["additionalProperties"] = False
-    for name in (*_GENERATING, "TokenizeRequest"):
+    asked = [kind.__name__ for _, kind, _, _ in _PATHS.values() if kind is not None]
+    for name in dict.fromkeys(asked):
         properties = schemas[name]["properties"]
         for field in NEUTRAL.keys() & properties.keys():  # known here, not everywhere
             properties[field]["anyOf"].append({"enum": ["", [], {}]})
@@ -185,7 +183,6 @@ def _complete(schemas: dict[str, Any]) -> None:
             for kind in (listed, *listed.get("anyOf", ())):
                 if "items" in kind:
                     kind["items"] = {"$ref": _REF.format(name=item)}
-    asked = [kind.__name__ for _, kind, _, _ in _PATHS.values() if kind is not None]
     for name in asked:
         schemas[name]["additionalProperties"] = {"type": "null"}
     kinds = {

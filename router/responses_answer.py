@@ -1,14 +1,18 @@
 """POST /v1/responses: a chat's run in OpenAI's newer shapes."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
-import msgspec
 from msgspec import UNSET
 
-from engine.parsing.parts import Content, Reasoning
+from engine.outputs import Piece
+from engine.parsing.parts import Content, Part, Reasoning
+from engine.parsing.source import NO_TAGS
+from router.answers import CALLING
 from router.chat import ChatRun, run_of
 from router.errors import ApiError, blaming
+from router.fields import without_nulls
 from router.generation import Generation
 from router.responses_input import AskedResponse, asked_of
 from router.responses_schema import ResponsesRequest
@@ -31,10 +35,17 @@ from router.responses_shapes import (
 from router.responses_tools import custom_input
 from router.sealed import seal
 from router.service import Service
+from router.shapes import TokenLogprob
+from router.text_logprobs import SpelledParts
 from router.typed import Block, TypedAnswer
 
 # What a chat calls the fields that a request of this kind has.
-_FIELDS = {"messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning"}
+_FIELDS = {
+    "messages": "input",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning",
+    "logprobs": "top_logprobs",
+}
 
 
 async def answer_responses(service: Service, body: ResponsesRequest) -> "ResponsesAnswer":
@@ -50,8 +61,8 @@ async def answer_responses(service: Service, body: ResponsesRequest) -> "Respons
 class ResponsesAnswer(TypedAnswer):
     """An answer as items, whole or as a stream."""
 
-    prefix = "resp"
-    alive = b": a call is being written\n\n"
+    prefix = "resp_"
+    alive = CALLING
 
     def __init__(
         self, service: Service, body: ResponsesRequest, asked: AskedResponse, run: ChatRun
@@ -62,6 +73,8 @@ class ResponsesAnswer(TypedAnswer):
         reasoning = body.reasoning
         self._summarizes = bool(reasoning and (reasoning.summary or reasoning.generate_summary))
         self._number = 0  # of the next event
+        self._spelled: SpelledParts | None = None  # where log-probabilities are asked for
+        self._logprobs: list[TokenLogprob] = []  # of the text that comes next
         self._response = _opened(self, body)
 
     # ---- events ----
@@ -96,6 +109,20 @@ class ResponsesAnswer(TypedAnswer):
 
     # ---- items ----
 
+    def _parts(self, generation: Generation, piece: Piece) -> Iterable[Part]:
+        if self.sampling.logprobs is None:
+            yield from super()._parts(generation, piece)
+            return
+        output = generation.output
+        if self._spelled is None:
+            hidden = self._parsing.hidden if self._parsing else NO_TAGS
+            self._spelled = SpelledParts(
+                self.model.tokenizer, self.sampling, output.prompt_token_ids, self._parser, hidden
+            )
+        for part, logprobs in self._spelled.read(output.outputs[0], piece):
+            self._logprobs = logprobs
+            yield part
+
     def _start(self, block: Block) -> None:
         self._response.output.append(self._new(block))
         index = len(self._response.output) - 1
@@ -128,8 +155,9 @@ class ResponsesAnswer(TypedAnswer):
 
     def _more(self, block: Block, text: str) -> None:
         match self._item:
-            case OutputMessage():
-                self._of_part("output_text.delta", delta=text, logprobs=[])
+            case OutputMessage(content=[part]):
+                part.logprobs += self._logprobs
+                self._of_part("output_text.delta", delta=text, logprobs=self._logprobs)
             case ReasoningItem() if self._summarizes:
                 self._of_item("reasoning_summary_text.delta", summary_index=0, delta=text)
             case ReasoningItem():
@@ -142,7 +170,7 @@ class ResponsesAnswer(TypedAnswer):
         match self._item:
             case OutputMessage(content=[part]):
                 part.text = text
-                self._of_part("output_text.done", text=text, logprobs=[])
+                self._of_part("output_text.done", text=text, logprobs=part.logprobs)
                 self._of_part("content_part.done", part=part)
             case ReasoningItem() as item:
                 self._stop_thinking(item, text)
@@ -194,7 +222,7 @@ def _opened(answer: ResponsesAnswer, body: ResponsesRequest) -> Response:
     """The response before anything is in it, with what was asked for."""
     form = body.text.format if body.text else None
     text = {"format": form or {"type": "text"}}
-    reasoning = {"effort": None, "summary": None} | _given(body.reasoning)
+    reasoning = {"effort": None, "summary": None} | without_nulls(body.reasoning)
     return Response(
         id=answer.id,
         created_at=answer.created,
@@ -210,9 +238,5 @@ def _opened(answer: ResponsesAnswer, body: ResponsesRequest) -> Response:
         tool_choice=body.tool_choice or "auto",
         tools=body.tools or [],
         top_p=answer.sampling.top_p,
+        top_logprobs=answer.sampling.logprobs or 0,
     )
-
-
-def _given(options: msgspec.Struct | None) -> dict[str, Any]:
-    values = {} if options is None else msgspec.structs.asdict(options)
-    return {name: value for name, value in values.items() if value is not None}

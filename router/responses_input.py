@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.values import asks_for_nothing
-from router.conversation import Conversation
-from router.errors import ApiError, wrong
+from router.conversation import Conversation, string_of
+from router.errors import wrong, wrong_at
 from router.responses_schema import ResponsesRequest, TextFormat
 from router.responses_tools import OfferedTools, chat_name, chosen, custom_arguments, offered
 from router.schema import ChatRequest, JsonSchema, ResponseFormat
@@ -48,11 +48,14 @@ def asked_of(body: ResponsesRequest, strict_tools: bool) -> AskedResponse:
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
+        thinking_token_budget=body.thinking_token_budget,
         response_format=_format(body.text.format if body.text else None),
         max_completion_tokens=body.max_output_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
+        logprobs=bool(body.top_logprobs) or "message.output_text.logprobs" in (body.include or ()),
+        top_logprobs=body.top_logprobs,
         stream=body.stream,
         chat_template_kwargs=body.chat_template_kwargs,
         priority=body.priority,
@@ -96,29 +99,29 @@ def _add(conversation: Conversation, where: str, item: Mapping[str, Any]) -> Non
         case "reasoning":
             conversation.think(_thought(where, item))
         case "function_call":
-            name = chat_name(_string(where, item, "name"), item.get("namespace"))
-            arguments = _string(where, item, "arguments")
-            conversation.call(_string(where, item, "call_id"), name, arguments or "{}")
+            name = chat_name(string_of(where, item, "name"), item.get("namespace"))
+            arguments = string_of(where, item, "arguments")
+            conversation.call(string_of(where, item, "call_id"), name, arguments or "{}")
         case "custom_tool_call":
-            name = chat_name(_string(where, item, "name"), item.get("namespace"))
-            arguments = custom_arguments(_string(where, item, "input"))
-            conversation.call(_string(where, item, "call_id"), name, arguments)
+            name = chat_name(string_of(where, item, "name"), item.get("namespace"))
+            arguments = custom_arguments(string_of(where, item, "input"))
+            conversation.call(string_of(where, item, "call_id"), name, arguments)
         case "function_call_output" | "custom_tool_call_output":
             output = _content(f"{where}.output", item.get("output"))
-            conversation.result(_string(where, item, "call_id"), output)
+            conversation.result(string_of(where, item, "call_id"), output)
         case "item_reference":
             message = "this server keeps no items; send it whole, as clients do with store false"
-            raise _wrong(where, f"item_reference is not supported: {message}")
+            raise wrong_at(where, f"item_reference is not supported: {message}")
         case other:
             known = "message, reasoning, function_call, function_call_output, custom_tool_call"
             known += " or custom_tool_call_output"
-            raise _wrong(f"{where}.type", f"must be {known}, got {str(other)[:100]!r}")
+            raise wrong_at(f"{where}.type", f"must be {known}, got {str(other)[:100]!r}")
 
 
 def _add_message(conversation: Conversation, where: str, item: Mapping[str, Any]) -> None:
     role, content = item.get("role"), _content(f"{where}.content", item.get("content"))
     if role not in _ROLES:
-        raise _wrong(f"{where}.role", f"must be one of {', '.join(_ROLES)}")
+        raise wrong_at(f"{where}.role", f"must be one of {', '.join(_ROLES)}")
     if role == "assistant":
         texts = [content] if isinstance(content, str) else [part["text"] for part in content]
         conversation.answer("".join(texts))
@@ -131,13 +134,15 @@ def _content(where: str, content: Any) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _wrong(where, "must be a string or a list of parts")
+        raise wrong_at(where, "must be a string or a list of parts")
     parts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in (*_TEXTS, "refusal"):
-            raise _wrong(f"{where}[{i}]", f"must be text, as {_TEXTS[0]} for instance; got {kind}")
-        text = _string(f"{where}[{i}]", part, "refusal" if kind == "refusal" else "text")
+            raise wrong_at(
+                f"{where}[{i}]", f"must be text, as {_TEXTS[0]} for instance; got {kind}"
+            )
+        text = string_of(f"{where}[{i}]", part, "refusal" if kind == "refusal" else "text")
         parts.append({"type": "text", "text": text})
     return parts or ""
 
@@ -157,16 +162,5 @@ def _thought(where: str, item: Mapping[str, Any]) -> str:
 
 def _texts(where: str, parts: Any) -> str:
     if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
-        raise _wrong(where, "must be a list of parts")
-    return "\n\n".join(_string(f"{where}[{i}]", part, "text") for i, part in enumerate(parts))
-
-
-def _string(where: str, item: Mapping[str, Any], name: str) -> str:
-    value = item.get(name)
-    if not isinstance(value, str):
-        raise _wrong(f"{where}.{name}", "must be a string")
-    return value
-
-
-def _wrong(where: str, what: str) -> ApiError:
-    return wrong(f"{where} {what}", where)
+        raise wrong_at(where, "must be a list of parts")
+    return "\n\n".join(string_of(f"{where}[{i}]", part, "text") for i, part in enumerate(parts))

@@ -6,17 +6,24 @@ import msgspec
 from msgspec import Meta
 
 from router.schema import (
+    Effort,
     Harmless,
     Id,
-    Positive,
+    ModelName,
+    MostTokens,
+    ParallelToolCalls,
     Priority,
+    Temperature,
     TemplateVariables,
+    ThinkingBudget,
     Tools,
     TopK,
+    TopP,
 )
 
 Includable = Literal[
     "reasoning.encrypted_content",
+    "message.output_text.logprobs",
     "file_search_call.results",
     "web_search_call.results",
     "web_search_call.action.sources",
@@ -54,10 +61,7 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class ReasoningOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How the model thinks, and how that is shown."""
 
-    effort: Annotated[
-        Annotated[str, Meta(pattern="^(none|minimal|low|medium|high|xhigh|max)$")] | None,
-        Meta(description="a variable of the chat template; none also asks it for no thinking"),
-    ] = None
+    effort: Effort = None
     summary: Annotated[
         Literal["auto", "concise", "detailed"] | None,
         Meta(description="what the model thinks is told as the summary, all of it"),
@@ -79,7 +83,7 @@ class ResponsesStreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/responses. Nothing is kept of it: the next request has to bring all items."""
 
-    model: Annotated[str | None, Meta(description="one of /v1/models; the first by default")] = None
+    model: ModelName = None
     input: Annotated[
         str | Items,
         Meta(description="text, or messages, reasoning, calls and their outputs"),
@@ -87,13 +91,9 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     instructions: Annotated[str | None, Meta(description="a system message before them")] = None
     stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
-    max_output_tokens: Annotated[
-        Positive | None, Meta(description="as many as the model's length allows")
-    ] = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=100)] | None, Meta(description="0 is greedy")
-    ] = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    max_output_tokens: MostTokens = None
+    temperature: Temperature = None
+    top_p: TopP = None
     top_k: TopK = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -105,23 +105,28 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
             " allowed_tools"
         ),
     ] = None
-    parallel_tool_calls: Annotated[
-        bool | None, Meta(description="false leaves out all calls but the first")
-    ] = None
+    parallel_tool_calls: ParallelToolCalls = None
     include: Annotated[
         list[Includable] | None,
-        Meta(description="reasoning.encrypted_content; the others are nowhere in answers"),
+        Meta(
+            description="reasoning.encrypted_content and message.output_text.logprobs; the others"
+            " are nowhere in answers"
+        ),
     ] = None
     metadata: Annotated[
         dict[str, str] | None, Meta(description="comes back; has no other effect")
     ] = None
+    thinking_token_budget: ThinkingBudget = None
     chat_template_kwargs: TemplateVariables = None
     request_id: Id = None
     priority: Priority = None
     truncation: Annotated[
         Literal["disabled"] | None, Meta(description="nothing is ever left out of the input")
     ] = None
-    top_logprobs: Annotated[Literal[0] | None, Meta(description="only 0: there are none")] = None
+    top_logprobs: Annotated[
+        Annotated[int, Meta(ge=0, le=20)] | None,
+        Meta(description="how many likeliest tokens log-probabilities show; over 0 brings them"),
+    ] = None
     background: Annotated[bool | None, Meta(description="not supported but for false")] = None
     previous_response_id: Stateless = None
     conversation: Stateless = None

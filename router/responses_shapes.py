@@ -5,6 +5,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from router.shapes import TokenLogprob
+
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
@@ -18,7 +20,7 @@ class OutputText(_Typed, tag="output_text"):
 
     text: str = ""
     annotations: list[Any] = []
-    logprobs: list[Any] = []
+    logprobs: list[TokenLogprob] = []
 
 
 class ReasoningText(_Typed, tag="reasoning_text"):
@@ -136,6 +138,7 @@ class Response(msgspec.Struct, kw_only=True):
     tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
     top_p: float
+    top_logprobs: int
     truncation: Literal["disabled"] = "disabled"
     background: Literal[None] = None
     previous_response_id: Literal[None] = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from router.conversation import as_arguments
-from router.errors import ApiError, wrong
+from router.errors import ApiError, wrong, wrong_at
 from router.hosted import pass_over
 
 INPUT = "input"  # the one argument of a custom tool
@@ -16,7 +16,7 @@ _CUSTOM = {
     "required": [INPUT],
     "additionalProperties": False,
 }
-_OWN = ("type", "name", "description", "parameters", "strict")
+_SHOWN = ("description", "parameters", "strict")  # of a function, to the model
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def offered(given: Sequence[Mapping[str, Any]] | None, strict: bool) -> OfferedT
             return
         name = tool.get("name")
         if not isinstance(name, str) or not name:
-            raise wrong(f"{where}.name must be a string", f"{where}.name")
+            raise wrong_at(f"{where}.name", "must be a string")
         if kind == "namespace":
             inner = tool.get("tools")
             if namespace is not None or not isinstance(inner, list):
@@ -84,7 +84,7 @@ def offered(given: Sequence[Mapping[str, Any]] | None, strict: bool) -> OfferedT
 
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tool[k] for k in _OWN[2:] if tool.get(k) is not None}
+    return {k: tool[k] for k in _SHOWN if tool.get(k) is not None}
 
 
 def _custom(where: str, tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _custom(where: str, tool: Mapping[str, Any]) -> dict[str, Any]:
         described += f"\n\nThe input must match this grammar ({form.get('syntax')}):\n"
         described += str(form.get("definition"))
     elif form is not None and not (isinstance(form, Mapping) and form.get("type") == "text"):
-        raise wrong(f"{where}.format must be of type text or grammar", f"{where}.format")
+        raise wrong_at(f"{where}.format", "must be of type text or grammar")
     return {"description": described.strip(), "parameters": _CUSTOM}
 
 

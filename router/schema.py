@@ -37,7 +37,9 @@ Id = Annotated[
         " name by default"
     ),
 ]
-ModelName = Annotated[str | None, Meta(description="one of /v1/models; the first by default")]
+ModelName = Annotated[
+    str | None, Meta(description="one of /v1/models; may be left out where there is one")
+]
 User = Annotated[str | None, Meta(description="accepted; has no effect")]
 
 # How a chat becomes a prompt, for chats and for /tokenize.
@@ -69,7 +71,26 @@ Tools = Annotated[
 Documents = Annotated[
     list[dict[str, str]] | None, Meta(description="for chat templates that take documents")
 ]
+Temperature = Annotated[
+    Annotated[float, Meta(ge=0, le=100)] | None, Meta(description="0 is greedy")
+]
+TopP = Annotated[float, Meta(gt=0, le=1)] | None
 TopK = Annotated[Annotated[int, Meta(ge=-1, le=_INT32)] | None, Meta(description="0 or -1 is off")]
+MostTokens = Annotated[Positive | None, Meta(description="as many as the model's length allows")]
+ParallelToolCalls = Annotated[
+    bool | None, Meta(description="false leaves out all calls but the first")
+]
+Effort = Annotated[
+    Annotated[str, Meta(pattern="^(none|minimal|low|medium|high|xhigh|max)$")] | None,
+    Meta(description="a variable of the chat template; none also asks it for no thinking"),
+]
+ThinkingBudget = Annotated[
+    Annotated[int, Meta(ge=-1, le=_INT32)] | None,
+    Meta(
+        description="most tokens of thinking, after which its end is written for the model; 0"
+        " leaves it none, -1 is no bound"
+    ),
+]
 Harmless = Annotated[Any, Meta(description="accepted; has no effect")]
 
 
@@ -142,10 +163,8 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     n: Annotated[
         Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None, Meta(description="choices; 1")
     ] = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=100)] | None, Meta(description="0 is greedy")
-    ] = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    temperature: Temperature = None
+    top_p: TopP = None
     top_k: TopK = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
@@ -235,7 +254,7 @@ class FunctionTool(msgspec.Struct, kw_only=True):
     description: str | None = None
     parameters: Annotated[dict[str, Any] | None, Meta(description="a JSON schema")] = None
     strict: Annotated[
-        bool | None, Meta(description="accepted; arguments are not constrained yet")
+        bool | None, Meta(description="true: the arguments of a call match parameters")
     ] = None
 
 
@@ -255,13 +274,9 @@ class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
         str | dict[str, Any] | None,
         Meta(description="auto; none, required, or the function that must be called"),
     ] = None
-    parallel_tool_calls: Annotated[
-        bool | None, Meta(description="false leaves out all calls but the first")
-    ] = None
-    reasoning_effort: Annotated[
-        Annotated[str, Meta(pattern="^(none|minimal|low|medium|high|xhigh|max)$")] | None,
-        Meta(description="a variable of the chat template; none also asks it for no thinking"),
-    ] = None
+    parallel_tool_calls: ParallelToolCalls = None
+    reasoning_effort: Effort = None
+    thinking_token_budget: ThinkingBudget = None
     include_reasoning: Annotated[
         bool | None, Meta(description="false leaves the reasoning out of the answer")
     ] = None
@@ -271,9 +286,7 @@ class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     chat_template: ChatTemplate = None
     chat_template_kwargs: TemplateVariables = None
     documents: Documents = None
-    max_completion_tokens: Annotated[
-        Positive | None, Meta(description="as many as the model's length allows")
-    ] = None
+    max_completion_tokens: MostTokens = None
     max_tokens: Annotated[
         Positive | None,
         Meta(description="the older name of max_completion_tokens, which goes before"),

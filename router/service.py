@@ -229,6 +229,7 @@ class Service:
                 prompt.ids,
                 sampling,
                 bad_words=bad_words,
+                thinking=prompt.thinking,
                 priority=priority,
                 client=client,
                 pools=pools,

@@ -1,11 +1,10 @@
 """What an answer must match: from a request's fields to grammars that were tried."""
 
-import msgspec
-
 from engine.errors import RequestError
 from engine.grammar_trial import trial_of
 from engine.structured_outputs import StructuredOutputsParams
 from router.errors import wrong
+from router.fields import without_nulls
 from router.models import ServedModel
 from router.schema import Sampling
 
@@ -16,17 +15,11 @@ def outputs_of(body: Sampling) -> StructuredOutputsParams | None:
     Raises ApiError and RequestError, naming the field.
     """
     given = body.structured_outputs
-    outputs = None if given is None else StructuredOutputsParams.of(_without_nulls(given))
+    outputs = None if given is None else StructuredOutputsParams.of(without_nulls(given))
     form = _format_of(body)
     if form is not None and outputs is not None:
         raise wrong("response_format and structured_outputs cannot be had together")
     return outputs if form is None else form
-
-
-def _without_nulls(given: msgspec.Struct) -> dict[str, object]:
-    return {
-        name: value for name, value in msgspec.structs.asdict(given).items() if value is not None
-    }
 
 
 def _format_of(body: Sampling) -> StructuredOutputsParams | None:

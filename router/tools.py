@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.values import asks_for_nothing
-from router.errors import ApiError, wrong
+from router.errors import wrong, wrong_at
 from router.schema import ChatRequest
 
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
@@ -77,20 +77,18 @@ def _name(where: str, tool: Mapping[str, Any]) -> str:
     """The name of a tool. What else it has is for the chat template, which shows it."""
     function = tool.get("function")
     if tool.get("type") != "function" or not isinstance(function, Mapping):
-        raise _wrong(where, 'must be {"type": "function", "function": {...}}: there are no others')
+        raise wrong_at(
+            where, 'must be {"type": "function", "function": {...}}: there are no others'
+        )
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise _wrong(f"{where}.function.name", "must be 1 to 128 letters, digits or any of _.:/-")
+        raise wrong_at(f"{where}.function.name", "must be 1 to 128 letters, digits or any of _.:/-")
     parameters = function.get("parameters")
     if not asks_for_nothing(parameters) and not isinstance(parameters, Mapping):
-        raise _wrong(f"{where}.function.parameters", "must be a JSON schema, an object")
+        raise wrong_at(f"{where}.function.parameters", "must be a JSON schema, an object")
     description = function.get("description")
     if description is not None and not isinstance(description, str):
-        raise _wrong(f"{where}.function.description", "must be a string")
+        raise wrong_at(f"{where}.function.description", "must be a string")
     if function.get("strict") not in (None, True, False):
-        raise _wrong(f"{where}.function.strict", "must be true or false")
+        raise wrong_at(f"{where}.function.strict", "must be true or false")
     return name
-
-
-def _wrong(where: str, what: str) -> ApiError:
-    return wrong(f"{where} {what}", where)

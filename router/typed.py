@@ -1,14 +1,14 @@
 """Answers of typed parts: a stream's events build what the whole answer is."""
 
-import time
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from engine.outputs import Piece
 from engine.parsing.parts import Content, Part, Reasoning, ToolCallArguments, ToolCallStart
 from router.answers import Answer, check, to_json
-from router.chat import SILENCE, ChatRun
+from router.chat import ChatRun
 from router.generation import Generation, merged
 from router.schema import ChatRequest
 from router.service import Service
@@ -31,9 +31,6 @@ class TypedAnswer(Answer):
     Whole or as a stream, the same events happen; a whole answer is what they have built.
     """
 
-    joint = "_"
-    alive: bytes  # what a stream tells where it has had nothing to tell for long
-
     def __init__(self, service: Service, chat: ChatRequest, run: ChatRun) -> None:
         super().__init__(service, run.model, chat, [run.prompt], run.sampling)
         self._parsing = run.parsing
@@ -44,7 +41,6 @@ class TypedAnswer(Answer):
         self._called = False
         self._finish: tuple[str | None, int | str | None] = None, None  # reason, and what caused it
         self._events: list[bytes] = []
-        self._told_at = time.monotonic()  # when the stream said something
 
     # ---- the shapes ----
 
@@ -85,14 +81,11 @@ class TypedAnswer(Answer):
     def _chunks(self, generation: Generation, pieces: list[Piece]) -> bytes:
         for piece in pieces:
             check(generation.output.outputs[piece.index])
-            for part in self._parts(piece):
+            if piece.finish_reason is not None:
+                self._finish = piece.finish_reason, piece.stop_reason
+            for part in self._parts(generation, piece):
                 self._add(part)
-        data, now = self._taken(), time.monotonic()
-        if not data and now - self._told_at >= SILENCE:
-            data = self.alive
-        if data:
-            self._told_at = now
-        return data
+        return self._taken()
 
     async def _end(self, generations: list[Generation]) -> bytes:
         (generation,) = generations
@@ -112,15 +105,13 @@ class TypedAnswer(Answer):
         self._events.clear()
         return data
 
-    def _parts(self, piece: Piece) -> list[Part]:
-        reason = piece.finish_reason
-        if reason is not None:
-            self._finish = reason, piece.stop_reason
+    def _parts(self, generation: Generation, piece: Piece) -> Iterable[Part]:
+        """The parts that a piece makes certain."""
         if self._parser is None or self._parsing is None:
             return [Content(piece.text)] if piece.text else []
         parts = self._parser.push(piece.text)
-        if reason is not None:
-            parts += self._parser.finish(cut=reason != "stop")
+        if piece.finish_reason is not None:
+            parts += self._parser.finish(cut=piece.finish_reason != "stop")
         return self._parsing.shown(parts)
 
     def _add(self, part: Part) -> None:

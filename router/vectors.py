@@ -1,8 +1,6 @@
 """POST /v1/embeddings, /v1/rerank and /v1/score: prompts that become vectors."""
 
 import base64
-import time
-import uuid
 from abc import abstractmethod
 from functools import partial
 
@@ -122,7 +120,6 @@ async def _pair_prompts(
 class VectorAnswer(WholeAnswer):
     """The vectors of several prompts. A subclass gives the shape of its API."""
 
-    prefix: str  # of the id
     pools = True
 
     def __init__(
@@ -133,14 +130,7 @@ class VectorAnswer(WholeAnswer):
         prompts: list[Prompt],
         params: PoolingParams,
     ) -> None:
-        self.service = service
-        self.model = model
-        self.prompts = prompts
-        self.sampling = NO_SAMPLING
-        self.priority = body.priority or 0
-        self.id = f"{self.prefix}-{body.request_id or uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self.name = body.model or model.id
+        super().__init__(service, model, body, prompts, NO_SAMPLING)
         self._params = params
 
     @abstractmethod
@@ -169,7 +159,7 @@ class VectorAnswer(WholeAnswer):
 class EmbeddingAnswer(VectorAnswer):
     """Of /v1/embeddings."""
 
-    prefix = "embd"
+    prefix = "embd-"
 
     def __init__(
         self,
@@ -207,7 +197,7 @@ def _base64(vector: Vector) -> str:
 class ScoreAnswer(VectorAnswer):
     """Of /v1/score."""
 
-    prefix = "score"
+    prefix = "score-"
 
     def whole(self, vectors: list[Vector], usage: PromptUsage) -> bytes:
         data = [Score(number, "score", float(one[0])) for number, one in enumerate(vectors)]
@@ -226,7 +216,7 @@ class ScoreAnswer(VectorAnswer):
 class RankingAnswer(VectorAnswer):
     """Of /v1/rerank: the best first."""
 
-    prefix = "rerank"
+    prefix = "rerank-"
 
     def __init__(
         self,

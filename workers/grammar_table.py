@@ -22,7 +22,7 @@ from engine.matcher import Grammars, Masks, Matcher
 from engine.plan import Admit, Ints, ints
 from workers.kernels import mask_rows
 from workers.sampling_table import on_device
-from workers.slot_tables import Learn
+from workers.slot_tables import Forced, Learn
 
 log = get_logger("grammar")
 
@@ -128,13 +128,13 @@ class GrammarTable:
         masks = np.stack([output.mask for _, output in rows])
         self._mask(logits, ints([row for row, _ in rows]), masks)
 
-        return lambda tokens: self._learn(rows, tokens)
+        return lambda tokens, _: self._learn(rows, tokens)
 
     def warm_up(self, logits: Tensor) -> None:
         self._mask(logits, ints([0]), np.full((1, self._words), -1, np.int32))
         self._threads.submit(self._load)
 
-    def _learn(self, rows: Sequence[tuple[int, _Output]], tokens: Ints) -> dict[int, list[int]]:
+    def _learn(self, rows: Sequence[tuple[int, _Output]], tokens: Ints) -> Forced:
         found = [(row, output, output.learn(int(tokens[row]))) for row, output in rows]
         going = [output for _, output, forced in found if forced is not None]
         ready = self._threads.submit(lambda: self._next(self._load(), going))

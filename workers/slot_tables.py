@@ -11,9 +11,10 @@ from torch import Tensor
 
 from engine.plan import Admit, Ints
 
-# Told the tokens [n] of the step's rows, once they are on the host; says what those force, as
-# ``StepResult`` has it.
-Learn = Callable[[Ints], dict[int, list[int]]]
+# Told the tokens [n] of the step's rows, once they are on the host, and what these force so far,
+# as ``StepResult`` has it; says what more they force.
+Forced = dict[int, list[int]]
+Learn = Callable[[Ints, Forced], Forced]
 
 
 class SlotTable(Protocol):

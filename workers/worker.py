@@ -41,6 +41,7 @@ from workers.sampler import HostCopy, HostSampled, Sampled, Sampler, SamplingTab
 from workers.slot_tables import Learn, LogitsTable, SlotTable
 from workers.slots import HostRows, Slots
 from workers.staging import Staging
+from workers.thinking_table import ThinkingTable
 from workers.weights import Progress
 
 log = get_logger("worker")
@@ -115,7 +116,7 @@ class Pending:
             host = self.sampled.result()
             tokens, failed, logprobs = host.tokens, host.failed, host.logprobs
             for learn in self.learn:
-                forced |= learn(tokens)
+                forced |= learn(tokens, forced)
         return StepResult(
             step=self.plan.step,
             rows=ints(np.flatnonzero(self.plan.wants)) if self.sampled is not None else ints(),
@@ -276,8 +277,11 @@ class Worker:
         self.sampler = Sampler(self.table) if samples else None
         self._on_logits: tuple[LogitsTable, ...] = ()
         if samples:
-            grammars = GrammarTable(self.traits.vocab_size, self.device, self._grammars)
-            self._on_logits = (grammars,)
+            size = self.traits.vocab_size
+            self._on_logits = (
+                GrammarTable(size, self.device, self._grammars),
+                ThinkingTable(size, self.device, lambda: self._grammars().tokenizer),
+            )
         self._tables: tuple[SlotTable, ...] = (self.table, *self._on_logits)
         self._pools: PoolingTable | None = None
         if self.pooling is not None:

@@ -4,12 +4,14 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from engine.errors import RequestError
 from engine.parsing.calls import CallFormat
 from engine.parsing.parts import Writer
 from engine.parsing.source import Ended, Malformed, Reading, Source, Tags
 from engine.parsing.structure import CallLayout
 from engine.parsing.thinking import Thinking
 from engine.parsing.values import Tools
+from engine.thinking import ThinkingBudget
 
 
 class AnswerFormat(ABC):
@@ -168,3 +170,18 @@ def said(source: Source, tags: Tags, say: Callable[[str], None]) -> Reading[int 
         if source.ended:
             return None
         yield
+
+
+def thinking_budget(form: AnswerFormat | None, most: int, opened: bool) -> ThinkingBudget:
+    """At most so many tokens of thinking in answers of a format. ``opened``: whether the prompt has
+    begun it.
+
+    Raises RequestError for a format that has none.
+    """
+    if form is None or not form.thoughts:
+        raise RequestError(
+            "thinking_token_budget: it is not known how this model marks its thinking; a server's"
+            " option --reasoning-parser names a format"
+        )
+    openers, closers = (tuple(dict.fromkeys(marks)) for marks in zip(*form.thoughts, strict=True))
+    return ThinkingBudget(most, opened, openers, closers, form.unthinkable)

@@ -11,7 +11,7 @@ import anthropic
 import httpx
 import pytest
 
-from router import hosted, typed
+from router import answers, hosted, typed
 from router.sealed import unseal
 from tests.support.scripted_chats import ANSWERS, ARGUMENTS, MODEL, THOUGHT, save_chats
 from tests.support.server import Server, serving
@@ -131,6 +131,15 @@ def test_thinking(client: anthropic.Anthropic) -> None:
     block = omitted.content[0]
     assert block.type == "thinking" and block.thinking == "" and unseal(block.signature) == THOUGHT
     assert not [event for event in events if event.type == "thinking"]
+
+
+def test_thinking_has_a_budget(client: anthropic.Anthropic) -> None:
+    few: Any = {"type": "enabled", "budget_tokens": 2}
+    fields: Any = {"max_tokens": 14, "extra_body": {"temperature": 0}}
+    block = both(client, "think", thinking=few, **fields)[0].content[0]
+    assert block.type == "thinking" and block.thinking != THOUGHT
+    assert THOUGHT.startswith(block.thinking)
+    assert text_of(ask(client, "hello", thinking=few)) == ANSWERS["hello"]
 
 
 def test_the_template_hears_of_thinking(client: anthropic.Anthropic) -> None:
@@ -294,7 +303,7 @@ def test_a_stream_that_fails(
 
 
 def test_a_long_call_is_no_silence(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(typed, "SILENCE", 0.0)
+    monkeypatch.setattr(answers, "SILENCE", 0.0)
     body = fields_of("weather", {"tools": TOOLS, "stream": True})
     text = httpx.post(f"{server.url}/v1/messages", json=body, headers={"x-api-key": KEY}).text
     assert text.count("event: ping\n") > 3

@@ -131,6 +131,41 @@ def test_a_call_after_thinking(client: openai.OpenAI) -> None:
     assert whole.usage and whole.usage.output_tokens_details.reasoning_tokens > 0
 
 
+LOGPROBS: Any = ["message.output_text.logprobs"]
+
+
+@pytest.mark.parametrize("words", ["hello", "think", "weather"])
+def test_log_probabilities_of_the_text(client: openai.OpenAI, words: str) -> None:
+    """Of its tokens and no others; those of a stream's deltas are those of the whole."""
+    fields: Any = {"tools": TOOLS, "include": LOGPROBS, "top_logprobs": 2}
+    whole, events = both(client, words, **fields)
+    (text,) = [item.content[0] for item in whole.output if item.type == "message"]
+    assert text.type == "output_text" and text.logprobs and whole.top_logprobs == 2
+    spelled = "".join(entry.token for entry in text.logprobs)
+    assert text.text in spelled and len(spelled) < len(text.text) + 14  # a token's
+    for entry in text.logprobs:
+        assert len(entry.top_logprobs) == 2 and entry.logprob == entry.top_logprobs[0].logprob
+        assert bytes(entry.bytes).decode() == entry.token
+    told = [entry for e in events if e.type.endswith("output_text.delta") for entry in e.logprobs]
+    (done,) = [e.logprobs for e in events if e.type.endswith("output_text.done")]
+    assert [e.to_dict() for e in told] == [e.to_dict() for e in done]
+    assert [e.to_dict() for e in done] == [e.to_dict() for e in text.logprobs]
+    if words == "hello":
+        (alone,) = ask(client, words, include=LOGPROBS).output
+        assert alone.type == "message" and alone.content[0].type == "output_text"
+        assert alone.content[0].logprobs and not alone.content[0].logprobs[0].top_logprobs
+        (none,) = ask(client, words, top_logprobs=0).output
+        assert none.type == "message" and none.content[0].type == "output_text"
+        assert none.content[0].logprobs == []
+
+
+def test_thinking_has_a_budget(client: openai.OpenAI) -> None:
+    fields: Any = {"temperature": 0, "extra_body": {"thinking_token_budget": 2}}
+    item = both(client, "think", max_output_tokens=14, **fields)[0].output[0]
+    assert item.type == "reasoning" and item.content
+    assert item.content[0].text != THOUGHT and THOUGHT.startswith(item.content[0].text)
+
+
 def test_a_summary_is_the_thinking(client: openai.OpenAI) -> None:
     whole, events = both(client, "think", reasoning={"summary": "auto"}, include=SEALED)
     reasoning, message = whole.output
@@ -286,7 +321,8 @@ def test_hosted_tools(
             "not made by this server",
         ),
         ({"truncation": "auto"}, "truncation", "auto"),
-        ({"include": ["message.output_text.logprobs"]}, "include[0]", "logprobs"),
+        ({"include": ["message.output_text.tokens"]}, "include[0]", "invalid enum"),
+        ({"top_logprobs": 21}, "top_logprobs", "20"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format", "schema"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tool_choice": {"type": "function", "name": "x"}}, "tool_choice", "no function"),

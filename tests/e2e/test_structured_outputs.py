@@ -15,6 +15,7 @@ from tests.support.schemas import SchemaGenerator
 from tests.support.tiny_llm import assert_idle, start_llm
 from tests.support.tiny_tokenizer import save_byte_tokenizer, save_tokenizer
 from workers import grammar_table
+from workers.local import LocalExecutor
 
 BLOCK_SIZE = 8
 SCHEMA = {
@@ -33,6 +34,9 @@ KINDS = {
     "grammar": {"grammar": 'start: item ("," item)*\nitem: /[0-9]{1,3}/ | "(" start ")"'},
     "structural_tag": {"structural_tag": TAG},
 }
+THINK, THOUGHT = "<think>", "</think>"
+THINKS = "{{ messages[0].content }}" + THINK  # which makes it a model that thinks
+THINKING = 8  # of the kinds in ``mixed``
 # Random weights end nothing of themselves: closing what is open is made likelier.
 CLOSING = ['"', "}", "]", ")", "<", "</s>"]
 
@@ -45,7 +49,8 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(checkpoint, tokenizer):
     def start(**options):
-        return start_llm(checkpoint("llama"), tokenizer, **{"block_size": BLOCK_SIZE, **options})
+        options = {"block_size": BLOCK_SIZE, "chat_template": THINKS, **options}
+        return start_llm(checkpoint("llama"), tokenizer, **options)
 
     return start
 
@@ -82,8 +87,12 @@ def check(kind, text):
 
 
 def prompts(count):
+    """Of random tokens; some begin the thinking."""
     rng = random.Random(0)
-    return [[rng.randrange(3, 120) for _ in range(rng.randint(1, 30))] for _ in range(count)]
+    made = [[rng.randrange(3, 120) for _ in range(rng.randint(1, 30))] for _ in range(count)]
+    for number in range(THINKING, count, 9):
+        made[number] += [ord(letter) - 30 for letter in THINK]
+    return made
 
 
 def tokens(outputs):
@@ -107,11 +116,14 @@ def test_every_finished_answer_is_of_its_kind(llm, kind):
 
 @pytest.fixture(scope="module")
 def mixed(llm):
-    """Prompts and parameters of every kind and none, and what they bring one at a time."""
+    """Prompts and parameters of every kind and none, thinking that is bounded among them, and what
+    they bring one at a time."""
     params = []
     for number in range(24):
         kind = [*KINDS, None, None][number % 9]
         params.append(asked(llm, number, max_tokens=60, **KINDS.get(kind, {})))
+        if number % 9 == THINKING:
+            params[-1].thinking_token_budget, params[-1].min_tokens = number, 40
         params[-1].n = 1 + number % 3
         params[-1].logprobs = 2 if number % 4 == 0 else None
     alone = [
@@ -124,6 +136,9 @@ def mixed(llm):
 def test_neighbours_change_nothing(llm, mixed):
     params, alone = mixed
     assert tokens(llm.generate(prompts(24), params, use_tqdm=False)) == alone
+    closing = llm.tokenizer.encode(THOUGHT, False)
+    for number in range(THINKING, 24, 9):
+        assert all(one[number : number + len(closing)] == closing for one in alone[number])
 
 
 def test_forced_tokens_are_those_that_would_be_sampled(start, mixed, monkeypatch):
@@ -152,10 +167,10 @@ def test_preemption_changes_nothing(start, mixed, mode):
     assert_idle(llm)
 
 
-def test_steps_ahead_of_their_results_change_nothing(start, mixed):
+def test_steps_ahead_of_their_results_change_nothing(start, mixed, monkeypatch):
     params, alone = mixed
+    monkeypatch.setattr(LocalExecutor, "steps_ahead", 2)  # as on a GPU
     llm = start(num_gpu_blocks_override=600)
-    llm.engine.steps_ahead = 2  # as on a GPU
     assert tokens(llm.generate(prompts(24), params, use_tqdm=False)) == alone
     assert_idle(llm)
 
@@ -172,6 +187,29 @@ def test_a_split_model_gives_the_same(start, mixed, tensor, pipeline):
     finally:
         llm.engine.stop()
     assert found == alone
+
+
+def test_thinking_is_what_it_would_be_up_to_its_bound(llm):
+    """And then ends; where it ends before, or has not begun, nothing changes."""
+    prompt = llm.tokenizer.encode("Why?" + THINK)
+    free = SamplingParams(n=3, temperature=1, seed=3, max_tokens=40, ignore_eos=True)
+    (whole,) = tokens(llm.generate(["Why?" + THINK], free, use_tqdm=False))
+    closing = llm.tokenizer.encode(THOUGHT, False)
+    for most in (0, 1, 17, 40):
+        bounded = free.clone()
+        bounded.thinking_token_budget = most
+        (cut,) = tokens(llm.generate([{"prompt_token_ids": prompt}], bounded, use_tqdm=False))
+        for one, other in zip(cut, whole, strict=True):
+            assert one[: most + len(closing)] == (other[:most] + closing)[:40]
+            assert len(one) == 40
+    said = free.clone()
+    said.thinking_token_budget = 0
+    for prompt in ("Why?", f"Why?{THINK}Hm.{THOUGHT}"):
+        found = [tokens(llm.generate([prompt], one, use_tqdm=False)) for one in (free, said)]
+        assert found[0] == found[1]
+    said.structured_outputs = StructuredOutputsParams(regex="a+")
+    with pytest.raises(RequestError, match="thinking_token_budget must be None with structured"):
+        llm.generate([prompt], said, use_tqdm=False)
 
 
 def test_logprobs_are_those_of_what_is_allowed(llm):

@@ -15,7 +15,7 @@ from langchain.agents import create_agent
 from langchain_openai import ChatOpenAI
 
 from deploy.cli import main
-from router import chat
+from router import answers
 from tests.support.scripted_model import save_scripted
 from tests.support.server import Server, serving
 
@@ -280,7 +280,7 @@ def test_the_example_of_the_documentation(
 def test_a_long_call_is_no_silence(
     client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "SILENCE", 0.0)
+    monkeypatch.setattr(answers, "SILENCE", 0.0)
     body = {"messages": ask("weather"), "tools": TOOLS, "stream": True}
     text = httpx.post(f"{server.url}/v1/chat/completions", json=body).text
     events = text.split("\n\n")
@@ -329,11 +329,11 @@ def test_what_is_wrong_is_named(client: openai.OpenAI, fields: dict[str, Any], p
 def test_marks_that_are_special_tokens(tmp_path: Path) -> None:
     """The client sees neither them nor other special tokens, unless it asks for those."""
     said = "Let me[PAD] look.[TOOL_CALLS]get_weather[ARGS]" + CITIES
-    template = "{% if tools %}[TOOL_CALLS][ARGS]{{ tools | tojson }}{% endif %}"
+    thought = "<think>I wonder at length what that is.</think>So I say."
+    template = "{% if tools %}[TOOL_CALLS][ARGS]{{ tools | tojson }}{% endif %}{# <think> #}"
     template += "<|say:{{ messages[-1].content }}|>"
-    folder = save_scripted(
-        tmp_path, {"<|say:x|>": said}, template, ("[TOOL_CALLS]", "[ARGS]", "[PAD]")
-    )
+    special = ("[TOOL_CALLS]", "[ARGS]", "[PAD]", "<think>", "</think>")
+    folder = save_scripted(tmp_path, {"<|say:x|>": said, "<|say:y|>": thought}, template, special)
     with serving({"served_model_name": [MODEL]}, str(folder), dtype="float32") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         plain = both(client, "x")
@@ -344,6 +344,25 @@ def test_marks_that_are_special_tokens(tmp_path: Path) -> None:
         assert found == ("Let me look.", [WEATHER])
         found = both_of_mistral(client, {"extra_body": {"skip_special_tokens": False}})
         assert found == ("Let me[PAD] look.", [WEATHER])
+        check_bounded_thinking(client, thought)
+
+
+def check_bounded_thinking(client: openai.OpenAI, said: str) -> None:
+    """It ends after so many tokens, and the model goes on as after an end of its own."""
+    whole_thought = said.removeprefix("<think>").partition("</think>")[0]
+    seen = []
+    for most in (0, 1, 2, 999, -1):
+        bound = {"thinking_token_budget": most}
+        for form in ({}, {"structured_outputs": {"regex": r"[A-Z][a-z I]+\."}}):
+            found = both(client, "y", extra_body=bound | form)
+            assert found["content"] == "So I say." and found["reason"] == "stop"
+        assert whole_thought.startswith(found["reasoning"])
+        seen.append(found["reasoning"])
+    assert seen[0] == "" and seen[0] < seen[1] < seen[2] < seen[3] == seen[4] == whole_thought
+    two = client.chat.completions.create(
+        model=MODEL, messages=ask("y"), n=2, extra_body={"thinking_token_budget": 1}
+    )
+    assert [choice.message.reasoning for choice in two.choices] == [seen[1]] * 2
 
 
 def test_a_checkpoint_that_says_itself_how_it_writes(tmp_path: Path) -> None:
@@ -358,6 +377,14 @@ def test_a_checkpoint_that_says_itself_how_it_writes(tmp_path: Path) -> None:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         found = both(client, "x", tools=TOOLS)
         assert (found["content"], found["calls"]) == ("Let me look.", [WEATHER])
+        whole(client, "x", extra_body={"thinking_token_budget": None})
+        with pytest.raises(openai.BadRequestError, match="not known how .* thinking") as error:
+            whole(client, "x", extra_body={"thinking_token_budget": 5})
+        assert error.value.param == "thinking_token_budget"
+        body: Any = {"messages": ask("x"), "max_tokens": 50}  # what does not think is in bounds
+        body["thinking"] = {"type": "enabled", "budget_tokens": 5}
+        answer: Any = client.post("/messages", cast_to=object, body=body)
+        assert answer["content"][0]["text"].startswith("Let me look.")
         # Its prompt can begin a call, but no grammar is made of its template.
         named: Any = {"type": "function", "function": {"name": "get_weather"}}
         assert both(client, "x", tools=TOOLS, tool_choice=named)["calls"] == [WEATHER]

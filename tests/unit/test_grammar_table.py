@@ -33,7 +33,7 @@ def test_a_grammar_that_fails_stops_no_neighbour(tmp_path: Path) -> None:
     def allowed(slots: list[int], position: int, tokens: list[int]) -> list[list[int]]:
         logits = torch.zeros(len(slots), VOCAB)
         learn = table.on_logits(logits, ints(slots), ints([position] * len(slots)))
-        assert learn is not None and learn(ints(tokens)) == {}
+        assert learn is not None and learn(ints(tokens), {}) == {}
         return [row.isfinite().nonzero()[:, 0].tolist() for row in logits]
 
     admit(0, "grammar", "start: nothing_of_this_name")

@@ -52,6 +52,9 @@ CASES = {
     "include_stop_str_in_output": ("True or False", NO_BOOL, [True, False]),
     "structured_outputs": ("", [5, "x", [1], {"regex": 5}, {"regex": "a", "json": {}}],
                            [None, StructuredOutputsParams(regex="a")]),
+    "thinking_token_budget": (
+        "an integer of at least 0 or None", [-2, *NO_INTEGER], [None, 0, 4096]
+    ),
 }  # fmt: skip
 
 
@@ -94,6 +97,10 @@ def test_values_are_made_uniform():
         ({"stop": "a", "detokenize": False}, "stop needs detokenize=True"),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "min_tokens must be 0 with str"),
         ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [1]}, "must be None with str"),
+        (
+            {"thinking_token_budget": 0, "allowed_token_ids": [1]},
+            "allowed_token_ids must be None with thinking_token_budget",
+        ),
         ({"temperature": 0, "n": 2}, r"n must be 1 when temperature is 0 \(greedy\), got 2"),
         ({"temperature": 1e-6, "n": 2}, "n must be 1 when temperature is 0"),
     ],
