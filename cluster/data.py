@@ -61,14 +61,13 @@ def build_processor(
         from cluster.joining import connect_ray
 
         connect_ray()
-        resources: dict[str, Any] = {**needed(config)}
         return dataset.map_batches(
             _Stage,
             batch_size=batch_size,
             batch_format="pyarrow",
             concurrency=concurrency,
             fn_constructor_args=(options, concurrency, preprocess, postprocess),
-            **resources,
+            **needed(config),
         )
 
     return process

@@ -131,6 +131,53 @@ def test_pods_follow_from_the_shards(
     assert group(made) == (engines, pods, gpus)
 
 
+MODELS = """\
+port: 9000
+api-key: sk-never-shown
+models:
+- {model: org/Large_Model, tensor-parallel-size: 8, pipeline-parallel-size: 2}
+- {model: org/large-model, served-model-name: [small, alias], max-replicas: 3}
+- {model: manta-demo, device: cpu, served-model-name: Small}
+"""
+
+
+def test_each_of_several_models_has_pods_that_no_other_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text(MODELS)
+    text = printed(capsys, "--config", str(file))
+    assert "sk-never-shown" not in text
+    made = yaml.safe_load(text)
+    check(made)
+    cluster = made["spec"]["rayClusterConfig"]
+    groups = cluster["workerGroupSpecs"]
+    serve = yaml.safe_load(made["spec"]["serveConfigV2"])
+    ServeDeploySchema.model_validate(serve)
+    ingress, *engines = serve["applications"]
+    assert (ingress["import_path"], ingress["route_prefix"]) == ("deploy.serve:build_ingress", "/")
+    assert ingress["args"] == {"api_key_file": "/etc/manta/keys"}
+    settings = [Settings.from_options(one["args"]) for one in engines]
+    assert [one.names for one in settings] == [
+        ("org/Large_Model",), ("small", "alias"), ("Small",)
+    ]  # fmt: skip
+    assert [one["name"] for one in engines] == [
+        "manta-engines-org-large-model", "manta-engines-small", "manta-engines-small-2"
+    ]  # fmt: skip
+    shapes = []
+    for group, one in zip(groups, settings, strict=True):
+        given = group["rayStartParams"]
+        (resource,) = json.loads(json.loads(given["resources"])).items()
+        # As many as there are workers in a pod: all of an engine's are where they belong.
+        workers = one.engine.parallel.world_size // group["numOfHosts"]
+        assert resource == (one.engine.parallel.worker_resource, workers)
+        assert container(group)["image"].endswith("-cuda")
+        shapes.append((group["numOfHosts"], given.get("num-gpus"), group["maxReplicas"]))
+    assert shapes == [(2, "8", 1), (1, "1", 3), (1, None, 1)]
+    assert len({group["groupName"] for group in groups}) == 3
+    assert cluster["enableInTreeAutoscaling"] is True
+
+
 def test_pods_come_with_engines_that_the_load_asks_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
