@@ -57,6 +57,7 @@ class Router:
     ) -> None:
         _keep_to_loopback()
         self._engines = Engines(application)
+        self._declared: frozenset[str] = frozenset()
         self._peers = Peers(application, self._metrics)
         self._app = build_app(
             config,
@@ -64,7 +65,7 @@ class Router:
             __version__,
             self._peers.others,
             self._engines.look,
-            lambda: self._engines.models,
+            lambda: self._engines.models or self._declared,
         )
         await self._engines.open()
         id = self._app.state.service.id
@@ -74,6 +75,11 @@ class Router:
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
+
+    def reconfigure(self, told: Mapping[str, Any]) -> None:
+        """Serve calls this with the ``user_config`` of a configuration, which names the models, and
+        again when that changes."""
+        self._declared = frozenset(told["models"])
 
     def _metrics(self) -> list[Metric]:
         metrics: list[Metric] = self._app.state.service.metrics()

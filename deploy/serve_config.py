@@ -51,7 +51,11 @@ def applications(models: Sequence[Settings], beside: Sequence[int]) -> dict[str,
     if len(models) == 1:
         made = [_application("manta", "build", models[0].options)]
     else:
-        made = [_application("manta", "build_ingress", of_server(models[0].options))]
+        ingress = _application("manta", "build_ingress", of_server(models[0].options))
+        names = [name for settings in models for name in settings.names]
+        # What may change without a new replica: models come and go.
+        ingress["deployments"] = [{"name": "Router", "user_config": {"models": names}}]
+        made = [ingress]
         for label, settings, others in zip(labels(models), models, beside, strict=True):
             given = without_secrets(settings.options)
             given |= {"beside": others} if others else {}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from ray._common.utils import reset_ray_address
 
 from deploy.ports import free_ports
@@ -475,6 +476,15 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
         assert served_names() == {"one", "two"}
         for name in ("one", "two"):
             one_answer(model=name)
+        before = processes()
+        config = yaml.safe_load(texts[1])
+        config["applications"].pop()
+        config["applications"][0]["deployments"][0]["user_config"]["models"] = ["one"]
+        deploy(yaml.safe_dump(config))
+        until(lambda: served_names() == {"one"} and len(processes()) == len(before) - 1)
+        assert processes() < before  # neither the other's engine nor the ingress is another
+        one_answer(model="one")
+        assert httpx.post(f"{URL}/v1/completions", json=body(model="two")).status_code == 404
     gone(session)
 
 
@@ -482,6 +492,11 @@ def served_names():
     """Nothing while nobody answers."""
     answer = httpx.get(f"{URL}/v1/models")
     return {one["id"] for one in answer.json()["data"]} if answer.is_success else set()
+
+
+def processes():
+    """The ids of the engines and ingress replicas that answer."""
+    return set(re.findall(r'(?:engine|ingress)="(\w+)"', httpx.get(f"{URL}/metrics").text))
 
 
 @pytest.mark.parametrize(

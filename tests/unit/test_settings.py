@@ -43,6 +43,8 @@ def test_several_models_are_applications_of_their_own():
     assert config["http_options"] == {"host": "0.0.0.0", "port": 80}
     ingress, *engines = config["applications"]
     assert ingress["args"] == {"api_key": "k", "shutdown_timeout": 5}
+    (router,) = ingress["deployments"]
+    assert router == {"name": "Router", "user_config": {"models": ["org/m", "n"]}}
     for one, application, others in zip(settings, engines, (2, 1), strict=True):
         args = application["args"]
         assert application["route_prefix"] is None and args.pop("beside") == others
