@@ -4,6 +4,7 @@ The names of arguments and columns are those of ``ray.data.llm``.
 """
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import cached_property
 from os import PathLike
@@ -173,8 +174,6 @@ async def _ask(engine: AsyncEngineHandle, row: Row) -> list[Any]:
 
 def _sampling(given: Any, defaults: SamplingParams) -> SamplingParams:
     """Raises RequestError for a wrong field."""
-    import dataclasses
-
     if given is None:
         return defaults
     if isinstance(given, SamplingParams):

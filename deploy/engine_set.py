@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 from ray import serve
 from ray.experimental import internal_kv
@@ -63,7 +62,7 @@ class EngineSet:
         most = sum(settings.router.replica_bounds[1] for settings in models)
         sets = []
         for number, settings in enumerate(models):
-            _is_claimed(number)
+            _claim(number)
             sets.append(cls.of(settings, number, most - settings.router.replica_bounds[1]))
         for left in cls.all():
             left.forget()
@@ -97,13 +96,13 @@ class EngineSet:
         value = json.dumps(dataclasses.asdict(self)).encode()
         internal_kv._internal_kv_put(f"{_SETS}{self.number}", value, namespace=_NAMESPACE)
         for name in self.names:
-            Directory(APPLICATION).add("model", quote(name, safe=""), str(self.number))
+            Directory(APPLICATION).add("model", name, str(self.number))
 
     def forget(self) -> None:
         """Have nobody find it any longer."""
         internal_kv._internal_kv_del(f"{_SETS}{self.number}", namespace=_NAMESPACE)
         for name in self.names:
-            Directory(APPLICATION).remove("model", quote(name, safe=""), str(self.number))
+            Directory(APPLICATION).remove("model", name, str(self.number))
 
     def end(self) -> None:
         """Have its engines drain; returns when they have gone."""
@@ -206,13 +205,13 @@ def introduce(new: EngineSet, old: EngineSet | None, timeout: float | None = Non
 
 def new_number() -> int:
     """One that no engines of this server had; several programs may ask at the same time."""
-    return next(number for number in itertools.count() if not _is_claimed(number))
+    return next(number for number in itertools.count() if _claim(number))
 
 
-def _is_claimed(number: int) -> bool:
-    """Whether a number was claimed before this claim."""
+def _claim(number: int) -> bool:
+    """Claim a number; whether nobody had."""
     key = f"{_NUMBERS}{number}"
-    return internal_kv._internal_kv_put(key, b"", overwrite=False, namespace=_NAMESPACE)
+    return not internal_kv._internal_kv_put(key, b"", overwrite=False, namespace=_NAMESPACE)
 
 
 def _run(new: EngineSet, timeout: float | None) -> None:

@@ -98,15 +98,10 @@ class Settings:
         if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
             raise CheckpointError(f"there is no folder {model!r}")
         options = {**self.options, "model": model, "served_model_name": self.names}
-        make_absolute(options)
+        for name in ("model", "tokenizer", "chat_template", "api_key_file"):
+            if isinstance(options.get(name), str) and os.path.exists(options[name]):
+                options[name] = os.path.abspath(options[name])
         return Settings.from_options(options)
-
-
-def make_absolute(options: dict[str, Any]) -> None:
-    """Have options name files in whole: Ray's processes run elsewhere."""
-    for name in ("model", "tokenizer", "chat_template", "api_key_file"):
-        if isinstance(options.get(name), str) and os.path.exists(options[name]):
-            options[name] = os.path.abspath(options[name])
 
 
 def of_server(options: Mapping[str, Any]) -> dict[str, Any]:

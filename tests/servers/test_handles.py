@@ -30,7 +30,7 @@ from manta import (
 from router.app import build_app
 from router.config import RouterConfig
 from tests.support.collector import collecting
-from tests.support.served import ROOT, left_of
+from tests.support.served import ROOT, pids
 from tests.support.waiting import PATIENCE, until
 
 OPTIONS = {
@@ -345,7 +345,7 @@ def read(folder):
 
 
 def actors():
-    return {int(entry.split()[0]) for entry in left_of(SESSION) if "EngineActor" in entry}
+    return set(pids(SESSION, "EngineActor"))
 
 
 def test_a_stage_of_ray_data(engine, capsys):
@@ -363,8 +363,8 @@ def test_a_stage_of_ray_data(engine, capsys):
 
 
 def engine_pid():
-    (found,) = [entry for entry in left_of(SESSION) if "EngineActor" in entry]
-    return int(found.split()[0])
+    (found,) = pids(SESSION, "EngineActor")
+    return found
 
 
 def test_an_engine_that_is_killed_comes_again_and_its_requests_go_on(engine):

@@ -19,7 +19,7 @@ import yaml
 from ray._common.utils import reset_ray_address
 
 from deploy.ports import free_ports
-from tests.support.served import certificate, gone, left_of
+from tests.support.served import certificate, gone, left_of, pids
 from tests.support.waiting import PATIENCE, until
 
 (PORT,) = free_ports(1)  # others may test here too
@@ -193,10 +193,7 @@ def test_a_client_that_vanishes_frees_its_blocks_in_any_state(server, stream):
 
 
 def engine_pid(session):
-    for entry in left_of(session):
-        if "ServeReplica:manta-engines-0:Engine" in entry:
-            return int(entry.split()[0])
-    raise AssertionError("no engine")
+    return pids(session, "ServeReplica:manta-engines-0:Engine")[0]
 
 
 def answers(streams):
@@ -259,8 +256,7 @@ def test_an_ingress_replica_that_is_killed_takes_along_only_streams_that_have_be
     for thread in threads:
         thread.start()
     until(lambda: metric("num_requests_waiting") > 3)
-    routers = [int(e.split()[0]) for e in left_of(session) if "ServeReplica:manta:Router" in e]
-    os.kill(routers[0], signal.SIGKILL)
+    os.kill(pids(session, "ServeReplica:manta:Router")[0], signal.SIGKILL)
     for reading in readings:
         reading.thread.join(PATIENCE)
         assert reading.done or isinstance(reading.error, httpx.RemoteProtocolError), reading.error
