@@ -37,7 +37,7 @@ from cluster.transport import RemoteClient
 from engine.chat import load_template
 from engine.collector import Collector
 from engine.continuation import Continuation
-from engine.errors import RequestError
+from engine.errors import EngineError, RequestError, Unavailable
 from engine.grammar_trial import trial_of
 from engine.log import get_logger
 from engine.outputs import Piece, RequestOutput
@@ -80,7 +80,12 @@ class NamedEngine:
                     client = await _open(self._name, CONNECT_TIMEOUT)
                     await self.client.close()
                     self.client = client
-        attempt = await self.client.submit(request, sink)
+        try:
+            attempt = await self.client.submit(request, sink)
+        except EngineError as error:
+            if self.client.healthy:
+                raise
+            raise Unavailable(str(error), "starting") from error
         attempt.stay.engine = self.client.info.engine_id
         return attempt
 
