@@ -87,8 +87,7 @@ class Spans:
         """One below ``parent`` for what was asked of a model together, at least one request, and
         those of its engines. ``error`` is what ended those that have no end of their own."""
         arrival = min(one.stream.metrics.arrival_time for one in asked)
-        first = asked[0]
-        span = self.child(parent, f"{operation} {first.model}", arrival)
+        span = self.child(parent, f"{operation} {asked[0].model}", arrival)
         if not span.is_recording():  # as the client, or the sampler, has it
             return
         span.set_attributes(_facts(operation, asked))
@@ -103,14 +102,8 @@ class Spans:
                 self._of_engine(span, stay, facts)
             for stay, following in pairwise(one.stream.stays):
                 self._moved(span, stay, following, facts)
-        span.end(
-            self.at(
-                max(
-                    (self._end(stay) for one in asked for stay in one.stream.stays),
-                    default=self._now,
-                )
-            )
-        )
+        ends = [self._end(stay) for one in asked for stay in one.stream.stays]
+        span.end(self.at(max(ends, default=self._now)))
 
     def _of_engine(self, parent: "Span", stay: Stay, facts: Mapping[str, Any]) -> None:
         end = self._end(stay)

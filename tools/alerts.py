@@ -40,7 +40,8 @@ ALERTS = (
         "Prometheus finds no server.",
     ),
     Alert(
-        "MantaNoEngine", 'max by (model_name) (@engines{state="healthy"})', "== 0", "1m",
+        # One that drains: what Ray's agents tell last of a model that was removed.
+        "MantaNoEngine", 'max by (model_name) (@engines{state=~"healthy|draining"})', "== 0", "1m",
         "critical",
         "No engine {{ with $labels.model_name }}of {{ . }} {{ end }}makes progress: requests get"
         " 503.",

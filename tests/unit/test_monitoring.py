@@ -47,6 +47,8 @@ FIRES = {
 WELL = {
     'engines{model_name="m",state="healthy"}': "2x30",
     'engines{model_name="m",state="unhealthy"}': "0x30",
+    'engines{model_name="removed",state="healthy"}': "0x30",
+    'engines{model_name="removed",state="draining"}': "1x30",
     f"num_requests_running{{{WHO}}}": "3x30",
     f"num_requests_waiting{{{WHO}}}": "3x30",
     f"steps_total{{{WHO}}}": "0+600x30",
