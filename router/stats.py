@@ -25,13 +25,13 @@ STAGES_SEEN: ContextVar[list[tuple[str, float, float]] | None] = ContextVar(
 )
 
 
-class Asked:
+class _Asked:
     """What is known of a request."""
 
     model = ""  # its id
 
 
-ASKED: ContextVar[Asked | None] = ContextVar("manta_asked", default=None)
+_ASKED: ContextVar[_Asked | None] = ContextVar("manta_asked", default=None)
 CAUSES = ("lost", "drained", "recovering")  # of a move
 MOVE_SECONDS = (
     0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
@@ -65,12 +65,12 @@ class RouterStats:
 
     def asked_for(self, model: str) -> None:
         """The request whose context this is is for a model."""
-        if (asked := ASKED.get()) is not None:
+        if (asked := _ASKED.get()) is not None:
             asked.model = model
 
     def observe(self, stage: str, seconds: float) -> None:
         """The request whose context this is spent so long in a stage, until now."""
-        asked = ASKED.get()
+        asked = _ASKED.get()
         self._times["" if asked is None else asked.model].stages[stage].observe(seconds)
         if (seen := STAGES_SEEN.get()) is not None:
             seen.append((stage, time.monotonic(), seconds))
@@ -94,8 +94,9 @@ class RouterStats:
         for model in models:
             self._times[model]  # makes it
         told = "; ".join(f"{stage}: {what}" for stage, what in STAGES.items())
-        stages = {(m, name): h for m, one in self._times.items() for name, h in one.stages.items()}
-        moves = {(m, name): h for m, one in self._times.items() for name, h in one.moves.items()}
+        times = list(self._times.items())  # another thread may ask
+        stages = {(model, name): h for model, one in times for name, h in one.stages.items()}
+        moves = {(model, name): h for model, one in times for name, h in one.moves.items()}
         answers = tuple(Sample(labels, count) for labels, count in sorted(self.answers.items()))
         return [
             _histograms(
@@ -155,8 +156,8 @@ class AnswerCounter:
             await self._app(scope, receive, send)
             return
 
-        asked = Asked()
-        token = ASKED.set(asked)
+        asked = _Asked()
+        token = _ASKED.set(asked)
         started = False
 
         def count(status: int) -> None:
@@ -177,4 +178,4 @@ class AnswerCounter:
                 count(499)
             raise
         finally:
-            ASKED.reset(token)
+            _ASKED.reset(token)

@@ -411,8 +411,10 @@ def test_it_joins_a_cluster_and_leaves_it_as_it_was(tmp_path, monkeypatch):
 
 MODELS = """\
 models:
-- {model: manta-demo, served-model-name: one, worker-cpus: 0.3, worker-resource: own}
-- {model: manta-demo, served-model-name: two, worker-cpus: 0.3}
+- {model: manta-demo, served-model-name: one, worker-cpus: 0.2, worker-resource: ours,
+   tensor-parallel-size: 2, num-gpu-blocks-override: 140}
+- {model: manta-demo, served-model-name: two, worker-cpus: 0.3, worker-resource: theirs,
+   num-gpu-blocks-override: 140}
 """
 
 
@@ -440,7 +442,7 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
     assert all(name in text for name in variables for text in texts)
     with (
         (tmp_path / "log").open("w") as log,
-        cluster(log, '--resources={"own": 1}', **variables) as (process, ports),
+        cluster(log, '--resources={"ours": 2, "theirs": 1}', **variables) as (process, ports),
     ):
         dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
         agent = f"http://127.0.0.1:{ports['--metrics-export-port']}/metrics"
