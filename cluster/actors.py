@@ -71,6 +71,8 @@ class RayLauncher:
                 self._need["CPU"] = parallel.worker_cpus
         else:
             self._need = {"CPU": 1.0 if parallel.worker_cpus is None else parallel.worker_cpus}
+        self._own = {} if parallel.worker_resource is None else {parallel.worker_resource: 1.0}
+        self._need |= self._own
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []  # handles of RankActor
         self._pids: list[tuple[str, int]] = []
@@ -87,6 +89,7 @@ class RayLauncher:
                 actor.options(
                     num_cpus=self._need.get("CPU", 0),
                     num_gpus=self._need.get("GPU", 0),
+                    resources=self._own,
                     max_restarts=0,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(
                         self._group, placement_group_bundle_index=rank
@@ -134,7 +137,7 @@ class RayLauncher:
         if place([fits(self._need, node.total) for node in nodes], tensor, pipeline) is None:
             raise ConfigError(
                 f"{asked}; the cluster never has that: {describe(nodes, self._need)}"
-                " (worker_cpus and worker_gpus say what a worker asks for)"
+                " (worker_cpus, worker_gpus and worker_resource say what a worker asks for)"
             )
         chosen = place([fits(self._need, node.free) for node in nodes], tensor, pipeline)
         if chosen is None:

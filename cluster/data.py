@@ -4,6 +4,7 @@ The names of arguments and columns are those of ``ray.data.llm``.
 """
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import cached_property
 from os import PathLike
@@ -61,14 +62,13 @@ def build_processor(
         from cluster.joining import connect_ray
 
         connect_ray()
-        resources: dict[str, Any] = {**needed(config)}
         return dataset.map_batches(
             _Stage,
             batch_size=batch_size,
             batch_format="pyarrow",
             concurrency=concurrency,
             fn_constructor_args=(options, concurrency, preprocess, postprocess),
-            **resources,
+            **needed(config),
         )
 
     return process
@@ -174,8 +174,6 @@ async def _ask(engine: AsyncEngineHandle, row: Row) -> list[Any]:
 
 def _sampling(given: Any, defaults: SamplingParams) -> SamplingParams:
     """Raises RequestError for a wrong field."""
-    import dataclasses
-
     if given is None:
         return defaults
     if isinstance(given, SamplingParams):

@@ -9,6 +9,7 @@ the next one who finds nobody there (``remove``, ``unanswered``).
 
 import time
 from typing import Literal
+from urllib.parse import quote, unquote
 
 from ray.experimental import internal_kv
 
@@ -58,11 +59,11 @@ class Directory:
         prefix = f"{self._prefix}{kind}/"
         keys = internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)
         entries = (key.decode()[len(prefix) :].split("/", 1) for key in keys)
-        return {id: address for id, address in entries}
+        return {unquote(id): address for id, address in entries}
 
     def clear(self) -> None:
         """Forget all entries."""
         internal_kv._internal_kv_del(self._prefix, del_by_prefix=True, namespace=_NAMESPACE)
 
     def _key(self, kind: Kind, id: str, address: str) -> str:
-        return f"{self._prefix}{kind}/{id}/{address}"
+        return f"{self._prefix}{kind}/{quote(id, safe='')}/{address}"

@@ -122,19 +122,27 @@ def take_cores(config: EngineConfig, share: int) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
-def needed(config: EngineConfig) -> dict[str, float]:
-    """The CPUs and GPUs that the process of an engine asks Ray for.
+def needed(config: EngineConfig) -> dict[str, Any]:
+    """What the process of an engine asks Ray for, as options of an actor.
 
-    That of a split model asks for none: its workers do. Ray must be initialised.
+    That of a split model asks for nothing: its workers do. Ray must be initialised.
     """
     parallel = config.parallel
     if parallel.world_size > 1:
         return {"num_cpus": 0}
+    own = {} if parallel.worker_resource is None else {"resources": {parallel.worker_resource: 1}}
     device = config.device.device
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     if device == "cuda" or (device == "auto" and resources.get("GPU")):
-        return {"num_cpus": parallel.worker_cpus or 0, "num_gpus": parallel.worker_gpus}
-    return {"num_cpus": 1 if parallel.worker_cpus is None else parallel.worker_cpus}
+        return {"num_cpus": parallel.worker_cpus or 0, "num_gpus": parallel.worker_gpus, **own}
+    return {"num_cpus": 1 if parallel.worker_cpus is None else parallel.worker_cpus, **own}
+
+
+def amounts(need: Mapping[str, Any]) -> dict[str, float]:
+    """What ``needed`` gives, by the names that Ray's resources have."""
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    plain = {name: need[option] for option, name in names.items() if option in need}
+    return {**plain, **need.get("resources", {})}
 
 
 class _EngineActor:
@@ -238,7 +246,7 @@ def _start(
 
 
 def _wait_for_room(
-    actors: list[Any], engines: str, timeout: float, need: Mapping[str, float]
+    actors: list[Any], engines: str, timeout: float, need: Mapping[str, Any]
 ) -> None:
     try:
         with waiting_for(log, f"room for {engines} in the cluster"):
@@ -246,8 +254,10 @@ def _wait_for_room(
     except GetTimeoutError:
         there = ray.cluster_resources()  # type: ignore[no-untyped-call]
         free = ray.available_resources()  # type: ignore[no-untyped-call]
-        has = ", ".join(f"{free.get(k, 0):g} of {there.get(k, 0):g} {k}" for k in ("CPU", "GPU"))
-        asked = ", ".join(f"{value:g} {key[4:].upper()[:-1]}" for key, value in need.items())
+        named = amounts(need)
+        names = dict.fromkeys(("CPU", "GPU", *named))
+        has = ", ".join(f"{free.get(k, 0):g} of {there.get(k, 0):g} {k}" for k in names)
+        asked = ", ".join(f"{value:g} {name}" for name, value in named.items())
         each = "it needs" if len(actors) == 1 else "each needs"
         raise ConfigError(
             f"no room for {engines} within placement_timeout ({timeout:g} s): {each}"

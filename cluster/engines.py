@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Collection, Iterator
 from functools import partial
-from urllib.parse import unquote
 
 from cluster.client import EngineClient
 from cluster.directory import Directory
@@ -93,7 +92,7 @@ class Engines(Collection[EngineClient]):
     async def _look(self) -> None:
         try:
             models = await asyncio.to_thread(self._directory.find, "model")
-            self.models = frozenset(map(unquote, models))
+            self.models = frozenset(models)
             await self._update(await asyncio.to_thread(self._directory.find, "engine"))
         except Exception as error:  # the GCS is away for a moment: go on with what is known
             log.warning("The directory cannot be read: %s", error)

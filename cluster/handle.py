@@ -32,6 +32,7 @@ from cluster.prompts import (
     text_prompts,
 )
 from cluster.streams import Route, Stream, settled
+from cluster.tracing import Asked, of_program
 from cluster.transport import RemoteClient
 from engine.chat import load_template
 from engine.collector import Collector
@@ -81,11 +82,13 @@ class NamedEngine:
                     await self.client.close()
                     self.client = client
         try:
-            return await self.client.submit(request, sink)
+            attempt = await self.client.submit(request, sink)
         except EngineError as error:
             if self.client.healthy:
                 raise
             raise Unavailable(str(error), "starting") from error
+        attempt.stay.engine = self.client.info.engine_id
+        return attempt
 
     def moved(self, cause: str, seconds: float) -> None:
         log.info("A request went on at engine %r after %.2f s (%s)", self._name, seconds, cause)
@@ -133,7 +136,11 @@ class AsyncEngineHandle:
         for a wrong prompt or parameter, EngineError if none does within ``failover_timeout``.
         """
         return await self._run(
-            text_prompts(self.tokenizer, prompts), sampling_params, priority, timeout
+            "text_completion",
+            text_prompts(self.tokenizer, prompts),
+            sampling_params,
+            priority,
+            timeout,
         )
 
     async def chat(
@@ -147,7 +154,7 @@ class AsyncEngineHandle:
     ) -> list[RequestOutput]:
         """As ``LLM.chat``."""
         prompts = self._render(messages, template_options)
-        return await self._run(prompts, sampling_params, priority, timeout)
+        return await self._run("chat", prompts, sampling_params, priority, timeout)
 
     async def stream(
         self,
@@ -163,9 +170,13 @@ class AsyncEngineHandle:
         """
         async with contextlib.aclosing(
             self._stream(
-                text_prompts(self.tokenizer, prompt), sampling_params, priority, timeout
+                "text_completion",
+                text_prompts(self.tokenizer, prompt),
+                sampling_params,
+                priority,
+                timeout,
             )
-        ) as pieces:  # fmt: skip
+        ) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -181,7 +192,7 @@ class AsyncEngineHandle:
         """The answers to one conversation, piece by piece."""
         prompts = self._render(messages, template_options)
         async with contextlib.aclosing(
-            self._stream(prompts, sampling_params, priority, timeout)
+            self._stream("chat", prompts, sampling_params, priority, timeout)
         ) as pieces:
             async for piece in pieces:
                 yield piece
@@ -218,6 +229,9 @@ class AsyncEngineHandle:
     def _stream_of(self, request: Continuation) -> Stream:
         return Stream(request, self._route, self.info.failover)
 
+    def _asked(self, request: Continuation, stream: Stream, collector: Collector) -> Asked:
+        return Asked(self.info.names[0], stream, collector.output, request.sampling)
+
     async def _check_outputs(self, sampling: SamplingParams, where: str = "") -> None:
         info = self.info
         if sampling.structured_outputs is not None:
@@ -229,6 +243,7 @@ class AsyncEngineHandle:
 
     async def _run(
         self,
+        operation: str,
         prompts: list[Tokenized],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int] | None,
@@ -238,6 +253,10 @@ class AsyncEngineHandle:
         for number, request in enumerate(requests):
             await self._check_outputs(request.sampling, f"prompt {number}: ")
         streams = [self._stream_of(request) for request in requests]
+        collectors = [
+            Collector(request, text, self.tokenizer, stream.metrics)
+            for request, stream, (text, _) in zip(requests, streams, prompts, strict=True)
+        ]
 
         async def start(number: int, stream: Stream) -> None:
             try:
@@ -249,20 +268,18 @@ class AsyncEngineHandle:
             async for outcomes in stream:
                 collector.take(outcomes, stream.stop_at_text)
 
-        try:
-            await settled(start(*numbered) for numbered in enumerate(streams))
-            collectors = [
-                Collector(request, text, self.tokenizer, stream.metrics)
-                for request, stream, (text, _) in zip(requests, streams, prompts, strict=True)
-            ]
-            await settled(map(collect, streams, collectors))
-            return [collector.output for collector in collectors]
-        finally:
-            for stream in streams:
-                stream.cancel()
+        with of_program(operation, map(self._asked, requests, streams, collectors)):
+            try:
+                await settled(start(*numbered) for numbered in enumerate(streams))
+                await settled(map(collect, streams, collectors))
+                return [collector.output for collector in collectors]
+            finally:
+                for stream in streams:
+                    stream.cancel()
 
     async def _stream(
         self,
+        operation: str,
         prompts: list[Tokenized],
         sampling_params: SamplingParams | None,
         priority: int,
@@ -275,13 +292,14 @@ class AsyncEngineHandle:
         stream = self._stream_of(request)
         text = prompts[0][0]
         collector = Collector(request, text, self.tokenizer, stream.metrics, streaming=True)
-        try:
-            await stream.start()
-            async for outcomes in stream:
-                for piece in collector.take(outcomes, stream.stop_at_text):
-                    yield piece
-        finally:
-            stream.cancel()
+        with of_program(operation, [self._asked(request, stream, collector)]):
+            try:
+                await stream.start()
+                async for outcomes in stream:
+                    for piece in collector.take(outcomes, stream.stop_at_text):
+                        yield piece
+            finally:
+                stream.cancel()
 
 
 class EngineHandle:

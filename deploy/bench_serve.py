@@ -49,7 +49,15 @@ def add_command(benches: Any) -> None:
         usage="manta bench serve [OPTION ...]",
         description="Measure a running OpenAI-compatible server with streamed requests.",
     )
-    server = serve.add_argument_group("server")
+    _add_server(serve.add_argument_group("server"))
+    _add_prompts(serve.add_argument_group("prompts"))
+    _add_load(serve.add_argument_group("load"))
+    _add_request(serve.add_argument_group("request"))
+    _add_report(serve.add_argument_group("report"))
+    serve.set_defaults(run=bench_serve, parser=serve)
+
+
+def _add_server(server: Any) -> None:
     server.add_argument("--base-url", metavar="URL", help="instead of --host and --port")
     server.add_argument("--host", default="127.0.0.1")
     server.add_argument("--port", type=int, default=8000)
@@ -60,7 +68,8 @@ def add_command(benches: Any) -> None:
     server.add_argument("--header", nargs="+", default=[], metavar="NAME=VALUE")
     server.add_argument("--insecure", action="store_true", help="accept any certificate")
 
-    prompts = serve.add_argument_group("prompts")
+
+def _add_prompts(prompts: Any) -> None:
     prompts.add_argument("--dataset-name", choices=["random", "sharegpt", "custom"])
     prompts.add_argument(
         "--dataset-path",
@@ -86,7 +95,8 @@ def add_command(benches: Any) -> None:
     prompts.add_argument("--disable-shuffle", action="store_true", help="the file's own order")
     prompts.add_argument("--seed", type=int, default=0)
 
-    load = serve.add_argument_group("load")
+
+def _add_load(load: Any) -> None:
     load.add_argument("--request-rate", type=float, default=math.inf, help="a second; inf: at once")
     load.add_argument(
         "--burstiness", type=float, default=1.0, help="1 is Poisson, less comes in bursts"
@@ -95,7 +105,8 @@ def add_command(benches: Any) -> None:
     load.add_argument("--num-warmups", type=int, default=0, help="requests that are not measured")
     load.add_argument("--ready-check-timeout-sec", type=float, default=0, metavar="SECONDS")
 
-    request = serve.add_argument_group("request")
+
+def _add_request(request: Any) -> None:
     request.add_argument(
         "--ignore-eos",
         action=argparse.BooleanOptionalAction,
@@ -105,7 +116,8 @@ def add_command(benches: Any) -> None:
     for name, kind in SAMPLING.items():
         request.add_argument("--" + name.replace("_", "-"), type=kind)
 
-    report = serve.add_argument_group("report")
+
+def _add_report(report: Any) -> None:
     report.add_argument("--percentile-metrics", default="ttft,tpot,itl,e2el", metavar="NAMES")
     report.add_argument("--metric-percentiles", default="50,90,99", metavar="NUMBERS")
     report.add_argument(
@@ -122,7 +134,6 @@ def add_command(benches: Any) -> None:
     report.add_argument("--result-filename", metavar="FILE")
     report.add_argument("--label", help="of the result")
     report.add_argument("--metadata", nargs="*", default=[], metavar="NAME=VALUE")
-    serve.set_defaults(run=bench_serve, parser=serve)
 
 
 def bench_serve(args: argparse.Namespace) -> None:

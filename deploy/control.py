@@ -19,8 +19,8 @@ def add_commands(commands: Any) -> None:
     engines.set_defaults(run=_engines)
     models = commands.add_parser("models", help="list the models of a server that runs")
     models.set_defaults(run=_models)
-    changes = _add_scale(commands), _add_drain(commands), _add_add(commands), _add_remove(commands)
-    for parser in (engines, models, *changes):
+    changes = (_add_scale, _add_drain, _add_add_model, _add_remove_model)
+    for parser in (engines, models, *(add(commands) for add in changes)):
         parser.set_defaults(parser=parser)
         parser.add_argument(
             "--port",
@@ -63,7 +63,7 @@ def _add_drain(commands: Any) -> Any:
     return drain
 
 
-def _add_add(commands: Any) -> Any:
+def _add_add_model(commands: Any) -> Any:
     add = commands.add_parser(
         "add-model",
         help="have a server that runs serve one more model, or another under the same name",
@@ -84,7 +84,7 @@ def _add_add(commands: Any) -> Any:
     return add
 
 
-def _add_remove(commands: Any) -> Any:
+def _add_remove_model(commands: Any) -> Any:
     remove = commands.add_parser(
         "remove-model",
         help="have a server that runs serve a model no longer",

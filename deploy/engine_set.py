@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 from ray import serve
 from ray.experimental import internal_kv
@@ -26,7 +25,7 @@ from cluster.directory import Directory
 from cluster.joining import connect_ray
 from cluster.transport import RemoteClient
 from deploy.serve import APPLICATION, engine_application
-from deploy.settings import SCALABLE, SIZES, STOP_BUFFER, Settings
+from deploy.settings import SCALABLE, SIZES, STOP_BUFFER, Settings, without_secrets
 from engine.errors import ConfigError, EngineError
 from engine.log import get_logger, waiting_for
 
@@ -36,7 +35,6 @@ _SETS, _NUMBERS = f"{APPLICATION}/engine_set/", f"{APPLICATION}/engine_number/"
 _NAMESPACE = "manta"
 _LOOK_EVERY = 0.1  # seconds
 _SERVES_OWN = 30.0  # seconds that Serve itself may take to end an application
-_SECRET = ("api_key", "api_key_file")  # the ingress alone needs them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,7 @@ class EngineSet:
     @classmethod
     def of(cls, settings: Settings, number: int, beside: int) -> "EngineSet":
         """That of a model which is new."""
-        given = {name: value for name, value in settings.options.items() if name not in _SECRET}
+        given = without_secrets(settings.options)
         sizes = {name: given[name] for name in SIZES if given.get(name) is not None}
         return cls(given, sizes, number, beside)
 
@@ -64,7 +62,7 @@ class EngineSet:
         most = sum(settings.router.replica_bounds[1] for settings in models)
         sets = []
         for number, settings in enumerate(models):
-            _is_claimed(number)
+            _claim(number)
             sets.append(cls.of(settings, number, most - settings.router.replica_bounds[1]))
         for left in cls.all():
             left.forget()
@@ -98,13 +96,13 @@ class EngineSet:
         value = json.dumps(dataclasses.asdict(self)).encode()
         internal_kv._internal_kv_put(f"{_SETS}{self.number}", value, namespace=_NAMESPACE)
         for name in self.names:
-            Directory(APPLICATION).add("model", quote(name, safe=""), str(self.number))
+            Directory(APPLICATION).add("model", name, str(self.number))
 
     def forget(self) -> None:
         """Have nobody find it any longer."""
         internal_kv._internal_kv_del(f"{_SETS}{self.number}", namespace=_NAMESPACE)
         for name in self.names:
-            Directory(APPLICATION).remove("model", quote(name, safe=""), str(self.number))
+            Directory(APPLICATION).remove("model", name, str(self.number))
 
     def end(self) -> None:
         """Have its engines drain; returns when they have gone."""
@@ -207,13 +205,13 @@ def introduce(new: EngineSet, old: EngineSet | None, timeout: float | None = Non
 
 def new_number() -> int:
     """One that no engines of this server had; several programs may ask at the same time."""
-    return next(number for number in itertools.count() if not _is_claimed(number))
+    return next(number for number in itertools.count() if _claim(number))
 
 
-def _is_claimed(number: int) -> bool:
-    """Whether a number was claimed before this claim."""
+def _claim(number: int) -> bool:
+    """Claim a number; whether nobody had."""
     key = f"{_NUMBERS}{number}"
-    return internal_kv._internal_kv_put(key, b"", overwrite=False, namespace=_NAMESPACE)
+    return not internal_kv._internal_kv_put(key, b"", overwrite=False, namespace=_NAMESPACE)
 
 
 def _run(new: EngineSet, timeout: float | None) -> None:
@@ -230,8 +228,9 @@ def check_room(*models: Settings) -> None:
     import ray
 
     free = ray.available_resources()  # type: ignore[no-untyped-call]
-    for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-        need = sum(_needed(settings).get(key, 0) for settings in models)
+    asked = [_needed(settings) for settings in models]
+    for name in dict.fromkeys(itertools.chain(*asked)):
+        need = sum(one.get(name, 0) for one in asked)
         if need > free.get(name, 0):
             workers = [
                 f"{settings.router.replica_bounds[0]} engines of"
@@ -240,14 +239,14 @@ def check_room(*models: Settings) -> None:
             ]
             raise ConfigError(
                 f"{', '.join(workers)} need {need:g} {name}; of the cluster's,"
-                f" {free.get(name, 0):g} are free (--worker-cpus and --worker-gpus say what a"
-                " worker asks for)"
+                f" {free.get(name, 0):g} are free (--worker-cpus, --worker-gpus and"
+                " --worker-resource say what a worker asks for)"
             )
 
 
 def _needed(settings: Settings) -> dict[str, float]:
-    """What all engines of a model ask for."""
-    from cluster.engine_actor import needed
+    """What all engines of a model ask for, by the names of Ray's resources."""
+    from cluster.engine_actor import amounts, needed
 
     parallel = settings.engine.parallel
     need = needed(settings.engine)
@@ -255,7 +254,7 @@ def _needed(settings: Settings) -> dict[str, float]:
         alone = dataclasses.replace(parallel, tensor_parallel_size=1, pipeline_parallel_size=1)
         need = needed(dataclasses.replace(settings.engine, parallel=alone))
     count = settings.router.replica_bounds[0] * parallel.world_size
-    return {name: value * count for name, value in need.items()}
+    return {name: value * count for name, value in amounts(need).items()}
 
 
 def drain(engine_id: str, timeout: float = 60.0) -> None:

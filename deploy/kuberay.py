@@ -1,20 +1,23 @@
 """``manta serve ... --print-kuberay``: the same server as a RayService for Kubernetes.
 
 The pods of an engine follow from TP x PP and from what a node has: a stage is kept whole on one,
-and as many stages as fit share it. Keys are in Secrets, never in the manifest.
+and as many stages as fit share it. Each of several models has a group of pods, which its engines
+alone may use: else a small model could take the place of a large one. Keys are in Secrets, never in
+the manifest.
 """
 
-import dataclasses
 import importlib.metadata
+import json
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
-from deploy.serve_config import application
+from deploy.serve_config import applications, labels
 from deploy.serve_environment import CALLBACK, GUARD, OWN_DRAIN, everywhere
-from deploy.settings import STOP_BUFFER, Settings
+from deploy.settings import STOP_BUFFER, Settings, without_secrets
 from engine.errors import ConfigError
 from manta import __version__
 
@@ -35,30 +38,33 @@ SECRET = """\
 Manifest = dict[str, Any]
 
 
-def manifest(settings: Settings, gpus_per_node: int = GPUS_PER_NODE) -> str:
+def manifest(models: Sequence[Settings], gpus_per_node: int = GPUS_PER_NODE) -> str:
     """YAML of a RayService.
 
     Raises ConfigError for what Kubernetes' nodes cannot have, or only ``manta serve`` can honour.
     """
-    options = dict(settings.options)
-    keys = bool(settings.router.keys())
-    for name in ("api_key", "api_key_file"):
-        options.pop(name, None)
-    if keys:
-        options["api_key_file"] = KEYS
-    # Nobody but the cluster's network reaches a pod, and all of that has to.
-    router = dataclasses.replace(settings.router, host="0.0.0.0")
-    serve = application(dataclasses.replace(settings, options=options, router=router))
-    drain = int(router.shutdown_timeout + STOP_BUFFER)
+    keys = bool(models[0].router.keys())
+    several = len(models) > 1
+    names = [f"engines-{label}" for label in labels(models)] if several else ["engines"]
+    models = [
+        _for_pods(settings, keys, name if several else None)
+        for settings, name in zip(models, names, strict=True)
+    ]
+    serve = applications(models, [0] * len(models))
+    image = f"{NAME}:{__version__}" + ("-cuda" if any(map(_on_gpus, models)) else "")
+    drain = int(models[0].router.shutdown_timeout + STOP_BUFFER)
     cluster: Manifest = {
         "rayVersion": importlib.metadata.version("ray"),
         "headGroupSpec": {
             "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0", "num-gpus": "0"},
-            "template": _pod(settings, keys, head=True),
+            "template": _pod(models[0], image, keys, head=True),
         },
-        "workerGroupSpecs": [_group(settings, keys, gpus_per_node)],
+        "workerGroupSpecs": [
+            _group(name, settings, image, keys, gpus_per_node)
+            for name, settings in zip(names, models, strict=True)
+        ],
     }
-    if settings.router.max_replicas is not None:
+    if any(settings.router.max_replicas is not None for settings in models):
         cluster["enableInTreeAutoscaling"] = True  # Ray asks for the pods of further engines
     made = {
         "apiVersion": "ray.io/v1",
@@ -72,34 +78,52 @@ def manifest(settings: Settings, gpus_per_node: int = GPUS_PER_NODE) -> str:
             "rayClusterConfig": cluster,
         },
     }
-    return HEAD + (SECRET if keys else "") + _files(options) + _dump(made)
+    return HEAD + (SECRET if keys else "") + _files(models) + _dump(made)
 
 
-def _files(options: Manifest) -> str:
+def _for_pods(settings: Settings, keys: bool, group: str | None) -> Settings:
+    """Those of a model whose engines run in pods, only in those of the ``group`` if that is given.
+
+    Nobody but the cluster's network reaches a pod, and all of that has to.
+    """
+    options = {**without_secrets(settings.options), "host": "0.0.0.0"}
+    if keys:
+        options["api_key_file"] = KEYS
+    if group is not None:
+        options.setdefault("worker_resource", group)
+    return Settings.from_options(options)
+
+
+def _files(models: Sequence[Settings]) -> str:
     """A comment for each file of this machine that the options name."""
-    names = [options.get(name) for name in ("model", "tokenizer", "chat_template")]
+    options = ("model", "tokenizer", "chat_template")
+    names = [settings.options.get(option) for settings in models for option in options]
     files = [name for name in names if isinstance(name, str) and os.path.isabs(name)]
     return "".join(
-        f"# {name} must be in the image, or on a volume of every pod.\n" for name in files
+        f"# {name} must be in the image, or on a volume of every pod.\n"
+        for name in dict.fromkeys(files)
     )
 
 
-def _group(settings: Settings, keys: bool, gpus_per_node: int) -> Manifest:
-    """The pods of all engines."""
+def _group(name: str, settings: Settings, image: str, keys: bool, gpus_per_node: int) -> Manifest:
+    """The pods of all engines of a model."""
     parallel, (least, most) = settings.engine.parallel, settings.router.replica_bounds
     hosts, shards = _shape(settings, gpus_per_node)
     resources: Manifest = {}
     if _on_gpus(settings):
         gpus = max(1, math.ceil(shards * parallel.worker_gpus))
-        resources = {"num-gpus": str(gpus)}
+        resources["num-gpus"] = str(gpus)
+    if parallel.worker_resource is not None:
+        own = json.dumps({parallel.worker_resource: shards})
+        resources["resources"] = json.dumps(own)  # it becomes a word of a shell's
     return {
-        "groupName": "engines",
+        "groupName": name,
         "replicas": least,
         "minReplicas": least,
         "maxReplicas": most,
         "numOfHosts": hosts,
         "rayStartParams": resources,
-        "template": _pod(settings, keys, shards=shards),
+        "template": _pod(settings, image, keys, shards=shards),
     }
 
 
@@ -128,7 +152,9 @@ def _on_gpus(settings: Settings) -> bool:
     return settings.engine.device.device != "cpu"
 
 
-def _pod(settings: Settings, keys: bool, head: bool = False, shards: int = 0) -> Manifest:
+def _pod(
+    settings: Settings, image: str, keys: bool, head: bool = False, shards: int = 0
+) -> Manifest:
     """The template of a pod: of the head, or of one with so many shards of an engine."""
     gpus = not head and _on_gpus(settings)
     parallel, router = settings.engine.parallel, settings.router
@@ -147,7 +173,7 @@ def _pod(settings: Settings, keys: bool, head: bool = False, shards: int = 0) ->
         limits = {"cpu": str(count), "memory": f"{8 * count}Gi"}
     container: Manifest = {
         "name": "ray-head" if head else "ray-worker",
-        "image": f"{NAME}:{__version__}" + ("-cuda" if _on_gpus(settings) else ""),
+        "image": image,
         "env": _environment(settings),
         "resources": {"limits": limits, "requests": dict(limits)},
         "volumeMounts": [
@@ -184,7 +210,7 @@ def _ports(port: int, head: bool) -> list[Manifest]:
 
 def _environment(settings: Settings) -> list[Manifest]:
     """What the processes on every node are to find, and where files are kept."""
-    variables = everywhere(dataclasses.replace(settings.router, host="0.0.0.0"))
+    variables = everywhere(settings.router)
     del variables[OWN_DRAIN]  # only ``manta serve`` drains by itself
     variables |= {
         "RAY_SERVE_HAPROXY_BINARY_PATH": "/usr/local/bin/manta-haproxy",

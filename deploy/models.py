@@ -4,7 +4,7 @@ from typing import Any
 
 from cluster.joining import connect_ray
 from deploy.engine_set import EngineSet, found_sets, introduce, new_number, set_of
-from deploy.settings import Settings, model_options
+from deploy.settings import Settings, of_server
 from engine.errors import ConfigError
 
 
@@ -25,9 +25,7 @@ def add_model(
     """
     connect_ray()
     sets = found_sets()
-    own = {f.name for _, f in model_options()}
-    server = {name: value for name, value in sets[0].options.items() if name not in own}
-    settings = Settings.of_model(server, {**options, "model": model})
+    settings = Settings.of_model(of_server(sets[0].options), {**options, "model": model})
     id, *_ = settings.names
     old = next((engines for engines in sets if engines.names[0] == id), None)
     if old is None and replace:

@@ -9,6 +9,7 @@ earlier one was interrupted.
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import os
 import time
 import uuid
@@ -126,16 +127,14 @@ def _engines(
     args: argparse.Namespace, options: dict[str, Any]
 ) -> Iterator[tuple["Settings", str | None]]:
     """The settings, and the name of the ``Directory`` of engines; None is one in this process."""
-    from deploy.settings import Settings, make_absolute
+    from deploy.settings import Settings
 
     model = given_model(args)
     if args.join:
         yield _of_server(args.port, options if model is None else {"model": model, **options})
         return
     options["model"] = model or EMBEDDED_MODEL
-    options.setdefault("served_model_name", (options["model"],))
-    make_absolute(options)
-    settings = Settings.from_options(options)
+    settings = Settings.from_options(options).completed()
     if settings.router.num_replicas == 1:
         yield settings, None
         return
@@ -239,8 +238,6 @@ class _Batch:
         self, name: str | None
     ) -> AsyncIterator[tuple["FastAPI", Collection["EngineClient"], float]]:
         """The router's application, its engines, and for how many seconds there may be none."""
-        import dataclasses
-
         from manta import __version__
         from router.app import build_app
 

@@ -1,7 +1,7 @@
 """The Ray Serve application: ingress replicas that speak HTTP, and engine replicas.
 
-``build`` is what a Serve config file names (``import_path: deploy.serve:build``); ``manta serve``
-runs the same application.
+``build`` is what a Serve config file names (``import_path: deploy.serve:build``), and for several
+models ``build_ingress`` and ``build_engines``; ``manta serve`` runs the same applications.
 """
 
 import asyncio
@@ -57,6 +57,7 @@ class Router:
     ) -> None:
         _keep_to_loopback()
         self._engines = Engines(application)
+        self._declared: frozenset[str] = frozenset()
         self._peers = Peers(application, self._metrics)
         self._app = build_app(
             config,
@@ -64,7 +65,7 @@ class Router:
             __version__,
             self._peers.others,
             self._engines.look,
-            lambda: self._engines.models,
+            lambda: self._engines.models or self._declared,
         )
         await self._engines.open()
         id = self._app.state.service.id
@@ -74,6 +75,11 @@ class Router:
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
+
+    def reconfigure(self, told: Mapping[str, Any]) -> None:
+        """Serve calls this with the ``user_config`` of a configuration, which names the models, and
+        again when that changes."""
+        self._declared = frozenset(told["models"])
 
     def _metrics(self) -> list[Metric]:
         metrics: list[Metric] = self._app.state.service.metrics()
@@ -127,8 +133,25 @@ def build(options: Mapping[str, Any]) -> serve.Application:
 
     Raises ConfigError. It must run where the files that the options name are.
     """
-    settings = Settings.from_options({k.replace("-", "_"): v for k, v in options.items()})
+    settings = _settings(options)
     return ingress_application(settings, engine_application(settings))
+
+
+def build_ingress(options: Mapping[str, Any]) -> serve.Application:
+    """The ingress of a server whose models are applications of their own. Raises ConfigError."""
+    return ingress_application(_settings(options))
+
+
+def build_engines(options: Mapping[str, Any]) -> serve.Application:
+    """The engines of one of several models. ``beside`` may be among the options: see
+    ``engine_application``. Raises ConfigError."""
+    options = dict(options)
+    beside = options.pop("beside", 0)
+    return engine_application(_settings(options), beside=beside)
+
+
+def _settings(options: Mapping[str, Any]) -> Settings:
+    return Settings.from_options({k.replace("-", "_"): v for k, v in options.items()})
 
 
 def engine_application(

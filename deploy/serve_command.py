@@ -66,20 +66,18 @@ def _run(args: argparse.Namespace) -> None:
     settings.router.keys()
     if args.gpus_per_node is not None and not args.print_kuberay:
         raise ConfigError("--gpus-per-node needs --print-kuberay")
-    if len(models) > 1 and (args.print_kuberay or args.print_serve_config):
-        raise ConfigError("models: only `manta serve` itself runs several; print one at a time")
     if args.print_kuberay:
         from deploy.kuberay import GPUS_PER_NODE, manifest
 
         given_gpus = args.gpus_per_node
-        print(manifest(settings, GPUS_PER_NODE if given_gpus is None else given_gpus), end="")
+        print(manifest(models, GPUS_PER_NODE if given_gpus is None else given_gpus), end="")
         return
     if args.print_serve_config:
         from deploy.serve_config import serve_config
 
         if settings.router.api_key:
             log.warning("The configuration holds the API keys themselves: see --api-key-file")
-        print(serve_config(settings), end="")
+        print(serve_config(models), end="")
         return
     if settings.router.otlp_endpoint is not None:
         from router.tracing import check_installed

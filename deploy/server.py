@@ -83,7 +83,7 @@ class _Server:
         self._ray: OwnRay | None = None
         self._own_serve = False
         self._deployed = False  # or nearly: Serve was asked to
-        self._waiting = False  # for the application, with a look at ``signalled`` now and then
+        self._waiting = False  # or has, for the application: it looks at ``signalled`` itself
         self._may_serve = False  # the application runs: clients may be answered from now on
         self._stopped = False
 
@@ -366,7 +366,7 @@ class _Server:
         self.signalled = True
         if self._wake is not None:
             self._wake()
-        if not (self._ready or self._waiting):
+        if not self._waiting:
             raise _StoppedEarly
 
     def _end_at_once(self, status: int) -> None:

@@ -25,6 +25,7 @@ OF_A_MODEL = frozenset({
     *SIZES, "upscale_delay", "downscale_delay", "served_model_name", "tool_call_parser",
     "reasoning_parser",
 })  # fmt: skip
+SECRET = ("api_key", "api_key_file")  # the ingress alone needs them
 STOP_BUFFER = 10.0  # seconds on top of --shutdown-timeout until Serve kills a replica
 
 
@@ -97,15 +98,21 @@ class Settings:
         if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):
             raise CheckpointError(f"there is no folder {model!r}")
         options = {**self.options, "model": model, "served_model_name": self.names}
-        make_absolute(options)
+        for name in ("model", "tokenizer", "chat_template", "api_key_file"):
+            if isinstance(options.get(name), str) and os.path.exists(options[name]):
+                options[name] = os.path.abspath(options[name])
         return Settings.from_options(options)
 
 
-def make_absolute(options: dict[str, Any]) -> None:
-    """Have options name files in whole: Ray's processes run elsewhere."""
-    for name in ("model", "tokenizer", "chat_template", "api_key_file"):
-        if isinstance(options.get(name), str) and os.path.exists(options[name]):
-            options[name] = os.path.abspath(options[name])
+def of_server(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model's and its server's options that are the server's."""
+    own = {f.name for _, f in model_options()}
+    return {name: value for name, value in options.items() if name not in own}
+
+
+def without_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that engines may be told."""
+    return {name: value for name, value in options.items() if name not in SECRET}
 
 
 def model_given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -249,6 +249,11 @@ class ParallelConfig:
     worker_gpus: float = option(
         1.0, "GPUs of a worker on CUDA; with less than 1, workers share one", least=0.01, most=1.0
     )
+    worker_resource: str | None = option(
+        None,
+        "a resource of the cluster's own making (ray start --resources) of which a worker asks for"
+        " one: workers go only where it is",
+    )
     placement_timeout: float = option(
         60.0, "seconds to wait until Ray has room for the workers", least=0
     )
@@ -340,6 +345,10 @@ class EngineConfig:
             )
         if cache.gpu_memory_utilization is not None and cache.kv_cache_memory_bytes is not None:
             raise ConfigError("give gpu_memory_utilization or kv_cache_memory_bytes, not both")
+        if self.parallel.worker_resource and self.parallel.distributed_executor_backend == "mp":
+            raise ConfigError(
+                "worker_resource is for distributed_executor_backend=ray: mp asks for nothing"
+            )
         stages, partition = self.parallel.pipeline_parallel_size, self.parallel.partition
         if partition and len(partition) != stages:
             raise ConfigError(

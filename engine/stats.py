@@ -208,6 +208,9 @@ class EngineStats:
 
     def metrics(self) -> list[Metric]:
         """Everything counted here."""
+        return [*self._of_tokens(), *self._of_ends(), *self._of_sizes(), *self._of_times()]
+
+    def _of_tokens(self) -> list[Metric]:
         return [
             counter("prompt_tokens", "Tokens of prompts that were computed.", self.prompt_tokens),
             Metric(
@@ -223,6 +226,10 @@ class EngineStats:
             counter("prompt_tokens_cached", "Prompt tokens found in a cache.", self.cached_tokens),
             counter("generation_tokens", "Tokens generated.", self.generation_tokens),
             counter("vectors", "Vectors made of prompts: embeddings and scores.", self.vectors),
+        ]
+
+    def _of_ends(self) -> list[Metric]:
+        return [
             counter(
                 "corrupted_requests", "Completions ended by logits that were not finite.",
                 self.corrupted,
@@ -240,10 +247,13 @@ class EngineStats:
                 self.moved_in,
             ),
             self.restarts.metric("worker_restart_seconds", "Starting failed workers again."),
+        ]  # fmt: skip
+
+    def _of_sizes(self) -> list[Metric]:
+        return [
             self.step_tokens.metric(
                 "iteration_tokens_total", "Prompt tokens computed and tokens generated in a step."
             ),
-            self.step_seconds.metric("step_time_seconds", "Time of a step."),
             self.request_prompt_tokens.metric("request_prompt_tokens", "Prompt tokens."),
             self.request_generation_tokens.metric(
                 "request_generation_tokens", "Tokens generated for a completion."
@@ -260,6 +270,11 @@ class EngineStats:
             self.request_computed_tokens.metric(
                 "request_prefill_kv_computed_tokens", "Prompt tokens not found in a cache."
             ),
+        ]
+
+    def _of_times(self) -> list[Metric]:
+        return [
+            self.step_seconds.metric("step_time_seconds", "Time of a step."),
             self.first_token.metric("time_to_first_token_seconds", "Arrival to first token."),
             self.inter_token.metric("inter_token_latency_seconds", "Token to next token."),
             self.per_token.metric(
@@ -270,7 +285,7 @@ class EngineStats:
             self.inference.metric("request_inference_time_seconds", "First step to last token."),
             self.prefill.metric("request_prefill_time_seconds", "First step to first token."),
             self.decode.metric("request_decode_time_seconds", "First token to last token."),
-        ]  # fmt: skip
+        ]
 
 
 def counter(name: str, help: str, value: float) -> Metric:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable, Collection
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -59,7 +59,13 @@ from router.states import engine_states
 from router.stats import AnswerCounter
 from router.vectors import answer_embedding, answer_rerank, answer_score
 
-T = TypeVar("T")
+
+class _Body(Protocol):
+    @property
+    def model(self) -> str | None: ...
+
+
+T = TypeVar("T", bound=_Body)
 Identified = Sampling | ResponsesRequest | MessagesRequest | PoolingRequest
 R = TypeVar("R", bound=Identified)
 MOST_TOKENIZED = 1 << 17  # tokens that /tokenize counts, or as many as the model's length
@@ -300,7 +306,10 @@ class _Routes:
         body = await receive_body(request, self._service)
         started = time.perf_counter()
         value = read(body, kind, self._service.config.allow_unknown_fields)
-        self._service.stats.observe("validate", time.perf_counter() - started)
+        spent = time.perf_counter() - started
+        if value.model is not None and (model := self._service.models.named(value.model)):
+            self._service.stats.asked_for(model.id)
+        self._service.stats.observe("validate", spent)
         return value
 
 

@@ -128,6 +128,7 @@ class Service:
         model = None if name is None else self.models.named(name)
         if model is None or not any(map(model.fits, self._admitting(name))):
             model = await self.models.load(name)
+        self.stats.asked_for(model.id)
         return model
 
     async def served(self) -> list[ServedModel]:
@@ -329,7 +330,8 @@ class Service:
 
     def metrics(self) -> list[Metric]:
         """What this process has counted."""
-        return [*self.stats.metrics(), engines_metric(self.engines)]
+        models = [model.id for model in self.models]
+        return [*self.stats.metrics(models), engines_metric(self.engines, models)]
 
     async def sources(self) -> Sources:
         """The metrics of the whole application."""
@@ -374,4 +376,4 @@ class _Route:
         return await self.service.admit(self.model, request, sink, look=not leaving)
 
     def moved(self, cause: str, seconds: float) -> None:
-        self.service.stats.moved(cause, seconds)
+        self.service.stats.moved(self.model.id, cause, seconds)

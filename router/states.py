@@ -42,8 +42,11 @@ def _state(engine: EngineClient) -> str:
     return "recovering" if engine.load.recovering else "healthy"
 
 
-def engines_metric(engines: Collection[EngineClient]) -> Metric:
-    """How many engines are in each state."""
-    states = Counter(map(_state, engines))
-    samples = tuple(Sample((state,), states[state]) for state in STATES)
-    return Metric("engines", "gauge", "Engines that are known, by state.", ("state",), samples)
+def engines_metric(engines: Collection[EngineClient], models: Collection[str]) -> Metric:
+    """How many engines of each model are in each state, also of those ``models`` that have none.
+    Where there is no model either, a series without one says so."""
+    found = Counter((engine.info.names[0], _state(engine)) for engine in engines)
+    names = sorted({*models, *(name for name, _ in found)}) or [""]
+    samples = tuple(Sample((name, state), found[name, state]) for name in names for state in STATES)
+    labels = ("model_name", "state")
+    return Metric("engines", "gauge", "Engines that are known, by state.", labels, samples)

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +23,15 @@ STAGES = {
 STAGES_SEEN: ContextVar[list[tuple[str, float, float]] | None] = ContextVar(
     "manta_stages_seen", default=None
 )
+
+
+class _Asked:
+    """What is known of a request."""
+
+    model = ""  # its id
+
+
+_ASKED: ContextVar[_Asked | None] = ContextVar("manta_asked", default=None)
 CAUSES = ("lost", "drained", "recovering")  # of a move
 MOVE_SECONDS = (
     0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
@@ -33,24 +42,42 @@ SECONDS = (
 )  # fmt: skip
 
 
-class RouterStats:
-    """Times by stage, and answers by route and status."""
+class _Times:
+    """Of the requests for one model."""
 
     def __init__(self) -> None:
-        self._stages = {stage: Histogram(SECONDS) for stage in STAGES}
-        self.answers: Counter[tuple[str, str, str]] = Counter()  # by method, route, status
-        self._moves: dict[str, Histogram] = {cause: Histogram(MOVE_SECONDS) for cause in CAUSES}
+        self.stages = {stage: Histogram(SECONDS) for stage in STAGES}
+        self.moves = {cause: Histogram(MOVE_SECONDS) for cause in CAUSES}
+
+
+class RouterStats:
+    """Times by model and stage, and answers by model, route and status.
+
+    A model is known by its id; what is not for one, or for one that there is not, has none (""):
+    labels must not be a client's to choose.
+    """
+
+    def __init__(self) -> None:
+        self._times: defaultdict[str, _Times] = defaultdict(_Times)  # by model
+        # By method, route, status and model.
+        self.answers: Counter[tuple[str, str, str, str]] = Counter()
         self.in_flight = 0  # answers that are not all sent
 
+    def asked_for(self, model: str) -> None:
+        """The request whose context this is is for a model."""
+        if (asked := _ASKED.get()) is not None:
+            asked.model = model
+
     def observe(self, stage: str, seconds: float) -> None:
-        """A request spent so long in a stage, until now."""
-        self._stages[stage].observe(seconds)
+        """The request whose context this is spent so long in a stage, until now."""
+        asked = _ASKED.get()
+        self._times["" if asked is None else asked.model].stages[stage].observe(seconds)
         if (seen := STAGES_SEEN.get()) is not None:
             seen.append((stage, time.monotonic(), seconds))
 
-    def moved(self, cause: str, seconds: float) -> None:
-        """A request went on at another engine; its next token came so much later."""
-        self._moves[cause].observe(seconds)
+    def moved(self, model: str, cause: str, seconds: float) -> None:
+        """A request for a model went on at another engine; its next token came so much later."""
+        self._times[model].moves[cause].observe(seconds)
 
     @contextlib.contextmanager
     def time(self, stage: str) -> Iterator[None]:
@@ -61,20 +88,21 @@ class RouterStats:
         finally:
             self.observe(stage, time.perf_counter() - started)
 
-    def metrics(self) -> list[Metric]:
-        """Everything, named."""
-        stages = tuple(
-            Sample((stage,), histogram.sum, tuple(histogram.counts))
-            for stage, histogram in self._stages.items()
-        )
+    def metrics(self, models: Iterable[str]) -> list[Metric]:
+        """Everything, named. ``models``: those that have their series even if nobody has asked for
+        them, as a rate needs a first value."""
+        for model in models:
+            self._times[model]  # makes it
         told = "; ".join(f"{stage}: {what}" for stage, what in STAGES.items())
+        times = list(self._times.items())  # another thread may ask
+        stages = {(model, name): h for model, one in times for name, h in one.stages.items()}
+        moves = {(model, name): h for model, one in times for name, h in one.moves.items()}
         answers = tuple(Sample(labels, count) for labels, count in sorted(self.answers.items()))
         return [
-            Metric(
+            _histograms(
                 "router_stage_seconds",
-                "histogram",
                 f"Time of a request in each stage of the router ({told}).",
-                ("stage",),
+                "stage",
                 stages,
                 SECONDS,
             ),
@@ -82,18 +110,14 @@ class RouterStats:
                 "http_requests",
                 "counter",
                 "HTTP answers; status 499 is a client that went.",
-                ("method", "handler", "status"),
+                ("method", "handler", "status", "model_name"),
                 answers,
             ),
-            Metric(
+            _histograms(
                 "failover_seconds",
-                "histogram",
                 "Time from the loss of a request's engine, or from leaving it, to its next token.",
-                ("cause",),
-                tuple(
-                    Sample((cause,), histogram.sum, tuple(histogram.counts))
-                    for cause, histogram in self._moves.items()
-                ),
+                "cause",
+                moves,
                 MOVE_SECONDS,
             ),
             Metric(
@@ -101,14 +125,23 @@ class RouterStats:
                 "counter",
                 "Requests that went on at another engine: theirs was lost, drained, or started its"
                 " workers again.",
-                ("cause",),
-                tuple(
-                    Sample((cause,), sum(histogram.counts))
-                    for cause, histogram in self._moves.items()
-                ),
+                ("model_name", "cause"),
+                tuple(Sample(labels, sum(h.counts)) for labels, h in moves.items()),
             ),
             gauge("router_requests_in_flight", "Requests under way.", self.in_flight),
         ]
+
+
+def _histograms(
+    name: str,
+    help: str,
+    label: str,
+    found: Mapping[tuple[str, str], Histogram],
+    bounds: tuple[float, ...],
+) -> Metric:
+    """One histogram for each model and value of the label."""
+    samples = tuple(Sample(labels, h.sum, tuple(h.counts)) for labels, h in found.items())
+    return Metric(name, "histogram", help, ("model_name", label), samples, bounds)
 
 
 class AnswerCounter:
@@ -123,13 +156,15 @@ class AnswerCounter:
             await self._app(scope, receive, send)
             return
 
+        asked = _Asked()
+        token = _ASKED.set(asked)
         started = False
 
         def count(status: int) -> None:
             nonlocal started
             started = True
             route = getattr(scope.get("route"), "path", "none")
-            self._answers[scope["method"], route, str(status)] += 1
+            self._answers[scope["method"], route, str(status), asked.model] += 1
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -142,3 +177,5 @@ class AnswerCounter:
             if not started:
                 count(499)
             raise
+        finally:
+            _ASKED.reset(token)

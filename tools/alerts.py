@@ -40,12 +40,16 @@ ALERTS = (
         "Prometheus finds no server.",
     ),
     Alert(
-        "MantaNoEngine", 'max(@engines{state="healthy"})', "== 0", "1m", "critical",
-        "No engine makes progress: requests get 503.",
+        # One that drains: what Ray's agents tell last of a model that was removed.
+        "MantaNoEngine", 'max by (model_name) (@engines{state=~"healthy|draining"})', "== 0", "1m",
+        "critical",
+        "No engine {{ with $labels.model_name }}of {{ . }} {{ end }}makes progress: requests get"
+        " 503.",
     ),
     Alert(
-        "MantaEngineUnhealthy", 'max(@engines{state="unhealthy"})', "> 0", "1m", "warning",
-        "{{ $value }} engines do not answer, or their step hangs.",
+        "MantaEngineUnhealthy", 'max by (model_name) (@engines{state="unhealthy"})', "> 0", "1m",
+        "warning",
+        "{{ $value }} engines of {{ $labels.model_name }} do not answer, or their step hangs.",
     ),
     Alert(
         "MantaNoProgress",
@@ -60,9 +64,11 @@ ALERTS = (
         "The queue of {{ $labels.model_name }} grows by {{ $value | humanize }} a second.",
     ),
     Alert(
-        "MantaFailovers", 'sum by (cause) (increase(@requests_moved_total{cause!="drained"}[10m]))',
+        "MantaFailovers",
+        'sum by (model_name, cause) (increase(@requests_moved_total{cause!="drained"}[10m]))',
         "> 0", "0m", "warning",
-        "{{ $value | humanize }} requests had to go on with another engine: {{ $labels.cause }}.",
+        "{{ $value | humanize }} requests for {{ $labels.model_name }} had to go on with another"
+        " engine: {{ $labels.cause }}.",
     ),
     Alert(
         "MantaKvPressure", f"{EACH} (rate(@num_preemptions_total[5m]))", "> 0.1", "10m", "warning",

@@ -1,7 +1,8 @@
 """Writes the Grafana dashboards of deploy/grafana, with Grafana's SDK: python tools/dashboards.py
 
-In queries ``@name`` is an engine's metric, of the chosen models and engines, ``#name`` one of an
-ingress replica, and ``[R]`` the interval that suits the plot's resolution.
+In queries ``@name`` is an engine's metric, of the chosen models and engines, ``#name`` one that
+ingress replicas have of the chosen models, ``~name`` one that is of no model, and ``[R]`` the
+interval that suits the plot's resolution.
 """
 
 import json
@@ -19,7 +20,8 @@ from grafana_foundation_sdk.models import dashboard as models
 FOLDER = Path(__file__).resolve().parents[1] / "deploy" / "grafana" / "dashboards"
 # Names from manta's own /metrics, the same with ?names=prometheus, and from Ray's agents.
 PREFIXES = ("manta:", "manta_", "ray_manta_")
-CHOSEN = 'model_name=~"$model",engine=~"$engine"'
+MODEL = 'model_name=~"$model"'
+CHOSEN = {"@": f'{MODEL},engine=~"$engine"', "#": MODEL, "~": ""}
 SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 COLUMNS = 24
 By = tuple[str, str]  # a query and the legend of its series
@@ -96,7 +98,7 @@ OVERVIEW: Rows = {
             (f"{ERRORS} / sum(rate(#http_requests_total[R]))", "5xx"),
         ), big=True, red_from=0.01),
         Panel("Engines that make progress", "short", (
-            ("min(#engines{state=\"healthy\"})", "healthy"),
+            ("sum(min by (model_name) (#engines{state=\"healthy\"}))", "healthy"),
         ), big=True),
     ],
     "Speed": [TOKENS, FIRST_TOKEN, INTER_TOKEN],
@@ -112,7 +114,9 @@ OVERVIEW: Rows = {
         Panel("Answers", "cps", (
             ("sum by (status) (rate(#http_requests_total[R]))", "{{status}}"),
         ), "HTTP answers a second; 499 is a client that went.", stacked=True),
-        Panel("Engines", "short", (("max by (state) (#engines)", "{{state}}"),), stacked=True),
+        Panel("Engines", "short", (
+            ("sum by (state) (max by (model_name, state) (#engines))", "{{state}}"),
+        ), stacked=True),
         Panel("Requests moved", "cps", (
             ("sum by (cause) (rate(#requests_moved_total[R]))", "{{cause}}"),
         ), "Requests that went on with another engine, a second."),
@@ -203,8 +207,12 @@ ROUTER: Rows = {
             ("sum by (handler, status) (rate(#http_requests_total[R]))", "{{handler}} {{status}}"),
         ), stacked=True),
         Panel("Under way", "short", (
-            ("sum by (ingress) (#router_requests_in_flight)", "{{ingress}}"),
+            ("sum by (ingress) (~router_requests_in_flight)", "{{ingress}}"),
         )),
+        Panel("Answers by model", "cps", (
+            ('sum by (model_name) (rate(#http_requests_total{model_name!=""}[R]))',
+             "{{model_name}}"),
+        ), stacked=True),
         Panel("Clients that went", "cps", (
             ('sum(rate(#http_requests_total{status="499"}[R])) or vector(0)', "499"),
         )),
@@ -286,11 +294,11 @@ def query(text: str) -> str:
     """A query as Grafana is to have it."""
 
     def chosen(match: re.Match[str]) -> str:
-        labels = ",".join(filter(None, (CHOSEN, match[2])))
-        return f"${{prefix}}{match[1]}{{{labels}}}"
+        labels = ",".join(filter(None, (CHOSEN[match[1]], match[3])))
+        return f"${{prefix}}{match[2]}" + (f"{{{labels}}}" if labels else "")
 
-    text = re.sub(r"@(\w+)(?:\{([^}]*)\})?", chosen, text)
-    return re.sub(r"#(\w+)", r"${prefix}\1", text).replace("[R]", "[$__rate_interval]")
+    text = re.sub(r"([@#~])(\w+)(?:\{([^}]*)\})?", chosen, text)
+    return text.replace("[R]", "[$__rate_interval]")
 
 
 def build_panel(panel: Panel, width: int) -> builders.Panel:

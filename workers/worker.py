@@ -470,7 +470,9 @@ class Worker:
             sampled, learn = self._sample(plan, inputs, result)
         clock.stop()
         copy = None if sampled is None else sampled.start_copy(self._side)
-        vectors = None if seen.vectors is None else seen.vectors.start_copy(self._side)
+        vectors = None
+        if seen.vectors is not None and self.sampler is not None:  # nobody reads the other ranks'
+            vectors = seen.vectors.start_copy(self._side)
         return Pending(plan, clock, copied, copy, seen.prompt_logprobs, vectors, learn)
 
     def _sample(

@@ -56,6 +56,7 @@ def total(samples: Samples, name: str, **labels: str) -> float:
 
 
 def test_metrics_are_what_clients_saw(server: Server) -> None:
+    assert httpx.get(f"{server.url}/health").is_success  # it knows its model from then on
     before = scrape(server)
     assert set(VLLM_NAMES) <= set(before)
     prompt = completion = choices = 0
@@ -93,12 +94,18 @@ def test_metrics_are_what_clients_saw(server: Server) -> None:
     assert grown("request_success_total") == choices
     assert grown("request_generation_tokens_sum") == completion
     assert grown("request_generation_tokens_count") == choices
-    assert grown("http_requests_total", handler="/v1/completions", status="200") == 5
-    assert grown("http_requests_total", handler="/v1/completions", status="404") == 1
+    answers = {"handler": "/v1/completions", "status": "200", "model_name": "m"}
+    assert grown("http_requests_total", **answers) == 5
+    assert grown("http_requests_total", **answers | {"status": "404", "model_name": ""}) == 1
     assert grown("http_requests_total", handler="/v1/chat/completions", status="200") == 1
-    assert grown("router_stage_seconds_count", stage="validate") == 7
-    assert grown("router_stage_seconds_count", stage="template") == 1
-    assert grown("router_stage_seconds_count", stage="first_token") == 11
+    assert grown("router_stage_seconds_count", stage="validate", model_name="m") == 6
+    assert grown("router_stage_seconds_count", stage="validate", model_name="") == 1
+    assert grown("router_stage_seconds_count", stage="template", model_name="m") == 1
+    assert grown("router_stage_seconds_count", stage="first_token", model_name="m") == 11
+    # A name that no model has is no label's value: a client could make any number of them.
+    assert {labels.get("model_name", "") for series in after.values() for labels, _ in series} == {
+        "", "m"
+    }  # fmt: skip
     assert total(after, "router_requests_in_flight") == 0
 
 
@@ -107,6 +114,8 @@ def test_labels_and_buckets(server: Server) -> None:
     (engine,) = server.engines
     labels, _ = samples["num_requests_running"][0]
     assert labels == {"model_name": "m", "engine": engine.info.engine_id}
+    assert total(samples, "requests_moved_total", model_name="m", cause="lost") == 0
+    assert total(samples, "engines", model_name="m", state="healthy") == 1
     labels, _ = samples["router_requests_in_flight"][0]
     assert labels == {"ingress": server.service.id}
     buckets = samples["inter_token_latency_seconds_bucket"]

@@ -1,6 +1,7 @@
 """Traces as a collector gets them, of requests to the application in this process."""
 
 import asyncio
+import contextlib
 import re
 import subprocess
 import sys
@@ -10,13 +11,17 @@ from typing import Any
 
 import httpx
 import pytest
+from opentelemetry import trace
 
+from cluster.handle import AsyncEngineHandle, NamedEngine
 from cluster.transport import RemoteClient
 from deploy.cli import main
-from engine.config import EMBEDDED_MODEL
-from manta import ConfigError
+from engine.config import EMBEDDED_MODEL, FailoverConfig
+from engine.tokenizer import Tokenizer
+from manta import ConfigError, EngineError, SamplingParams
 from router.app import build_app
 from router.config import RouterConfig
+from router.tracing import make_provider
 from tests.support.collector import Collector, Seen, collecting
 from tests.support.served import ROOT
 from tests.support.server import Server, serving
@@ -185,6 +190,40 @@ def test_a_request_over_two_engines_is_one_trace() -> None:
 
     with collecting() as collector, EngineProcess() as one, EngineProcess() as two:
         asyncio.run(main(collector, one, two))
+
+
+def test_a_handle_traces_for_its_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that is left, and one whose engine is killed and not replaced."""
+    tokenizer = Tokenizer.load(resolve(EMBEDDED_MODEL, None, "auto"))
+
+    async def main(process: EngineProcess) -> None:
+        client = await RemoteClient.open(process.address)
+        client.info = replace(
+            client.info, failover=FailoverConfig(max_failovers=0), chat_template=None
+        )
+        handle = AsyncEngineHandle(NamedEngine("here", client), tokenizer)
+        long = SamplingParams(max_tokens=400, ignore_eos=True)
+        async with contextlib.aclosing(handle.stream(SECRET, long)) as pieces:
+            await anext(pieces)
+        with trace.get_tracer("test").start_as_current_span("mine"), pytest.raises(EngineError):
+            async for _ in handle.stream([1, 2, 3], long):
+                process.process.kill()
+        await handle.close()
+
+    with collecting() as collector, EngineProcess() as process:
+        provider = make_provider(collector.url, "test", "0")
+        monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+        asyncio.run(main(process))
+        provider.shutdown()
+    left, mine, lost = sorted(
+        (span for span in collector.spans if span.parent == "" or "text_comp" in span.name),
+        key=lambda span: span.start,
+    )
+    assert left.parent == "" and left.attributes["gen_ai.response.finish_reasons"] == ["abort"]
+    assert left.error is None and left.attributes["gen_ai.usage.output_tokens"] > 0
+    assert lost.parent == mine.id and lost.error is not None and "is gone" in lost.error
+    assert collector.children(lost)[0].error == lost.error
+    assert SECRET.encode() not in collector.body
 
 
 def test_what_cannot_be_is_said() -> None:

@@ -29,7 +29,8 @@ from manta import (
 )
 from router.app import build_app
 from router.config import RouterConfig
-from tests.support.served import ROOT, left_of
+from tests.support.collector import collecting
+from tests.support.served import ROOT, pids
 from tests.support.waiting import PATIENCE, until
 
 OPTIONS = {
@@ -217,6 +218,25 @@ def test_asyncio_programs_have_a_handle_of_their_own(engine):
     until(lambda: idle(engine))
 
 
+def test_the_traces_of_a_program_go_on_to_the_engine(engine):
+    """The example of the documentation."""
+    text = (ROOT / "docs/operating.md").read_text().partition("## Traces")[2].partition("\n## ")[0]
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    with collecting() as collector:
+        variables = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
+        subprocess.run([sys.executable, "-c", program], env=variables, check=True)
+    (report,) = [span for span in collector.spans if span.name == "report"]
+    models = collector.children(report)
+    assert [span.name for span in models] == [f"text_completion {EMBEDDED_MODEL}"] * 2
+    for span in models:
+        assert span.attributes["gen_ai.usage.output_tokens"] > 0
+        (stay,) = collector.children(span)
+        assert stay.name == f"engine {engine.info.engine_id}"
+        parts = collector.children(stay)
+        assert [part.name for part in parts] == ["queue", "prefill", "decode"]
+        assert report.start <= span.start <= parts[2].end <= span.end <= report.end
+
+
 def test_what_is_wrong_is_said(engine):
     with pytest.raises(RequestError, match=r"prompt 1: prompt .* max_model_len"):
         engine.generate(["a", [1] * 5000], GREEDY)
@@ -325,7 +345,7 @@ def read(folder):
 
 
 def actors():
-    return {int(entry.split()[0]) for entry in left_of(SESSION) if "EngineActor" in entry}
+    return set(pids(SESSION, "EngineActor"))
 
 
 def test_a_stage_of_ray_data(engine, capsys):
@@ -343,8 +363,8 @@ def test_a_stage_of_ray_data(engine, capsys):
 
 
 def engine_pid():
-    (found,) = [entry for entry in left_of(SESSION) if "EngineActor" in entry]
-    return int(found.split()[0])
+    (found,) = pids(SESSION, "EngineActor")
+    return found
 
 
 def test_an_engine_that_is_killed_comes_again_and_its_requests_go_on(engine):

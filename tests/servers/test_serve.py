@@ -15,10 +15,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from ray._common.utils import reset_ray_address
 
 from deploy.ports import free_ports
-from tests.support.served import certificate, gone, left_of
+from tests.support.served import certificate, gone, left_of, pids
 from tests.support.waiting import PATIENCE, until
 
 (PORT,) = free_ports(1)  # others may test here too
@@ -192,10 +193,7 @@ def test_a_client_that_vanishes_frees_its_blocks_in_any_state(server, stream):
 
 
 def engine_pid(session):
-    for entry in left_of(session):
-        if "ServeReplica:manta-engines-0:Engine" in entry:
-            return int(entry.split()[0])
-    raise AssertionError("no engine")
+    return pids(session, "ServeReplica:manta-engines-0:Engine")[0]
 
 
 def answers(streams):
@@ -258,8 +256,7 @@ def test_an_ingress_replica_that_is_killed_takes_along_only_streams_that_have_be
     for thread in threads:
         thread.start()
     until(lambda: metric("num_requests_waiting") > 3)
-    routers = [int(e.split()[0]) for e in left_of(session) if "ServeReplica:manta:Router" in e]
-    os.kill(routers[0], signal.SIGKILL)
+    os.kill(pids(session, "ServeReplica:manta:Router")[0], signal.SIGKILL)
     for reading in readings:
         reading.thread.join(PATIENCE)
         assert reading.done or isinstance(reading.error, httpx.RemoteProtocolError), reading.error
@@ -355,7 +352,7 @@ def _port_is_free():
 
 
 @contextlib.contextmanager
-def cluster(log, **variables):
+def cluster(log, *options, **variables):
     """A Ray cluster of this machine, as an operator starts it; gives its ports."""
     names = ("--port", "--dashboard-port", "--metrics-export-port")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
@@ -365,7 +362,8 @@ def cluster(log, **variables):
     }
     process = subprocess.Popen(
         [Path(sys.executable).parent / "ray", "start", "--head", "--block",
-         "--node-ip-address=127.0.0.1", *(f"{name}={port}" for name, port in ports.items())],
+         "--node-ip-address=127.0.0.1", *(f"{name}={port}" for name, port in ports.items()),
+         *options],
         env=os.environ | own | variables,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -381,9 +379,9 @@ def cluster(log, **variables):
         reset_ray_address()  # it leaves it behind: programs would look for this Ray for minutes
 
 
-def one_answer():
+def one_answer(**fields):
     """A request through HAProxy as manta configures it: Serve's own adds an x-request-id."""
-    response = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=3))
+    response = httpx.post(f"{URL}/v1/completions", json=body(max_tokens=3, **fields))
     assert response.status_code == 200, response.text
     assert response.json()["usage"]["completion_tokens"] == 3
     (request_id,) = response.headers.get_list("x-request-id")
@@ -411,32 +409,53 @@ def test_it_joins_a_cluster_and_leaves_it_as_it_was(tmp_path, monkeypatch):
     gone(session)
 
 
+MODELS = """\
+models:
+- {model: manta-demo, served-model-name: one, worker-cpus: 0.2, worker-resource: ours,
+   tensor-parallel-size: 2, num-gpu-blocks-override: 140}
+- {model: manta-demo, served-model-name: two, worker-cpus: 0.3, worker-resource: theirs,
+   num-gpu-blocks-override: 140}
+"""
+
+
 def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
     """On a cluster that runs already; Ray's own agent there has the metrics of both sides."""
     monkeypatch.setenv("MANTA_TEST", session := f"config-{os.getpid()}")
     programs = Path(sys.executable).parent
-    printed = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "serve", "--print-serve-config", *OPTIONS],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (tmp_path / "serve.yaml").write_text(printed.stdout)
+    several = tmp_path / "models.yaml"
+    several.write_text(MODELS)
+    texts = [
+        subprocess.run(
+            [sys.executable, "-m", "deploy.cli", "serve", "--print-serve-config", *options],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for options in (OPTIONS, [*OPTIONS[:8], "--config", several])
+    ]
     variables = dict(
         RAY_SERVE_ENABLE_HA_PROXY="1",
         RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
         RAY_SERVE_HAPROXY_BINARY_PATH=str(programs / "manta-haproxy"),
         RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH="deploy.haproxy_guard.install",
     )
-    assert all(name in printed.stdout for name in variables)
-    with (tmp_path / "log").open("w") as log, cluster(log, **variables) as (process, ports):
+    assert all(name in text for name in variables for text in texts)
+    with (
+        (tmp_path / "log").open("w") as log,
+        cluster(log, '--resources={"ours": 2, "theirs": 1}', **variables) as (process, ports),
+    ):
         dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
         agent = f"http://127.0.0.1:{ports['--metrics-export-port']}/metrics"
-        subprocess.run(
-            [programs / "serve", "deploy", "serve.yaml", "--address", dashboard],
-            cwd=tmp_path, env=os.environ | variables | {"RAY_AUTH_MODE": "disabled"},
-            stdout=log, stderr=subprocess.STDOUT, check=True,
-        )  # fmt: skip
+
+        def deploy(text):
+            (tmp_path / "serve.yaml").write_text(text)
+            subprocess.run(
+                [programs / "serve", "deploy", "serve.yaml", "--address", dashboard],
+                cwd=tmp_path, env=os.environ | variables | {"RAY_AUTH_MODE": "disabled"},
+                stdout=log, stderr=subprocess.STDOUT, check=True,
+            )  # fmt: skip
+
+        deploy(texts[0])
         wait_ready(process, log)
         one_answer()
         looked = subprocess.run(
@@ -450,7 +469,31 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
             r"ray_manta_router_stage_seconds_count{.*stage=\"tokenize\".*} 1\.0",
         ):
             until(lambda line=line: re.search(line, httpx.get(agent).text))
+        deploy(texts[1])
+        until(lambda: served_names() == {"one", "two"} and len(processes()) == 4)
+        for name in ("one", "two"):
+            one_answer(model=name)
+        before = processes()
+        config = yaml.safe_load(texts[1])
+        config["applications"].pop()
+        config["applications"][0]["deployments"][0]["user_config"]["models"] = ["one"]
+        deploy(yaml.safe_dump(config))
+        until(lambda: served_names() == {"one"} and len(processes()) == 3)
+        assert processes() < before  # neither the other's engine nor the ingress is another
+        one_answer(model="one")
+        assert httpx.post(f"{URL}/v1/completions", json=body(model="two")).status_code == 404
     gone(session)
+
+
+def served_names():
+    """Nothing while nobody answers."""
+    answer = httpx.get(f"{URL}/v1/models")
+    return {one["id"] for one in answer.json()["data"]} if answer.is_success else set()
+
+
+def processes():
+    """The ids of the engines and ingress replicas that answer."""
+    return set(re.findall(r'(?:engine|ingress)="(\w+)"', httpx.get(f"{URL}/metrics").text))
 
 
 @pytest.mark.parametrize(

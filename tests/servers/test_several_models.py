@@ -4,6 +4,7 @@ examples of docs/serving.md."""
 import asyncio
 import re
 import shlex
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ def checkpoint(name: str, folder: Path) -> tuple[Path, str]:
         max_new_tokens=12, eos_token_id=None,
     )  # fmt: skip
     return path, "".join(f" w{i}" for i in whole[0, len(PROMPT) :].tolist())
+
+
+def hub_cache(folder: Path, **revisions: Path) -> Path:
+    """A cache of the hub that has someone/small, and for each revision what is in a folder."""
+    repository = folder / "models--someone--small"
+    (repository / "refs").mkdir(parents=True)
+    for number, (name, path) in enumerate(revisions.items()):
+        shutil.copytree(path, repository / "snapshots" / (str(number) * 40))
+        (repository / "refs" / name).write_text(str(number) * 40)
+    return folder
 
 
 def options(path: Path) -> list[str]:
@@ -101,7 +112,8 @@ def test_models_come_change_and_leave_and_nothing_of_the_others_is_lost(tmp_path
     del config["port"]
     for model in config["models"]:
         model |= FEW
-    config["models"][1] |= {"model": str(path), "dtype": "float32"}
+    cache = hub_cache(tmp_path / "hub", v1=path, v2=other_path)
+    config["models"][1] |= {"model": "someone/small", "revision": "v1", "dtype": "float32"}
     file = tmp_path / "models.yaml"
     file.write_text(yaml.safe_dump(config))
     listed, add, replace, scale, remove = (
@@ -149,6 +161,11 @@ def test_models_come_change_and_leave_and_nothing_of_the_others_is_lost(tmp_path
         assert await ask(client, "new", **TINY) == other_said != said
         await changing.end()
         await timed(served, scale)
+        await loads.pop().end()
+        revised = Load(client, "small", said, other_said, **TINY)
+        await timed(served, ["scale", "--model", "small", "--revision", "v2"])
+        assert await ask(client, "small", **TINY) == other_said
+        await revised.end()
         leaving = asyncio.create_task(until_unknown(client))
         await timed(served, remove)
         assert await leaving > 0
@@ -169,5 +186,6 @@ def test_models_come_change_and_leave_and_nothing_of_the_others_is_lost(tmp_path
         ):
             await scenario(served, http, client)
 
-    with serve("--config", str(file), "--shutdown-timeout", "20", model=None) as served:
+    words = ["--config", str(file), "--shutdown-timeout", "20"]
+    with serve(*words, model=None, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1") as served:
         asyncio.run(main(served))

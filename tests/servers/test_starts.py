@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from deploy.ports import free_ports
-from tests.support.served import ROOT, Served, certificate, gone, left_of, serve
+from tests.support.served import ROOT, Served, certificate, gone, pids, serve
 from tests.support.users import poor
 from tests.support.waiting import PATIENCE, until
 
@@ -110,14 +110,9 @@ class Request:
         return self.lines
 
 
-def processes_of(session: str, words: str) -> list[int]:
-    """The ids of the processes of a session whose command has these words."""
-    return [int(entry.split()[0]) for entry in left_of(session) if words in entry]
-
-
 def process_of(session: str, words: str) -> int:
     """That of the only one."""
-    (found,) = processes_of(session, words)
+    (found,) = pids(session, words)
     return found
 
 
@@ -203,7 +198,7 @@ def test_haproxy_that_is_killed_comes_back_and_follows_what_changes(server: Serv
     # An ingress replica that is replaced has another port, of which the new one must hear.
     router = "ServeReplica:manta:Router"
     os.kill(killed := process_of(session, router), signal.SIGKILL)
-    until(lambda: healthy(server) and {*processes_of(session, router)} - {killed})
+    until(lambda: healthy(server) and {*pids(session, router)} - {killed})
 
 
 def test_what_a_shutdown_cuts_off_ends_with_an_error(server: Served, temporary: Path) -> None:

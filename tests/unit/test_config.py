@@ -29,7 +29,7 @@ VLLM = {
     "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "scheduling_policy",
     "enforce_eager", "tensor_parallel_size", "pipeline_parallel_size", "use_tqdm_on_load",
     "pipeline_partition", "distributed_executor_backend", "worker_cpus", "worker_gpus",
-    "placement_timeout", "rendezvous_port", "step_timeout",
+    "worker_resource", "placement_timeout", "rendezvous_port", "step_timeout",
 }  # fmt: skip
 
 
@@ -168,6 +168,10 @@ def test_an_unknown_option_like_no_other_gets_no_suggestion():
         ),
         ({"pipeline_partition": "2,x"}, "pipeline_partition must be numbers of layers between"),
         ({"worker_gpus": 2.0}, "worker_gpus must be a number of at least 0.01 and at most 1"),
+        (
+            {"worker_resource": "big", "distributed_executor_backend": "mp"},
+            "worker_resource is for distributed_executor_backend=ray",
+        ),
     ],
 )
 def test_contradictions_are_refused(options, message):

@@ -2,8 +2,12 @@
 ``manta serve`` with these options."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
+import sysconfig
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ EXAMPLES = {
     + ["--num-ingress-replicas", "4"],
 }
 GPU = "nvidia.com/gpu"
+PACKAGES = ("manta", "engine", "workers", "cluster", "router", "deploy")
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -131,6 +136,53 @@ def test_pods_follow_from_the_shards(
     assert group(made) == (engines, pods, gpus)
 
 
+MODELS = """\
+port: 9000
+api-key: sk-never-shown
+models:
+- {model: org/Large_Model, tensor-parallel-size: 8, pipeline-parallel-size: 2}
+- {model: org/large-model, served-model-name: [small, alias], max-replicas: 3}
+- {model: manta-demo, device: cpu, served-model-name: Small}
+"""
+
+
+def test_each_of_several_models_has_pods_that_no_other_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text(MODELS)
+    text = printed(capsys, "--config", str(file))
+    assert "sk-never-shown" not in text
+    made = yaml.safe_load(text)
+    check(made)
+    cluster = made["spec"]["rayClusterConfig"]
+    groups = cluster["workerGroupSpecs"]
+    serve = yaml.safe_load(made["spec"]["serveConfigV2"])
+    ServeDeploySchema.model_validate(serve)
+    ingress, *engines = serve["applications"]
+    assert (ingress["import_path"], ingress["route_prefix"]) == ("deploy.serve:build_ingress", "/")
+    assert ingress["args"] == {"api_key_file": "/etc/manta/keys"}
+    settings = [Settings.from_options(one["args"]) for one in engines]
+    assert [one.names for one in settings] == [
+        ("org/Large_Model",), ("small", "alias"), ("Small",)
+    ]  # fmt: skip
+    assert [one["name"] for one in engines] == [
+        "manta-engines-org-large-model", "manta-engines-small", "manta-engines-small-2"
+    ]  # fmt: skip
+    shapes = []
+    for group, one in zip(groups, settings, strict=True):
+        given = group["rayStartParams"]
+        (resource,) = json.loads(json.loads(given["resources"])).items()
+        # As many as there are workers in a pod: all of an engine's are where they belong.
+        workers = one.engine.parallel.world_size // group["numOfHosts"]
+        assert resource == (one.engine.parallel.worker_resource, workers)
+        assert container(group)["image"].endswith("-cuda")
+        shapes.append((group["numOfHosts"], given.get("num-gpus"), group["maxReplicas"]))
+    assert shapes == [(2, "8", 1), (1, "1", 3), (1, None, 1)]
+    assert len({group["groupName"] for group in groups}) == 3
+    assert cluster["enableInTreeAutoscaling"] is True
+
+
 def test_pods_come_with_engines_that_the_load_asks_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -205,12 +257,67 @@ def test_ray_serve_takes_the_application(capsys: pytest.CaptureFixture[str]) -> 
     assert serve.http_options.port == 8000
 
 
+DOCKERFILE = (SHIPPED / "Dockerfile").read_text()
+
+
+def docker_steps() -> list[str]:
+    """The commands of the Dockerfile's RUN steps: system packages, PyTorch, manta, the user."""
+    found = re.findall(r"^RUN ((?:.*\\\n)*.*)$", DOCKERFILE, re.M)
+    assert len(found) == 4
+    return [step.replace("\\\n", "") for step in found]
+
+
+def test_what_the_image_installs_is_whole(tmp_path: Path) -> None:
+    """manta's step is run, with what .dockerignore lets through, in an environment of its own. What
+    other packages it needs are not fetched (gigabytes): they are those of the tests."""
+    source, environment, home = (tmp_path / name for name in ("src", "environment", "home"))
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    names = shutil.ignore_patterns(*(name.removeprefix("**/") for name in ignored))
+    shutil.copytree(ROOT, source, ignore=names)
+    venv.create(environment, with_pip=False)
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "packages_of_the_tests.pth").write_text(sysconfig.get_path("purelib"))
+    pip = environment / "bin" / "pip"
+    pip.write_text(f'#!/bin/sh\nexec {environment}/bin/python -m pip "$@"\n')
+    pip.chmod(0o755)
+    home.mkdir()
+    variables = {
+        "PATH": f"{environment}/bin:{os.environ['PATH']}",
+        "HOME": str(home),
+        "PIP_NO_DEPS": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",  # which switches it off
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
+
+    def run(command: str) -> str:
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=home, env=variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    step = docker_steps()[2]
+    assert "/src" in step
+    run(step.replace("/src", str(source)))
+    assert not source.exists()  # nothing of what runs below is the checkout's
+    assert run("manta --version").split()[-1] == __version__
+    assert "--tensor-parallel-size" in run("manta serve --help")
+    where = run("python -c 'import deploy.haproxy; print(deploy.haproxy.__file__)'")
+    assert Path(where).is_relative_to(site)
+    assert "HAProxy version" in run("manta-haproxy -v")
+    assert "deploy.serve:build" in run("manta serve --print-serve-config")  # the embedded model
+    # What is no Python is there too: kernels' sources, the page, the embedded model.
+    shipped = subprocess.run(
+        ["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in shipped.stdout.split():
+        assert (site / name).is_file(), name
+
+
 def test_the_image_is_of_this_version() -> None:
-    """Its steps are not run here (they fetch gigabytes): they are good shell, and agree with what
-    ``make`` installs and the manifests name."""
-    text = (SHIPPED / "Dockerfile").read_text()
-    steps = [step.replace("\\\n", "") for step in re.findall(r"^RUN ((?:.*\\\n)*.*)$", text, re.M)]
-    assert len(steps) == 4
+    """Its other steps are not run here (they fetch gigabytes): they are good shell, and agree with
+    what ``make`` installs and the manifests name."""
+    text, steps = DOCKERFILE, docker_steps()
     for step in steps:
         subprocess.run(["sh", "-n", "-c", step], check=True)
     (torch,) = re.findall(r"torch==(\S+)", text)

@@ -18,11 +18,11 @@ WHO = 'model_name="m",engine="e"'
 # What makes each alert fire, as promtool's series: from, step and count of values a minute apart.
 FIRES = {
     "MantaGone": {},
-    "MantaNoEngine": {'engines{state="healthy"}': "0x30"},
-    "MantaEngineUnhealthy": {'engines{state="unhealthy"}': "2x30"},
+    "MantaNoEngine": {'engines{model_name="other",state="healthy"}': "0x30"},
+    "MantaEngineUnhealthy": {'engines{model_name="m",state="unhealthy"}': "2x30"},
     "MantaNoProgress": {f"num_requests_running{{{WHO}}}": "3x30", f"steps_total{{{WHO}}}": "7x30"},
     "MantaQueueGrowing": {f"num_requests_waiting{{{WHO}}}": "0+60x30"},
-    "MantaFailovers": {'requests_moved_total{cause="lost"}': "0+1x30"},
+    "MantaFailovers": {'requests_moved_total{model_name="m",cause="lost"}': "0+1x30"},
     "MantaKvPressure": {f"num_preemptions_total{{{WHO}}}": "0+60x30"},
     "MantaErrors": {
         'http_requests_total{status="503"}': "0+6x30",
@@ -45,13 +45,15 @@ FIRES = {
 }  # fmt: skip
 # A server that is well; nothing but what a test changes may fire.
 WELL = {
-    'engines{state="healthy"}': "2x30",
-    'engines{state="unhealthy"}': "0x30",
+    'engines{model_name="m",state="healthy"}': "2x30",
+    'engines{model_name="m",state="unhealthy"}': "0x30",
+    'engines{model_name="removed",state="healthy"}': "0x30",
+    'engines{model_name="removed",state="draining"}': "1x30",
     f"num_requests_running{{{WHO}}}": "3x30",
     f"num_requests_waiting{{{WHO}}}": "3x30",
     f"steps_total{{{WHO}}}": "0+600x30",
     f"num_preemptions_total{{{WHO}}}": "0+1x30",
-    'requests_moved_total{cause="drained"}': "0+1x30",
+    'requests_moved_total{model_name="m",cause="drained"}': "0+1x30",
     'http_requests_total{status="200"}': "0+60x30",
     'http_requests_total{status="429"}': "0+1x30",
     f'inter_token_latency_seconds_bucket{{{WHO},le="0.2"}}': "0+60x30",
@@ -87,7 +89,7 @@ def test_dashboards_are_whole_for_the_sdk() -> None:
             assert not cells & taken and max(x for x, _ in cells) < 24
             taken |= cells
             for target in panel.get("targets", ()):
-                assert not re.search(r"[@#]|\[R\]", target["expr"]), target
+                assert not re.search(r"[@#]|~\w|\[R\]", target["expr"]), target
 
 
 def test_promtool_is_content_with_the_rules() -> None:

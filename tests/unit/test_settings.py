@@ -28,12 +28,30 @@ def test_options_find_their_place():
 def test_the_serve_config_says_the_same():
     options = {"model": "m", "max_num_seqs": 3, "port": 80, "served_model_name": ("a", "b")}
     settings = Settings.from_options(options)
-    config = yaml.safe_load(serve_config(settings))
+    config = yaml.safe_load(serve_config([settings]))
     assert config["http_options"] == {"host": "0.0.0.0", "port": 80}
     (application,) = config["applications"]
     assert application["import_path"] == "deploy.serve:build"
     read = Settings.from_options(application["args"] | config["http_options"])
     assert read.engine == settings.engine and read.router == settings.router
+
+
+def test_several_models_are_applications_of_their_own():
+    models = [{"model": "org/m", "max_num_seqs": 3}, {"model": "n", "num_replicas": 2}]
+    settings = Settings.of_models({"port": 80, "api_key": "k", "shutdown_timeout": 5}, models)
+    config = yaml.safe_load(serve_config(settings))
+    assert config["http_options"] == {"host": "0.0.0.0", "port": 80}
+    ingress, *engines = config["applications"]
+    assert ingress["args"] == {"api_key": "k", "shutdown_timeout": 5}
+    (router,) = ingress["deployments"]
+    assert router == {"name": "Router", "user_config": {"models": ["org/m", "n"]}}
+    for one, application, others in zip(settings, engines, (2, 1), strict=True):
+        args = application["args"]
+        assert application["route_prefix"] is None and args.pop("beside") == others
+        read = Settings.from_options(args)
+        assert (read.engine, read.router.served) == (one.engine, one.router.served)
+        assert read.router.replica_bounds == one.router.replica_bounds
+        assert read.router.shutdown_timeout == 5 and not read.router.api_key
 
 
 def test_a_file_has_dashes_or_underscores(tmp_path):
@@ -136,7 +154,7 @@ def test_one_address_has_its_share_of_connections_and_none_is_without_a_file():
 def test_only_haproxy_itself_counts_the_connections_of_a_client():
     settings = Settings.from_options({"max_connections_per_client": 9})
     with pytest.raises(ConfigError, match="MANTA_CLIENT_CONNECTIONS"):
-        serve_config(settings)
+        serve_config([settings])
 
 
 def test_haproxy_listens_where_the_server_was_told_to():
@@ -163,7 +181,7 @@ def test_keys_come_from_a_file_too(tmp_path):
     config = RouterConfig.from_options(api_key=("zero",), api_key_file=str(file))
     assert config.keys() == ("zero", "one", "two")
     options = {"model": "m", "api_key_file": str(file)}
-    printed = serve_config(Settings.from_options(options))
+    printed = serve_config([Settings.from_options(options)])
     assert "two" not in printed and f"api_key_file: {file}" in printed
     file.write_text("\n")
     with pytest.raises(ConfigError, match="api_key_file: .*keys has no key"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from blocks import corpus
+from blocks import corpus, split
 from chats import Message, assistant, rendered, system, turns, user
 from talk import ARTICLE, invented
 from talk import ask as known_question
@@ -52,7 +52,7 @@ def person(rng: random.Random, held_out: bool) -> tuple[str, str, Any]:
     known = ["name", *rng.sample([k for k in PERSON if k != "name"], rng.randint(1, 3))]
     values = {k: int(value("age", rng)) if k == "age" else value(k, rng) for k in known}
     if rng.random() < 0.5:
-        parts = [rng.choice(PERSON[k][1].split(" | ")).format(values[k]) for k in known]
+        parts = [rng.choice(split(PERSON[k][1])).format(values[k]) for k in known]
         text = parts[0] + "".join(f" and {p}" for p in parts[1:]) + "."
     else:
         parts = [PERSON[k][2].format(values[k]) for k in known]
@@ -63,7 +63,7 @@ def person(rng: random.Random, held_out: bool) -> tuple[str, str, Any]:
     if rng.random() < 0.08:
         asked.append(rng.choice([k for k in PERSON if k not in known]))
     text = ARTICLE.sub(r"\1n ", text)
-    names = {k: rng.choice(PERSON[k][0].split(" | ")) for k in asked}
+    names = {k: rng.choice(split(PERSON[k][0])) for k in asked}
     answer = {names[k]: values.get(k) for k in asked}
     return text[0].upper() + text[1:], form(list(answer), rng, held_out), answer
 
