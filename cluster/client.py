@@ -69,6 +69,7 @@ class EngineLoad:
     free_blocks: int  # of the device
     draining: bool = False  # it will take no further request
     recovering: bool = False  # its workers are started again
+    closing: bool = False  # it drains because its whole server shuts down
 
     @property
     def admits(self) -> bool:

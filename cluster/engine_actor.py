@@ -24,7 +24,7 @@ from cluster.loop import EngineLoop
 from cluster.ray_metrics import RayMetrics
 from cluster.transport import Server
 from engine.config import EngineConfig, ServedAs
-from engine.errors import ConfigError, EngineError, MantaError
+from engine.errors import ConfigError, EngineError, MantaError, Unavailable
 from engine.log import get_logger, waiting_for
 
 log = get_logger("engine")
@@ -256,7 +256,8 @@ def _wait_for_room(
 
 
 def find_actor(name: str, timeout: float) -> str:
-    """The address of the engine called ``name``. Raises EngineError if it is not there in time."""
+    """The address of the engine called ``name``. Raises EngineError if there is none, Unavailable
+    if it is not ready in time."""
     connect_ray()
     actor = _actor(name)
     if actor is None:
@@ -265,7 +266,8 @@ def find_actor(name: str, timeout: float) -> str:
     try:
         address = _address(actor, deadline)
     except GetTimeoutError:
-        raise EngineError(f"engine {name!r} is not ready within {timeout:g} s") from None
+        why = f"engine {name!r} is not ready within {timeout:g} s"
+        raise Unavailable(why, "starting") from None
     except RayActorError as error:
         raise EngineError(f"engine {name!r} died: {error}") from error
     return address

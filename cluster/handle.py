@@ -36,7 +36,7 @@ from cluster.transport import RemoteClient
 from engine.chat import load_template
 from engine.collector import Collector
 from engine.continuation import Continuation
-from engine.errors import RequestError
+from engine.errors import EngineError, RequestError, Unavailable
 from engine.grammar_trial import trial_of
 from engine.log import get_logger
 from engine.outputs import Piece, RequestOutput
@@ -79,7 +79,12 @@ class NamedEngine:
                     client = await _open(self._name, CONNECT_TIMEOUT)
                     await self.client.close()
                     self.client = client
-        return await self.client.submit(request, sink)
+        try:
+            return await self.client.submit(request, sink)
+        except EngineError as error:
+            if self.client.healthy:
+                raise
+            raise Unavailable(str(error), "starting") from error
 
     def moved(self, cause: str, seconds: float) -> None:
         log.info("A request went on at engine %r after %.2f s (%s)", self._name, seconds, cause)

@@ -102,7 +102,7 @@ class EngineLoop:
         self._changed: list[_Client] = []  # those with an update
         self._load_time = 0.0
         self._step_since: float | None = None  # when the step that runs now began
-        self._draining = self._leaving = False
+        self._draining = self._leaving = self._closing = False
         self._stopping = False
         self._idle = threading.Event()
         self._idle.set()
@@ -138,9 +138,10 @@ class EngineLoop:
         except queue.Empty:
             raise EngineError(f"the engine gave no metrics within {timeout:g} s") from None
 
-    def drain(self) -> None:
-        """Admit nothing any longer; what is queued or runs goes on to its end."""
-        self.post(self._start_drain)
+    def drain(self, closing: bool = False) -> None:
+        """Admit nothing any longer; what is queued or runs goes on to its end. ``closing``: the
+        whole server shuts down."""
+        self.post(lambda: self._start_drain(closing))
 
     def wait_idle(self, timeout: float | None = None) -> bool:
         """Wait until no request is left; whether that came within ``timeout`` seconds."""
@@ -200,7 +201,7 @@ class EngineLoop:
             self._submit(client, command)
             return
         if isinstance(command, Drain):
-            self._start_drain()
+            self._start_drain(closing=not command.leave)
             self._leaving |= command.leave
             return
         if isinstance(command, EndRequests):
@@ -406,8 +407,9 @@ class EngineLoop:
         if not self._requests:
             self._idle.set()
 
-    def _start_drain(self) -> None:
+    def _start_drain(self, closing: bool) -> None:
         self._draining = True
+        self._closing |= closing
         self._load_time = 0.0  # clients hear of it at once
 
     def _stop(self) -> None:
@@ -453,6 +455,7 @@ class EngineLoop:
             free_blocks=scheduler.kv.device.num_free,
             draining=self._draining,
             recovering=self.engine.recovering,
+            closing=self._closing,
         )
 
     def _flush(self) -> None:

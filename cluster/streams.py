@@ -19,7 +19,7 @@ from cluster.messages import Times
 from engine.config import FailoverConfig
 from engine.continuation import Continuation
 from engine.engine import died_with
-from engine.errors import EngineError, QueueFull
+from engine.errors import EngineError, QueueFull, Unavailable
 from engine.log import get_logger
 from engine.outcome import Outcome
 from engine.outputs import RequestMetrics
@@ -51,7 +51,7 @@ class Route(Protocol):
         and shall not wait.
 
         Raises RequestError if an engine says that it could never run, QueueFull if all have too
-        many, and EngineError (Unavailable) if none is there.
+        many, Unavailable if none takes requests now, and EngineError if none ever will.
         """
         ...
 
@@ -89,9 +89,24 @@ class Stream:
         self._waiter: asyncio.Future[None] | None = None
 
     async def start(self) -> "Stream":
-        """Queue it. Raises as ``Route.admit`` does; the stream then has nothing."""
-        self._arrive(await self._route.admit(self._request, self))
-        return self
+        """Queue it. While all engines are away it waits for one, as those do that had one.
+
+        Raises as ``Route.admit`` does; the stream then has nothing.
+        """
+        patience = self._policy.failover_timeout if self._policy.max_failovers else 0.0
+        give_up_at = min(time.monotonic() + patience, self._deadline)
+        request = self._request
+        while True:
+            try:
+                self._arrive(await self._route.admit(request, self))
+                return self
+            except Unavailable as error:
+                left = give_up_at - time.monotonic()
+                if left <= 0 or error.code != "starting":
+                    raise
+                if not await self._route.ready(min(SIGN, left)):
+                    await asyncio.sleep(AGAIN)
+                request = self._continuation()  # it has less time left
 
     def __aiter__(self) -> "Stream":
         return self

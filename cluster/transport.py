@@ -401,12 +401,13 @@ class RemoteClient(asyncio.Protocol):
         return await self._table.stats()
 
     def drain(self) -> None:
-        """Have the engine admit nothing any longer, and its clients take what it has elsewhere, if
-        there is another; ``load`` says when it is done."""
+        """Have the engine admit nothing any longer, as its whole server shuts down; ``load`` says
+        when it is done."""
         self._send(Drain())
 
     def leave(self) -> None:
-        """``drain``, and have the engine's process end when it has nothing left."""
+        """Have the engine admit nothing any longer, its clients take what it has elsewhere, if
+        there is another, and its process end when it has nothing left."""
         self._send(Drain(leave=True))
 
     def end_requests(self, cause: str) -> None:

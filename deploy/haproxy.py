@@ -54,10 +54,10 @@ def _error(message: str, kind: str, code: str) -> str:
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
 
 
-_STOPPED = "the server is starting or stopping"
-_UNAVAILABLE = _error(_STOPPED, "server_error", "unavailable")
+STOPPED = "the server is starting or stopping"
+_UNAVAILABLE = _error(STOPPED, "server_error", "unavailable")
 _OVERLOADED = json.dumps(
-    {"type": "error", "error": {"type": "overloaded_error", "message": _STOPPED}}
+    {"type": "error", "error": {"type": "overloaded_error", "message": STOPPED}}
 )
 _ANTHROPIC = " if { path -m sub /v1/messages }"  # whose clients want errors of another shape
 # HAProxy's own answers, by the name of their file. Serve makes one page for 502, 503 and 504.

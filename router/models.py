@@ -86,9 +86,9 @@ class Models:
         self._forget_what_was_removed()
         if name is None:
             name = self._only(engines)
-        if self._is_undeclared(name) and self._look is not None:
+        if self.lacks(name) and self._look is not None:
             await self._look()  # it may have come just now
-        if self._is_undeclared(name):
+        if self.lacks(name):
             raise self._unknown(name)
         declared = self._declared()
         async with self._loading:
@@ -118,6 +118,11 @@ class Models:
                 log.warning("The model %s cannot be loaded: %s", name, error)
         return list(self) or [await self.load(None)]
 
+    def lacks(self, name: str) -> bool:
+        """Whether it is known which models there are to be, and none is called so."""
+        declared = self._declared()
+        return bool(declared) and name not in declared
+
     def _only(self, engines: Collection[EngineClient]) -> str:
         """The id of the only model. Raises as ``load`` does."""
         found = {engine.info.names[0] for engine in engines}
@@ -128,10 +133,6 @@ class Models:
         if not found:
             raise Unavailable("no engine is ready yet", "starting")
         return found.pop()
-
-    def _is_undeclared(self, name: str) -> bool:
-        declared = self._declared()
-        return bool(declared) and name not in declared
 
     def _unknown(self, name: str) -> ApiError:
         names = set(self._declared()) or {n for model in self for n in model.info.names}

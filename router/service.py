@@ -146,8 +146,7 @@ class Service:
     async def check_drain(self) -> None:
         """Raises Unavailable if no engine will admit a request that is yet to be complete."""
         self.check_admission()
-        engines = await self.reachable()
-        if engines and all(engine.load.draining for engine in engines):
+        if any(engine.load.closing for engine in await self.reachable()):
             raise _draining()
 
     async def off_loop(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -277,11 +276,15 @@ class Service:
         EngineError; Unavailable if none does.
         """
         engines = await self.reachable(model.id) if look else []
-        refusal: Exception = Unavailable("no engine is ready yet", "starting", model.id)
-        if any(engine.load.draining for engine in engines):
+        why = "no engine is ready yet"
+        if any(engine.load.recovering for engine in engines):
+            why = "the engine's workers are started again"
+        refusal: Exception = Unavailable(why, "starting", model.id)
+        if any(engine.load.closing for engine in engines):
             refusal = _draining()
-        elif any(engine.load.recovering for engine in engines):
-            refusal = Unavailable("the engine's workers are started again", "starting", model.id)
+        elif self.models.lacks(model.id) or self._replaced(model):
+            why = f"the model {model.id!r} was removed or replaced"
+            refusal = Unavailable(why, "draining", model.id)
         tried: set[str] = set()
         while True:
             candidates = [
@@ -311,10 +314,15 @@ class Service:
             except EngineError as error:
                 ticket.ended()
                 if not isinstance(refusal, QueueFull):
-                    refusal = error
+                    refusal = Unavailable(str(error), "starting", model.id)
             except BaseException:
                 ticket.ended()
                 raise
+
+    def _replaced(self, model: ServedModel) -> bool:
+        """Whether the engines of its name serve another by now."""
+        engines = self._admitting(model.id)
+        return bool(engines) and not any(map(model.fits, engines))
 
     # ---- metrics ----
 

@@ -2,9 +2,9 @@
 
     python tools/run_tests.py [PYTEST OPTION ...]
 
-Servers that start and end leave cores idle for half of the time, which the others use. Their output
-comes when they have ended. With a GPU, which they would have to share, they run one after the
-other.
+Servers that start and end leave cores idle for half of the time, which the others use; as these end
+earlier, some of the servers come after them. Their output comes when they have ended. With a GPU,
+which they would have to share, all run one after the other.
 """
 
 import os
@@ -15,6 +15,7 @@ import tempfile
 import torch
 
 SERVERS = ["tests/servers", "tests/gpu"]
+LATE = [f"tests/servers/test_{name}.py" for name in ("soak", "several_models", "autoscaling")]
 OTHERS = ["tests/house", "tests/unit", "tests/parity", "tests/e2e"]
 # One thread each: a parallel region ends when its last thread has had a core, which may be a while.
 BESIDE = ["env", "OMP_NUM_THREADS=1", "nice", "-n", "10"]
@@ -26,10 +27,11 @@ def main(options: list[str]) -> int:
     if torch.cuda.is_available() or (os.cpu_count() or 1) < 2:
         return subprocess.call(command)
     with tempfile.TemporaryFile() as output:
-        print(f"{' '.join(OTHERS)} run beside these: see below", flush=True)
-        others = subprocess.Popen([*BESIDE, *command, *OTHERS], stdout=output, stderr=output)
+        beside = [*OTHERS, *LATE]
+        print(f"{' '.join(beside)} run beside these: see below", flush=True)
+        others = subprocess.Popen([*BESIDE, *command, *beside], stdout=output, stderr=output)
         try:
-            status = subprocess.call([*command, *SERVERS])
+            status = subprocess.call([*command, *SERVERS, *(f"--ignore={path}" for path in LATE)])
             status = others.wait() or status
         finally:
             others.kill()

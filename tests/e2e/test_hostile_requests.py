@@ -87,7 +87,7 @@ def test_large_bodies_that_do_not_come_to_their_end_share_a_bound(
 
 def test_a_drain_does_not_wait_for_half_a_body() -> None:
     with serving() as server, closing(half_a_body(server, 10)) as connection:
-        server.loops[0].drain()
+        server.loops[0].drain(closing=True)
         status, error = answer_of(connection)
         assert status == 503 and error["code"] == "draining"
 

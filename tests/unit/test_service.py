@@ -8,7 +8,7 @@ import pytest
 
 from cluster.loop import LocalClient
 from engine.chat import load_template
-from engine.config import EMBEDDED_MODEL, ServedAs
+from engine.config import EMBEDDED_MODEL, FailoverConfig, ServedAs
 from engine.continuation import begin
 from engine.errors import EngineError, Unavailable
 from engine.sampling_params import SamplingParams
@@ -23,6 +23,7 @@ from tests.support.streams import submit
 from workers.checkpoint import resolve
 
 TOKENIZER = str(resolve(EMBEDDED_MODEL, None, "auto"))
+BRIEF = FailoverConfig(failover_timeout=0.1)
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
 
 
@@ -57,7 +58,7 @@ async def engine_of(service, prompt=(1, 2, 3), name=None):
 
 
 async def drained(client):
-    client._loop.drain()
+    client._loop.drain(closing=True)
     while not client.load.draining:
         await asyncio.sleep(0.001)
 
@@ -79,6 +80,43 @@ def test_an_engine_that_drains_does_not_hide_one_that_has_come():
             await engine_of(service)
 
     run(scenario, {"engine_id": "old"}, {"engine_id": "new"})
+
+
+def test_a_request_that_comes_while_an_engine_leaves_waits_for_the_next():
+    async def scenario(old, new, *_):
+        service = Service(RouterConfig(), engines := [old])
+        await service.model()
+        old._loop.drain()
+        while not old.load.draining:
+            await asyncio.sleep(0.001)
+        asked = asyncio.create_task(engine_of(service))
+        await asyncio.sleep(0.3)
+        assert not asked.done()
+        engines.append(new)
+        assert await asked == "new"
+
+    run(scenario, {"engine_id": "old"}, {"engine_id": "new"})
+
+
+def test_a_request_does_not_wait_for_what_was_removed_or_replaced():
+    async def scenario(old, new, *_):
+        declared = {"m"}
+        service = Service(RouterConfig(), engines := [old], declared=lambda: declared)
+        model = await service.model()
+
+        async def refused():
+            with pytest.raises(Unavailable, match="'m' was removed or replaced"):
+                async with service.generations(model, [Prompt([1])], GREEDY, 0, False):
+                    pass
+
+        engines[:] = [new]
+        await refused()
+        engines.clear()
+        declared.clear()
+        declared.add("n")
+        await refused()
+
+    run(scenario, {"engine_id": "old"}, {"engine_id": "new", "revision": "v2"})
 
 
 def test_requests_reach_engines_that_serve_what_they_were_made_for():
@@ -126,7 +164,7 @@ def test_each_request_reaches_the_engines_of_its_model():
         }
         assert await engine_of(service, name="m") == "one" and service.retry_after() == 1
 
-    other = {"engine_id": "two", "served": ServedAs(("other", "also"))}
+    other = {"engine_id": "two", "served": ServedAs(("other", "also")), "failover": BRIEF}
     run(scenario, {"engine_id": "one"}, other)
 
 

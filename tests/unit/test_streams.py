@@ -9,7 +9,7 @@ from cluster.client import EngineLoad
 from cluster.messages import Update
 from cluster.streams import Stream
 from engine.config import FailoverConfig
-from engine.errors import EngineError
+from engine.errors import EngineError, Unavailable
 from engine.outcome import Outcome
 from engine.sequence import FinishReason
 from tests.support.streams import request
@@ -56,7 +56,7 @@ def whole(table):
 
 
 class Route:
-    """Each engine in turn."""
+    """Each engine in turn; an error in its place is raised."""
 
     def __init__(self, *engines):
         self.engines = list(engines)
@@ -66,7 +66,10 @@ class Route:
 
     async def admit(self, request, sink, leaving=False):
         self.last = request
-        return await self.engines.pop(0).submit(request, sink)
+        engine = self.engines.pop(0)
+        if isinstance(engine, EngineError):
+            raise engine
+        return await engine.submit(request, sink)
 
     def moved(self, cause, seconds):
         pass
@@ -85,6 +88,26 @@ def test_an_engine_that_dies_in_the_moment_it_takes_a_request_is_one_death():
     route, found = asyncio.run(outcomes_of(Engine(lost), Engine(whole)))
     assert [outcome.tokens for outcome in found] == FULL
     assert (route.last.deaths, route.last.moves) == (1, 1)
+
+
+def test_a_request_that_comes_while_no_engine_is_there_waits_for_one():
+    away = [Unavailable("it starts", "starting") for _ in range(3)]
+    route, found = asyncio.run(outcomes_of(*away, Engine(whole)))
+    assert [outcome.tokens for outcome in found] == FULL
+    assert (route.last.deaths, route.last.moves) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "most"),
+    [
+        (Unavailable("it starts", "starting"), 0),
+        (Unavailable("all shuts down", "draining"), 2),
+        (EngineError("there is none of that name"), 2),
+    ],
+)
+def test_it_does_not_wait_where_it_may_not_or_none_will_come(error, most):
+    with pytest.raises(EngineError, match=str(error)):
+        asyncio.run(outcomes_of(error, Engine(whole), max_failovers=most))
 
 
 def test_a_request_ends_after_so_many_such_deaths():
