@@ -50,7 +50,7 @@ def test_it_does_what_agents_need() -> None:
         questions = [q for q in OTHERS if q["held_out"] == held_out]
         right, wrong = right_of(llm, questions)
         assert right.total() >= least * len(questions), wrong
-        assert right.keys() == {q["kind"] for q in questions}
+        assert held_out or right.keys() == {q["kind"] for q in questions}
 
 
 # ---- the documentation ----
