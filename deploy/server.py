@@ -250,7 +250,8 @@ class _Server:
                     proxy_location="EveryNode",
                 )
         except Exception as error:  # Serve raises many kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # A failed task's error is its whole traceback, the cause at its end.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise EngineError(
                 f"Serve does not start: {self._haproxys_words() or reason}"
             ) from error
