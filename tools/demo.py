@@ -8,6 +8,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import openai
 
@@ -84,6 +85,7 @@ def show(url: str) -> None:
         print(f"\n  (first token after {first * 1000:.0f} ms, {seconds * 1000:.0f} ms in all)\n")
         messages.append({"role": "assistant", "content": "".join(parts)})
 
+    show_call(client, model)
     prompts = [
         "Hello, my name is", "The president of the United States is",
         "The capital of France is", "The future of AI is",
@@ -101,6 +103,29 @@ def show(url: str) -> None:
             if line.startswith(SHOWN):
                 print(f"  {line}")
     print()
+
+
+def show_call(client: openai.OpenAI, model: str) -> None:
+    """The model calls a tool, and answers with what that gives."""
+    print("A tool:\n")
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+    question = "What is the weather in Paris?"
+    messages: list[Any] = [{"role": "user", "content": question}]
+    asked: Any = {"model": model, "messages": messages, "tools": [tool], "temperature": 0}
+    print(f"> {question}")
+    message = client.chat.completions.create(**asked).choices[0].message
+    messages.append(message)
+    for call in message.tool_calls or []:
+        result = "21 degrees"
+        print(f"  {call.function.name} {call.function.arguments} -> {result}")
+        messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+    print(f"{client.chat.completions.create(**asked).choices[0].message.content}\n")
 
 
 if __name__ == "__main__":

@@ -176,9 +176,10 @@ def test_a_chat_is_streamed_with_its_probabilities(server: Server, tab: Tab) -> 
     assert [r.text_content() for r in rows] == [top.token for top in token.top_logprobs]
     assert page.text_content("#hover span.chosen") == f"{math.exp(token.logprob) * 100:.1f}%"
     # The chat goes on: what was said before is part of the next request.
-    page.fill("#text", "And of Italy?")
+    page.fill("#text", "And of <b>Italy</b>?")
     page.click("#send")
     page.wait_for_selector(".assistant >> nth=1")
+    assert page.text_content(".user >> nth=1") == "And of <b>Italy</b>?"  # text, never markup
     sent = [r.post_data_json for r in tab.asked if r.url.endswith("/v1/chat/completions")]
     assert [m["role"] for m in sent[1]["messages"]] == ["user", "assistant", "user"]
     assert (sent[0]["temperature"], sent[0]["max_tokens"]) == (0, 24) and "seed" not in sent[0]
@@ -204,26 +205,21 @@ def test_an_answer_can_be_stopped_and_a_mistake_is_shown(server: Server, tab: Ta
 
 
 def test_thinking_and_tool_calls_are_shown(server: Server, tab: Tab) -> None:
-    """The stream is written here: no model of the tests thinks or calls tools."""
-    deltas = [
-        {"role": "assistant"}, {"reasoning_content": "The user "}, {"reasoning": "greets."},
-        {"content": "Hi."},
-        {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "look", "arguments": ""}}]},
-        {"tool_calls": [{"index": 0, "function": {"arguments": '{"at": 1}'}}]},
-    ]  # fmt: skip
-    events = [{"choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
-    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    """The page has no fields for tools and thinking: both are added to its request on the way."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
+    more = {"tools": [tool], "chat_template_kwargs": {"enable_thinking": True}, "temperature": 0}
     page = tab.sign_in(server, "#playground")
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(
-        body=body, content_type="text/event-stream"))  # fmt: skip
-    page.fill("#text", "Hello <b>there</b>")
+    page.route("**/v1/chat/completions", lambda route: route.continue_(
+        post_data=json.dumps(route.request.post_data_json | more)))  # fmt: skip
+    page.fill("#text", "What is the weather in Paris?")
     page.click("#send")
     page.wait_for_selector(".assistant pre")
     page.wait_for_selector("#send:not([hidden])")
-    assert page.text_content(".assistant details span") == "The user greets."
-    assert page.text_content(".assistant .body") == "Hi."
-    assert page.text_content(".assistant pre") == 'look({"at": 1})'
-    assert page.text_content(".user") == "Hello <b>there</b>"  # text, never markup
+    thought = "The user wants the weather in Paris. I call get_weather."
+    assert page.text_content(".assistant details span") == thought
+    assert page.text_content(".assistant .body") == ""
+    assert page.text_content(".assistant pre") == 'get_weather({"city": "Paris"})'
 
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])

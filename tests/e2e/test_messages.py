@@ -328,13 +328,3 @@ def test_claude_code(server: Server) -> None:
     count = {k: body[k] for k in ("model", "messages", "system", "tools", "thinking")}
     counted = httpx.post(f"{server.url}/v1/messages/count_tokens", json=count, headers=headers)
     assert counted.json()["input_tokens"] > 3000
-
-
-def test_the_example_of_the_documentation(
-    server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = (ROOT / "docs/messages.md").read_text()
-    example = page.partition("```python\n")[2].partition("```")[0]
-    here = example.replace("http://localhost:8000", server.url).replace('"MODEL"', f'"{MODEL}"')
-    exec(compile(here.replace('"none"', f'"{KEY}"'), "docs/messages.md", "exec"), {})
-    assert capsys.readouterr().out.strip() == ANSWERS["result"]

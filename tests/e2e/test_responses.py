@@ -401,13 +401,3 @@ def test_node(server: Server) -> None:
         "texts": [ANSWERS["result"]] * 4,
         "ran": ["sky"] * 4,
     }
-
-
-def test_the_example_of_the_documentation(
-    server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = (ROOT / "docs/responses.md").read_text()
-    example = page.partition("```python\n")[2].partition("```")[0]
-    here = example.replace("http://localhost:8000", server.url).replace('"MODEL"', f'"{MODEL}"')
-    exec(compile(here, "docs/responses.md", "exec"), {})
-    assert capsys.readouterr().out.strip() == ANSWERS["result"]

@@ -16,6 +16,10 @@ from tests.support.server import Server, serving
 
 MODEL = "manta-demo"
 USER = [{"role": "user", "content": "Tell me about Ann."}]
+LONDON, TIME, JOKE = (
+    [{"role": "user", "content": text}]
+    for text in ("What is the weather in London?", "What time is it?", "Tell me a joke.")
+)
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},
@@ -32,19 +36,9 @@ class Person(BaseModel):
     years: list[int] = Field(max_length=3)
 
 
-TEMPLATE = """\
-{%- if tools %}{{ tools | tojson }}{{ '\\n' }}{% endif %}
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{{- '<|im_start|>assistant\\n' }}"""
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    template = tmp_path_factory.mktemp("template") / "template.jinja"
-    template.write_text(TEMPLATE)
-    with serving({"tool_call_parser": "hermes"}, chat_template=str(template)) as server:
+def server() -> Iterator[Server]:
+    with serving() as server:
         yield server
 
 
@@ -109,32 +103,41 @@ CITY, DAYS = (
 TOOLS = [tool("get_weather", city=CITY, days=DAYS), tool("get_time")]
 
 
-def test_calls_that_are_asked_for_are_of_their_schema(client: openai.OpenAI) -> None:
-    named: Any = {"type": "function", "function": {"name": "get_weather"}}
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize(
+    "messages, choice, called",
+    [
+        (LONDON, "required", "get_weather"),  # a city that the schema does not have
+        (TIME, "required", "get_time"),
+        (TIME, NAMED, "get_weather"),
+    ],
+)
+def test_calls_that_are_asked_for_are_of_their_schema(
+    client: openai.OpenAI, messages: Any, choice: Any, called: str
+) -> None:
+    asked: dict[str, Any] = {
+        "model": MODEL, "messages": messages, "tools": TOOLS, "tool_choice": choice, "n": 6,
+        "temperature": 1.5, "seed": 3, "max_tokens": 300, "parallel_tool_calls": False,
+    }  # fmt: skip
     found = []
-    for choice in ("required", named):
-        asked: dict[str, Any] = {
-            "model": MODEL, "messages": USER, "tools": TOOLS, "tool_choice": choice, "n": 6,
-            "temperature": 1.5, "seed": 3, "max_tokens": 300, "parallel_tool_calls": False,
-        }  # fmt: skip
-        for one in client.chat.completions.create(**asked).choices:
-            (call,) = one.message.tool_calls or []
-            assert one.finish_reason == "tool_calls" and not one.message.content
-            schema = next(t for t in TOOLS if t["function"]["name"] == call.function.name)
-            jsonschema.validate(
-                json.loads(call.function.arguments), schema["function"]["parameters"]
-            )
-            found.append((call.function.name, call.function.arguments))
-        streamed = [("", "")] * 6
-        for chunk in client.chat.completions.create(**asked, stream=True):
-            for part in chunk.choices:
-                for delta in part.delta.tool_calls or []:
-                    name, text = streamed[part.index]
-                    name += delta.function.name or ""
-                    streamed[part.index] = name, text + (delta.function.arguments or "")
-        assert streamed == found[-6:]
-    assert {name for name, _ in found[:6]} == {"get_weather", "get_time"}
-    assert {name for name, _ in found[6:]} == {"get_weather"} and len(set(found[6:])) > 1
+    for one in client.chat.completions.create(**asked).choices:
+        (call,) = one.message.tool_calls or []
+        assert one.finish_reason == "tool_calls" and not one.message.content
+        schema = next(t for t in TOOLS if t["function"]["name"] == call.function.name)
+        jsonschema.validate(json.loads(call.function.arguments), schema["function"]["parameters"])
+        found.append((call.function.name, call.function.arguments))
+    streamed = [("", "")] * 6
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for part in chunk.choices:
+            for delta in part.delta.tool_calls or []:
+                name, text = streamed[part.index]
+                name += delta.function.name or ""
+                streamed[part.index] = name, text + (delta.function.arguments or "")
+    assert streamed == found
+    assert {name for name, _ in found} == {called}
+    assert (len(set(found)) > 1) == (called == "get_weather")  # get_time takes no arguments
 
 
 def test_strict_tools_that_are_pydantic_models(client: openai.OpenAI) -> None:
@@ -142,27 +145,26 @@ def test_strict_tools_that_are_pydantic_models(client: openai.OpenAI) -> None:
         city: Literal["Paris", "Rome"]
         days: list[Literal[1, 2]] = Field(max_length=2)
 
-    tools = [openai.pydantic_function_tool(Weather, name="get_weather")]
-    answer = client.chat.completions.parse(
-        model=MODEL, messages=USER, tools=tools, tool_choice="required", max_tokens=300
-    )
-    (call, *_) = answer.choices[0].message.tool_calls or []
+    asked: Any = {"tools": [openai.pydantic_function_tool(Weather, name="get_weather")],
+                  "model": MODEL, "temperature": 0}  # fmt: skip
+    answer = client.chat.completions.parse(messages=LONDON, tool_choice="required", **asked)
+    (call,) = answer.choices[0].message.tool_calls or []
     assert isinstance(call.function.parsed_arguments, Weather)
-    free = client.chat.completions.parse(model=MODEL, messages=USER, tools=tools, max_tokens=30)
+    free = client.chat.completions.parse(messages=JOKE, **asked)
     assert free.choices[0].message.content and not free.choices[0].message.tool_calls
 
 
 def test_a_form_is_for_what_is_no_call(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(
-        model=MODEL, messages=USER, tools=TOOLS, response_format=json_schema(SCHEMA),  # type: ignore[call-overload]
-        n=8, temperature=1.5, seed=1, max_tokens=300,
-    )  # fmt: skip
-    called = 0
-    for choice in answer.choices:
-        called += choice.finish_reason == "tool_calls"
-        if choice.finish_reason == "stop":
-            jsonschema.validate(json.loads(choice.message.content), SCHEMA)
-    assert 0 < called < 8
+    def ask(messages: Any) -> Any:
+        return client.chat.completions.create(
+            model=MODEL, messages=messages, tools=TOOLS, response_format=json_schema(SCHEMA),  # type: ignore[call-overload]
+            temperature=0, max_tokens=300,
+        ).choices[0]  # fmt: skip
+
+    assert ask(LONDON).finish_reason == "tool_calls"
+    told = ask(JOKE)
+    assert told.finish_reason == "stop" and not told.message.tool_calls
+    jsonschema.validate(json.loads(told.message.content), SCHEMA)
 
 
 @pytest.mark.parametrize(

@@ -267,16 +267,6 @@ def test_the_probe_of_the_conformance_suite(server: Server) -> None:
     assert len(report.outcomes) == 27
 
 
-def test_the_example_of_the_documentation(
-    server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
-    section = (ROOT / "docs/api.md").read_text().partition("## Tools")[2]
-    example = section.partition("```python\n")[2].partition("```")[0]
-    here = example.replace("http://localhost:8000", server.url).replace('"MODEL"', f'"{MODEL}"')
-    exec(compile(here, "docs/api.md", "exec"), {})
-    assert capsys.readouterr().out.strip() == SCRIPTS["<|say:result|>"]
-
-
 def test_a_long_call_is_no_silence(
     client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

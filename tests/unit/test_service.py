@@ -15,7 +15,9 @@ from engine.sampling_params import SamplingParams
 from router.config import RouterConfig
 from router.errors import ApiError, api_error
 from router.generation import Prompt
+from router.parsing import form_of
 from router.service import Service
+from router.tools import ToolUse
 from tests.support.gated import INFO, make_loop
 from tests.support.streams import submit
 from workers.checkpoint import resolve
@@ -164,6 +166,21 @@ def test_each_request_reaches_the_engines_of_its_model():
 
     other = {"engine_id": "two", "served": ServedAs(("other", "also")), "failover": BRIEF}
     run(scenario, {"engine_id": "one"}, other)
+
+
+def test_tools_are_refused_where_no_format_of_calls_is_known():
+    """The embedded model's is found by its template, unless an option says that there is none."""
+
+    async def scenario(found, without, *_):
+        service = Service(RouterConfig(), [found, without])
+        use = ToolUse(({"type": "function", "function": {"name": "f"}},))
+        assert form_of(await service.model("m"), None, use).calls
+        with pytest.raises(ApiError, match="--tool-call-parser names a format") as error:
+            form_of(await service.model("n"), None, use)
+        assert error.value.info.param == "tools" and error.value.status == 400
+
+    mute = {"engine_id": "two", "served": ServedAs(("n",), tool_call_parser="none")}
+    run(scenario, {"engine_id": "one"}, mute)
 
 
 def test_a_model_that_was_removed_is_unknown_and_one_that_starts_is_not_there_yet():
