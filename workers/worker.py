@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor import Capacity, ModelFacts
 from engine.log import get_logger
-from engine.matcher import Grammars, grammars_of
+from engine.matcher import grammars_of
 from engine.plan import Admit, CopyTimes, Ints, StepPlan, StepResult, TokenLogprobs, ints
 from engine.pooling import Vector
 from engine.preempt import MeasuredCosts
@@ -277,10 +278,13 @@ class Worker:
         self.sampler = Sampler(self.table) if samples else None
         self._on_logits: tuple[LogitsTable, ...] = ()
         if samples:
-            size = self.traits.vocab_size
+            # No method of this worker: its memory would stay until a cycle is collected.
+            options, size = self.config.model, self.traits.vocab_size
+            tokenizer = options.tokenizer or str(self.path)
+            grammars = partial(grammars_of, tokenizer, options.revision, size)
             self._on_logits = (
-                GrammarTable(size, self.device, self._grammars),
-                ThinkingTable(size, self.device, lambda: self._grammars().tokenizer),
+                GrammarTable(size, self.device, grammars),
+                ThinkingTable(size, self.device, lambda: grammars().tokenizer),
             )
         self._tables: tuple[SlotTable, ...] = (self.table, *self._on_logits)
         self._pools: PoolingTable | None = None
@@ -308,12 +312,6 @@ class Worker:
         options = self.config.model
         tokenizer = Tokenizer.load(options.tokenizer or self.path, options.revision)
         return [tokenizer.backend.token_to_id(token) for token in tokens]
-
-    def _grammars(self) -> Grammars:
-        """Raises CheckpointError if the tokenizer is not there."""
-        options = self.config.model
-        tokenizer = options.tokenizer or str(self.path)
-        return grammars_of(tokenizer, options.revision, self.traits.vocab_size)
 
     def _make_graphs(self) -> Graphs | None:
         """None where steps cannot be captured, or are not to be."""

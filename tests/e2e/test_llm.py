@@ -1,11 +1,13 @@
 """``LLM`` from end to end on tiny checkpoints: what goes in, what comes out, and how."""
 
+import gc
 import json
 import os
 import random
 import shutil
 import signal
 import threading
+import weakref
 
 import pytest
 import torch
@@ -568,6 +570,20 @@ def test_an_interrupt_leaves_nothing_behind(llm, monkeypatch, python_handles_ctr
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert_idle(llm)
     assert tokens(generate(llm, prompts, GREEDY)) == expected
+
+
+def test_the_memory_of_an_engine_is_free_when_nobody_has_it(start):
+    """At once, not when Python looks for cycles next: the memory of several would not fit."""
+    gc.disable()
+    try:
+        llm = start()
+        generate(llm, [PROMPT], GREEDY)
+        worker = llm.engine.executor._worker
+        held = [weakref.ref(worker), weakref.ref(worker.kv)]
+        del worker, llm
+        assert [kept() for kept in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_generate_works_in_another_thread(llm):
