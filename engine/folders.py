@@ -103,19 +103,22 @@ class RunFolder:
         base = _temporary()
         for place in {base, *map(Path, _SHORT)}:
             _sweep(place)
-        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-        # Whoever finds a lock that nobody holds removes the folder, so it appears held.
-        lock = os.open(self._folder / "new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        self._lock: int | None = lock
-        os.rename(self._folder / "new", self._folder / _LOCK)
-        self.path = self._folder
-        if len(os.fsencode(self._folder)) > MOST_CHARACTERS:
-            try:
+        self._lock: int | None = None
+        self.path = self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+        try:
+            self._hold()
+            if len(os.fsencode(self._folder)) > MOST_CHARACTERS:
                 self.path = _link(self._folder)
-            except ConfigError:
-                self.remove()
-                raise
+        except BaseException:  # a signal's too: nobody would sweep away what has no lock yet
+            self.remove()
+            raise
+
+    def _hold(self) -> None:
+        """Whoever finds a lock that nobody holds removes the folder, so it appears held."""
+        new = self._folder / "new"
+        self._lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        os.rename(new, self._folder / _LOCK)
 
     def note(self, values: Mapping[str, str]) -> None:
         """Say of this process what others of this user may want to know."""

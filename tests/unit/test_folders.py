@@ -59,6 +59,18 @@ def test_without_a_short_path_the_error_says_what_to_do(
     assert os.listdir(temporary) == []
 
 
+def test_one_whose_making_a_signal_ends_leaves_nothing(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalled(*paths: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.folders.os.rename", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        RunFolder()
+    assert os.listdir(temporary) == []
+
+
 def test_what_a_killed_process_left_is_removed_and_what_runs_is_not(temporary: Path) -> None:
     code = (
         "import tempfile, time; from engine.folders import RunFolder\n"
