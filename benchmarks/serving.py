@@ -7,11 +7,11 @@
 ``round`` starts each server on an idle machine (which of them first depends on the seed), waits
 until it answers a request, loads it with benchmarks/load_generator.py at 1, 8 and 32 streams (or
 ``--streams``), ``--turns`` times, and stops it: random prompts of 128 tokens, 64 tokens of output,
-greedy, bf16. It appends a line of
-JSON for each server and number of streams to FILE, with the CPU time of the server's processes
-by name. ``lost`` has the offline engine compute such prompts, 32 at a time, in turns of some
-seconds with a server at 32 streams; whichever has not the turn is stopped (SIGSTOP), so both meet
-the same machine. ``table`` prints medians over the rounds or turns, and ratios.
+greedy, bf16. It appends a line of JSON for each server and number of streams to FILE, with the CPU
+time of the server's processes by name. ``lost`` has the offline engine compute such prompts, 32 at
+a time, in turns of some seconds with a server at 32 streams; whichever has not the turn is stopped
+(SIGSTOP), so both meet the same machine. ``table`` prints medians over the rounds or turns, and
+ratios.
 
 vLLM is told to use all cores: its default on a CPU leaves one out.
 """

@@ -123,6 +123,10 @@ class Service:
     def _admitting(self, name: str | None) -> list[EngineClient]:
         return [engine for engine in self._of(name) if engine.healthy and engine.load.admits]
 
+    def _takers(self, model: ServedModel) -> list[EngineClient]:
+        """The engines that take requests made for a model now."""
+        return [engine for engine in self._admitting(model.id) if model.fits(engine)]
+
     async def model(self, name: str | None = None) -> ServedModel:
         """The model of the name that a request gives; raises as ``Models.load`` does."""
         model = None if name is None else self.models.named(name)
@@ -254,7 +258,7 @@ class Service:
         """Whether an engine takes requests for a model: as soon as one does, or after so many
         seconds not."""
         deadline = time.monotonic() + seconds
-        while not any(map(model.fits, self._admitting(model.id))):
+        while not self._takers(model):
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
@@ -266,7 +270,7 @@ class Service:
 
     async def _watch(self, model: ServedModel) -> None:
         await self.reachable(model.id)
-        if not any(map(model.fits, self._admitting(model.id))):
+        if not self._takers(model):
             await asyncio.sleep(WATCH_EVERY)
 
     async def admit(
@@ -290,9 +294,7 @@ class Service:
         tried: set[str] = set()
         while True:
             candidates = [
-                engine
-                for engine in self._admitting(model.id)
-                if model.fits(engine) and engine.info.engine_id not in tried
+                engine for engine in self._takers(model) if engine.info.engine_id not in tried
             ]
             if not candidates:
                 raise refusal
@@ -323,8 +325,7 @@ class Service:
 
     def _replaced(self, model: ServedModel) -> bool:
         """Whether the engines of its name serve another by now."""
-        engines = self._admitting(model.id)
-        return bool(engines) and not any(map(model.fits, engines))
+        return bool(self._admitting(model.id)) and not self._takers(model)
 
     # ---- metrics ----
 

@@ -102,7 +102,7 @@ def test_the_text_model_of_an_image_text_checkpoint(
     whole.model.language_model.load_state_dict(text.model.state_dict())
     whole.lm_head.load_state_dict(text.lm_head.state_dict())
     whole.save_pretrained(tmp_path, save_original_format=old)
-    with caplog.at_level(logging.INFO, logger="workers"):
+    with caplog.at_level(logging.INFO, logger="manta"):
         ours = Paged([build(tmp_path)], SEQUENCES).logits(RAGGED)
     assert [r for r in caplog.messages if "the text model alone is served" in r]
     with torch.no_grad():

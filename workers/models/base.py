@@ -71,9 +71,9 @@ class Traits:
     not ``causal`` a token sees those after it, so that a prompt is computed in one piece.
 
     ``attention_scale`` multiplies q · k; None: 1 / √(head size). ``attention_cap`` is a soft cap of
-    that. ``text_part``: the checkpoint has
-    other parts beside the text model, whose tensors mean nothing here. ``capturable``: a step looks
-    at nothing on the host, so that it can be a CUDA graph.
+    that. ``text_part``: the checkpoint has other parts beside the text model, whose tensors mean
+    nothing here. ``capturable``: a step looks at nothing on the host, so that it can be a CUDA
+    graph.
     """
 
     vocab_size: int

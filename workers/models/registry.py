@@ -1,6 +1,5 @@
 """Which class serves which architecture."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from engine.errors import CheckpointError
+from engine.log import get_logger
 from workers.attention.base import AttentionBackend
 from workers.checkpoint import CONDITIONAL, Config
 from workers.host_memory import host_memory
@@ -29,7 +29,7 @@ from workers.models.families import (
 )
 from workers.parallel import Place, Stage
 
-logger = logging.getLogger(__name__)
+log = get_logger("worker")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def build_model(
     network = find_network(config)
     traits = read_traits(config)
     if traits.text_part and stage.first and place.group.rank == 0:
-        logger.info("%s: the text model alone is served, other parts are skipped", config.source)
+        log.info("%s: the text model alone is served, other parts are skipped", config.source)
     if place.device.type != "meta":
         meta = replace(place, device=torch.device("meta"))
         _check_room(config, network.model(traits, meta, stage, backend, 1), place.device)
