@@ -7,6 +7,7 @@ Prefill stands beside SDPA over contiguous tensors that need no cache. Medians.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def measure(
     )
     backend = choose_backend(shape)
     batch, blocks = batch_of(rows, options.block_size)
-    size = blocks * shape.block_elements * dtype.itemsize
+    size = blocks * math.prod(backend.block_shape) * dtype.itemsize
     layers = max(1, min(32, BEYOND_CACHES // size))
     caches = [backend.allocate(blocks).normal_() for _ in range(layers)]
     tokens = len(batch.positions)

@@ -332,8 +332,8 @@ class Worker:
 
     @property
     def _block_bytes(self) -> int:
-        shape = self.backend.shape
-        return self._num_layers * shape.block_elements * shape.dtype.itemsize
+        elements = math.prod(self.backend.block_shape)
+        return self._num_layers * elements * self.backend.shape.dtype.itemsize
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, tokens: Ints | None = None) -> Pending:

@@ -58,7 +58,7 @@ class World:
         self.num_blocks = sum(counts) + 2
         order = torch.randperm(self.num_blocks, generator=random).int()
         self.tables = list(order[: sum(counts)].split(counts))
-        heads = shape.num_heads + 2 * shape.num_kv_heads
+        heads = shape.num_heads + (2 if shape.latent is None else 1) * shape.num_kv_heads
         self.qkv = [
             torch.randn(c, heads, shape.head_dim, generator=random).to(shape.dtype)
             for c in contexts
@@ -68,8 +68,9 @@ class World:
         return backend.allocate(self.num_blocks).fill_(float("nan"))
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        kv = self.shape.num_kv_heads
-        return qkv.split([self.shape.num_heads, kv, kv], dim=1)
+        heads, kv = self.shape.num_heads, self.shape.num_kv_heads
+        q, k, v = qkv.tensor_split((heads, heads + kv), dim=1)
+        return q, k, v if self.shape.latent is None else k[..., -self.shape.latent :]
 
     def step(
         self,
@@ -155,19 +156,32 @@ def test_long_contexts(backend: type, dtype: torch.dtype, window: int | None) ->
     world.check(world.run(backend(world.shape), queries, window), queries, window)
 
 
-@pytest.mark.parametrize("heads, kv_heads, dim", [(48, 1, 16), (7, 1, 64), (2, 1, 256)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim", [(48, 1, 16), (7, 1, 64), (2, 1, 576), (96, 1, 32), (106, 2, 16)]
+)
 def test_large_groups_and_heads(heads: int, kv_heads: int, dim: int) -> None:
     queries = [1, 40]
     world = World(shape_of(heads, kv_heads, dim, dtype=torch.bfloat16), [70, 70])
     world.check(world.run(CpuAttention(world.shape), queries), queries)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2)])
+@pytest.mark.parametrize("heads, dim, latent", [(4, 48, 32), (20, 576, 512), (128, 80, 64)])
+def test_latents(backend: type, dtype: torch.dtype, heads: int, dim: int, latent: int) -> None:
+    queries = [1, 1, 40, 600, 3]
+    shape = replace(shape_of(heads, 1, dim, 32, dtype), latent=latent)
+    world = World(shape, [513, 70, 129, 600, 5])
+    world.check(world.run(backend(shape), queries), queries)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, kv_heads, latent", [(4, 4, None), (8, 2, None), (64, 1, 48)])
 def test_result_does_not_depend_on_batch_chunks_or_threads(
-    dtype: torch.dtype, heads: int, kv_heads: int
+    dtype: torch.dtype, heads: int, kv_heads: int, latent: int | None
 ) -> None:
-    world = World(shape_of(heads, kv_heads, 64, 16, dtype), [1200, 300, 77])
+    shape = replace(shape_of(heads, kv_heads, 64, 16, dtype), latent=latent)
+    world = World(shape, [1200, 300, 77])
     backend = CpuAttention(world.shape)
     threads = torch.get_num_threads()
     try:
@@ -204,7 +218,7 @@ def test_whole_blocks_can_be_copied(backend: type) -> None:
     world.num_blocks += 4
     model = backend(world.shape)
     cache, moved = world.cache(model), world.cache(model)
-    assert cache[0].numel() == world.shape.block_elements
+    assert cache[0].shape == model.block_shape
     world.step(model, cache, [(0, 49, 49)])
     used = world.tables[0].long()
     unused = torch.tensor([b for b in range(world.num_blocks) if b not in used])[: len(used)]
@@ -217,9 +231,9 @@ def test_choice() -> None:
     assert isinstance(choose_backend(shape_of(4, 2, 64)), CpuAttention)
     for other in (
         shape_of(4, 2, 24),
-        shape_of(4, 2, 272),
+        shape_of(4, 2, 592),
         shape_of(4, 2, 64, block_size=8),
-        shape_of(49, 1, 64),
+        replace(shape_of(4, 1, 64), latent=24),
         replace(shape_of(4, 2, 64), dtype=torch.float16),
     ):
         assert isinstance(choose_backend(other), GatherAttention)

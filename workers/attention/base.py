@@ -18,7 +18,8 @@ class AttentionShape:
     """What a backend must know of one rank's attention; the same for every layer of a model.
 
     Not ``causal``: queries see all of their row's keys, and the row is a whole prompt. ``cap`` is a
-    soft cap of scaled products (Gemma 2): cap · tanh(x / cap).
+    soft cap of scaled products (Gemma 2): cap · tanh(x / cap). ``latent``: a key's last so many
+    elements are its value (DeepSeek V2).
     """
 
     num_heads: int
@@ -30,11 +31,11 @@ class AttentionShape:
     device: torch.device
     causal: bool = True
     cap: float | None = None
+    latent: int | None = None
 
     @property
-    def block_elements(self) -> int:
-        """Elements of one layer's keys and values in one block."""
-        return 2 * self.block_size * self.num_kv_heads * self.head_dim
+    def value_dim(self) -> int:
+        return self.latent or self.head_dim
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,15 @@ class Prologue:
     def split(
         self, qkv: Tensor, positions: Tensor, shape: AttentionShape
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, num_heads, head_dim], k and v [T, num_kv_heads, head_dim] of qkv [T, ...]."""
+        """q [T, num_heads, head_dim], k [T, num_kv_heads, head_dim] and v [T, num_kv_heads,
+        value_dim] of qkv [T, ...]."""
         if self.bias is not None:
             qkv = qkv + self.bias
-        counts = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-        q, k, v = torch.split_with_sizes(
-            qkv.view(len(qkv), sum(counts), shape.head_dim), counts, dim=1
-        )
+        heads, kv_heads = shape.num_heads, shape.num_kv_heads
+        parts = qkv.view(len(qkv), -1, shape.head_dim)
+        q, k, v = parts.tensor_split((heads, heads + kv_heads), dim=1)
+        if shape.latent is not None:
+            v = k[..., -shape.latent :]
         if self.norms is not None:
             q, k = (
                 kernels.rms_norm(x, weight, self.eps)
@@ -79,8 +82,13 @@ class AttentionBackend(Protocol):
 
     def __init__(self, shape: AttentionShape) -> None: ...
 
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """What one layer keeps in one block."""
+        ...
+
     def allocate(self, num_blocks: int) -> Tensor:
-        """One layer's cache: a tensor [num_blocks, ...] of ``block_elements`` each."""
+        """One layer's cache: a tensor [num_blocks, *block_shape]."""
         ...
 
     def arrays(self, plan: StepPlan) -> Arrays:
@@ -100,8 +108,8 @@ class AttentionBackend(Protocol):
     def attend(self, batch: Batch, cache: Tensor, qkv: Tensor, prologue: Prologue) -> Tensor:
         """Write a layer's keys and values into ``cache``, then attend.
 
-        qkv is [T, (num_heads + 2 num_kv_heads) * head_dim]; it may be written to.
-        ``prologue.window`` w lets a query at position p see positions p - w + 1 to p.
-        Returns [T, num_heads * head_dim].
+        qkv is [T, (num_heads + 2 num_kv_heads) * head_dim], of latents without the last
+        num_kv_heads; it may be written to. ``prologue.window`` w lets a query at position p see
+        positions p - w + 1 to p. Returns [T, num_heads * value_dim].
         """
         ...

@@ -13,8 +13,7 @@ from workers.batch import Batch
 from workers.kernels.build import DTYPES, library
 from workers.kernels.memory import huge_tensor, result_tensor
 
-MAX_HEAD_DIM = 256
-MAX_GROUP = 48  # query heads of one kv head
+MAX_HEAD_DIM = 576
 
 
 class AttentionStep(ctypes.Structure):
@@ -24,6 +23,7 @@ class AttentionStep(ctypes.Structure):
         ("heads", ctypes.c_int32),
         ("kv_heads", ctypes.c_int32),
         ("dim", ctypes.c_int32),
+        ("value_dim", ctypes.c_int32),
         ("block_size", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("rows", ctypes.c_int32),
@@ -45,7 +45,7 @@ class CpuStep:
 
 
 class CpuAttention:
-    """An AttentionBackend for bf16 and fp32, head dimensions that are multiples of 16 up to 256 and
+    """An AttentionBackend for bf16 and fp32, head dimensions that are multiples of 16 up to 576 and
     block sizes that are multiples of 16.
 
     Causal and without a soft cap only. A query's result does not depend, not in one bit, on the
@@ -59,8 +59,7 @@ class CpuAttention:
             raise ConfigError(
                 f"CpuAttention cannot serve {shape}; needed: compiled kernels, bfloat16 or float32 "
                 f"on a CPU, a causal model, no soft cap, head_dim a multiple of 16 up to "
-                f"{MAX_HEAD_DIM}, block_size a multiple of 16, at most {MAX_GROUP} query heads for "
-                "each kv head"
+                f"{MAX_HEAD_DIM}, block_size a multiple of 16"
             )
         self.shape = shape
         self.kernel = kernels.functions["attend", shape.dtype]
@@ -72,18 +71,21 @@ class CpuAttention:
             and shape.causal
             and shape.cap is None
             and shape.dtype in DTYPES
-            and shape.head_dim % 16 == 0
+            and shape.head_dim % 16 == shape.value_dim % 16 == 0
             and shape.head_dim <= MAX_HEAD_DIM
             and shape.block_size % 16 == 0
-            and shape.num_heads <= MAX_GROUP * shape.num_kv_heads
             and library() is not None
         )
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        s = self.shape
+        return s.num_kv_heads, s.block_size, s.head_dim + s.value_dim
 
     def allocate(self, num_blocks: int) -> Tensor:
         """One layer's cache, on huge pages where the system has them: decode jumps between blocks,
         and with small pages spends its time in page-table walks."""
-        size = (num_blocks, self.shape.num_kv_heads, 2, self.shape.block_size, self.shape.head_dim)
-        return huge_tensor(size, self.shape.dtype)
+        return huge_tensor((num_blocks, *self.block_shape), self.shape.dtype)
 
     def arrays(self, plan: StepPlan) -> Arrays:
         return ()
@@ -100,6 +102,7 @@ class CpuAttention:
             heads=shape.num_heads,
             kv_heads=shape.num_kv_heads,
             dim=shape.head_dim,
+            value_dim=shape.value_dim,
             block_size=shape.block_size,
             scale=shape.scale,
             rows=batch.context_lens.shape[0],
@@ -117,7 +120,7 @@ class CpuAttention:
         tokens, count, dim = q.shape
         assert q.stride(1) == k.stride(1) == v.stride(1) == dim
         assert q.stride(2) == k.stride(2) == v.stride(2) == 1
-        out = result_tensor((tokens, count * dim), q.dtype)
+        out = result_tensor((tokens, count * self.shape.value_dim), q.dtype)
         self.kernel(
             ctypes.byref(batch.attention.step), cache.data_ptr(), q.data_ptr(), q.stride(0),
             k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(),

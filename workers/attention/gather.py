@@ -22,7 +22,8 @@ class Group(NamedTuple):
 
 
 class GatherAttention:
-    """An AttentionBackend for any device, dtype and shape. A block is [2, block_size, kv_heads, D].
+    """An AttentionBackend for any device, dtype and shape. A block is [2, block_size, kv_heads, D],
+    of latents [1, ...].
 
     Rows of one query are taken together, padded to the longest context; others one by one.
     """
@@ -34,10 +35,14 @@ class GatherAttention:
     def supports(shape: AttentionShape) -> bool:
         return True
 
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        s = self.shape
+        return 2 if s.latent is None else 1, s.block_size, s.num_kv_heads, s.head_dim
+
     def allocate(self, num_blocks: int) -> Tensor:
         s = self.shape
-        size = (num_blocks, 2, s.block_size, s.num_kv_heads, s.head_dim)
-        return torch.empty(size, dtype=s.dtype, device=s.device)
+        return torch.empty((num_blocks, *self.block_shape), dtype=s.dtype, device=s.device)
 
     def arrays(self, plan: StepPlan) -> Arrays:
         return ()
@@ -77,12 +82,13 @@ class GatherAttention:
         q, k, v = prologue.split(qkv, batch.positions, s)
         block, offset = batch.cells // s.block_size, batch.cells % s.block_size
         cache[block, 0, offset] = k
-        cache[block, 1, offset] = v
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if s.latent is None:
+            cache[block, 1, offset] = v
+        out = q.new_empty(len(q), s.num_heads, s.value_dim)
         for group in batch.attention:
             part = self._rows(batch, cache, q[group.tokens], group, prologue.window)
             out[group.tokens] = part.to(out.dtype)
-        return out.view(q.shape[0], -1)
+        return out.flatten(1)
 
     def _rows(
         self, batch: Batch, cache: Tensor, q: Tensor, group: Group, window: int | None
@@ -102,10 +108,10 @@ class GatherAttention:
         # Cells that no query sees may hold anything, blocks that none sees may be gone.
         used = seen.any(1)
         alive = used.view(len(rows), blocks, -1).any(-1)
-        pages = cache[tables.where(alive, 0)]  # [rows, blocks, 2, block_size, kv_heads, D]
+        pages = cache[tables.where(alive, 0)]  # [rows, blocks, 2 or 1, block_size, kv_heads, D]
         keys, values = (
-            pages[:, :, i].flatten(1, 2).where(used[..., None, None], 0).transpose(1, 2)
-            for i in (0, 1)
+            page.flatten(1, 2).where(used[..., None, None], 0).transpose(1, 2)
+            for page in (pages[:, :, 0], pages[:, :, -1, ..., -s.value_dim :])
         )
         q = q.view(len(rows), queries, s.num_heads, s.head_dim).transpose(1, 2)
         if s.cap is not None:
@@ -119,7 +125,7 @@ class GatherAttention:
                 scale=s.scale,
                 enable_gqa=s.num_heads != s.num_kv_heads,
             )
-        return attended.transpose(1, 2).reshape(-1, s.num_heads, s.head_dim)
+        return attended.transpose(1, 2).reshape(-1, s.num_heads, s.value_dim)
 
 
 def _capped(

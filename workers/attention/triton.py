@@ -29,8 +29,8 @@ class TritonAttention:
         if not self.supports(shape):
             raise ConfigError(
                 f"TritonAttention cannot serve {shape}; needed: an NVIDIA GPU, Triton and a C"
-                f" compiler, a causal model, head_dim up to {MAX_HEAD_DIM}, at most {MAX_GROUP}"
-                " query heads for each kv head"
+                f" compiler, a causal model without latents, head_dim up to {MAX_HEAD_DIM}, at most"
+                f" {MAX_GROUP} query heads for each kv head"
             )
         from workers.kernels.gpu import attention, heads
 
@@ -51,14 +51,19 @@ class TritonAttention:
         return (
             kernels.has_triton(shape.device)
             and shape.causal
+            and shape.latent is None
             and shape.head_dim <= MAX_HEAD_DIM
             and shape.num_heads <= MAX_GROUP * shape.num_kv_heads
         )
 
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        s = self.shape
+        return 2, s.num_kv_heads, s.block_size, s.head_dim
+
     def allocate(self, num_blocks: int) -> Tensor:
         s = self.shape
-        size = (num_blocks, 2, s.num_kv_heads, s.block_size, s.head_dim)
-        return torch.empty(size, dtype=s.dtype, device=s.device)
+        return torch.empty((num_blocks, *self.block_shape), dtype=s.dtype, device=s.device)
 
     def arrays(self, plan: StepPlan) -> Arrays:
         """counts [4], prefill items [n, 2] and decode items [n, 4]: see ``Rows`` of the

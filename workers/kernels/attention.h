@@ -3,9 +3,9 @@
 
 //
 // A block holds, for each kv head, keys then values, in 32-bit units of PER elements along the
-// dimension that a product sums over: K [dim / PER][block_size] and V [block_size / PER][dim]. So
-// both products of attention are the same register tile: rows of a small matrix broadcast against
-// vectors of the cache.
+// dimension that a product sums over: K [dim / PER][block_size] and V [block_size / PER][value_dim].
+// So both products of attention are the same register tile: rows of a small matrix broadcast
+// against vectors of the cache. Latents are therefore kept twice, as keys and as values.
 //
 // A query's result depends on its own context only, bit by bit: the order of every sum is fixed by
 // absolute positions (TILE, CHUNK), and not by threads, by the chunking of its prompt or by what
@@ -16,10 +16,10 @@
 constexpr int TILE = 256;  // keys of one online-softmax step
 constexpr int CHUNK = 512;  // keys of one partial result
 constexpr int MAX_ROWS = 48;  // (query, head) pairs that share a pass over one kv head's keys
-constexpr int MAX_DIM = 256;
+constexpr int MAX_DIM = 576;
 
 struct Step {  // mirrored by AttentionStep in attention/cpu.py
-    int32_t heads, kv_heads, dim, block_size;
+    int32_t heads, kv_heads, dim, value_dim, block_size;
     float scale;
     int32_t rows;
     int64_t tokens;
@@ -29,7 +29,8 @@ struct Step {  // mirrored by AttentionStep in attention/cpu.py
     const int32_t* tables;  // [rows, table_stride]
     const int64_t* cells;  // [tokens]
 
-    int64_t head_units(int per) const { return int64_t(2) * block_size * dim / per; }
+    int64_t key_units(int per) const { return int64_t(block_size) * dim / per; }
+    int64_t head_units(int per) const { return int64_t(block_size) * (dim + value_dim) / per; }
 };
 
 typedef uint32_t u4 __attribute__((vector_size(16)));
@@ -92,8 +93,8 @@ struct Source {
     void store(const Step& s, uint32_t* head, int h, int64_t first, int offset, int run) const {
         store_keys<E>(head + offset, s.block_size, k + first * k_stride + h * s.dim, k_stride,
                       s.dim / E::PER, run);
-        store_values<E>(head + s.head_units(E::PER) / 2, offset, v + first * v_stride + h * s.dim,
-                        v_stride, s.dim, run);
+        store_values<E>(head + s.key_units(E::PER), offset, v + first * v_stride + h * s.value_dim,
+                        v_stride, s.value_dim, run);
     }
 
     // Tokens begin .. end - 1, wherever they go.
@@ -278,7 +279,9 @@ class Attention {
     const Source<E> source;
     T* out;
     const int window;  // a query at p sees p - window + 1 .. p
-    const int group;  // query heads of a kv head
+    const int splits;  // equal parts of a kv head's query heads, each worked on as a head
+    const int kv_heads;  // of these
+    const int group;  // query heads of each
     const float factor;  // scale * log2 e
 
     std::vector<Task> tasks;
@@ -301,7 +304,8 @@ class Attention {
               const Source<E>& source, T* out, int window)
         : s(s), cache(cache), q(q), q_stride(q_stride), source(source), out(out),
           window(window > 0 ? window : std::numeric_limits<int>::max() / 2),
-          group(s.heads / s.kv_heads), factor(s.scale * LOG2E) {}
+          splits(splits_of(s.heads / s.kv_heads)), kv_heads(s.kv_heads * splits),
+          group(s.heads / kv_heads), factor(s.scale * LOG2E) {}
 
     void run(int threads) {
         store_early(threads);
@@ -321,10 +325,16 @@ class Attention {
     }
 
   private:
+    static int splits_of(int group) {
+        int n = (group + MAX_ROWS - 1) / MAX_ROWS;
+        while (group % n) n++;
+        return n;
+    }
+
     // A decode row's new key and value can wait until its last tile is at hand, in cache: nobody
     // else reads them. Not so at the end of a block: full blocks may be shared, even within a step.
     bool stores_late(int r) const {
-        return queries(r) == 1 && s.context_lens[r] % s.block_size != 0;
+        return splits == 1 && queries(r) == 1 && s.context_lens[r] % s.block_size != 0;
     }
 
     // Writes the keys and values of all other rows.
@@ -348,7 +358,7 @@ class Attention {
         int64_t total = 0;
         for (int r = 0; r < s.rows; r++)
             for (int t = 0; t < queries(r); t += tile)
-                total += cost(r, t, tile) * s.kv_heads;
+                total += cost(r, t, tile) * kv_heads;
         const int64_t fair = threads > 1 ? total / (16 * threads) + 1 : total + 1;
 
         int whole_count = 0, part_count = 0;
@@ -358,18 +368,18 @@ class Attention {
                 const int first = first_key(r, t) / CHUNK;
                 const int end = (position(r, t + count - 1) + CHUNK) / CHUNK;
                 if (cost(r, t, tile) > 2 * fair && end - first > 1) {
-                    for (int h = 0; h < s.kv_heads; h++, whole_count++)
+                    for (int h = 0; h < kv_heads; h++, whole_count++)
                         for (int c = first; c < end; c++)
                             tasks.push_back({r, t, count, h, h + 1, c, c + 1, part_count++,
                                              whole_count});
                     continue;
                 }
-                const int heads = int(std::clamp<int64_t>(fair / cost(r, t, tile), 1, s.kv_heads));
-                for (int h = 0; h < s.kv_heads; h += heads)
-                    tasks.push_back({r, t, count, h, std::min(h + heads, s.kv_heads), first, end,
+                const int heads = int(std::clamp<int64_t>(fair / cost(r, t, tile), 1, kv_heads));
+                for (int h = 0; h < kv_heads; h += heads)
+                    tasks.push_back({r, t, count, h, std::min(h + heads, kv_heads), first, end,
                                      -1, -1});
             }
-        parts.resize(part_count * State::size(s.dim));
+        parts.resize(part_count * State::size(s.value_dim));
         wholes.reset(new Whole[whole_count]);
         for (const Task& task : tasks)
             if (task.part >= 0) {
@@ -389,13 +399,13 @@ class Attention {
     }
 
     void attend(Scratch& w, const Task& task, int h) {
-        const int rows = task.count * group, dim = s.dim;
+        const int rows = task.count * group, dim = s.value_dim;
         for (int i = 0; i < rows; i++) {
             const int t = task.first + i / group;
             w.position[i] = position(task.row, t);
-            memcpy(w.q + i * dim / PER,
-                   q + (s.query_starts[task.row] + t) * q_stride + (h * group + i % group) * dim,
-                   dim * sizeof(T));
+            memcpy(w.q + i * s.dim / PER,
+                   q + (s.query_starts[task.row] + t) * q_stride + (h * group + i % group) * s.dim,
+                   s.dim * sizeof(T));
         }
         if (task.part >= 0) {
             w.run.clear(rows, dim);
@@ -425,14 +435,15 @@ class Attention {
     }
 
     uint32_t* head_of(int32_t block, int h) const {
-        return cache + (int64_t(block) * s.kv_heads + h) * s.head_units(PER);
+        return cache + (int64_t(block) * s.kv_heads + h / splits) * s.head_units(PER);
     }
 
     // Plans the fetching of the tile after keys base .. base + filled - 1 of this task and head.
     void look_ahead(Scratch& w, const Task& task, int h, int rows, int base, int filled) const {
         const int64_t tiles = (rows + MAX_NQ - 1) / MAX_NQ;
         const int64_t score_calls = (filled + MAX_NV * VL - 1) / (MAX_NV * VL) * (s.dim / PER);
-        const int64_t value_calls = (s.dim + MAX_NV * VL - 1) / (MAX_NV * VL) * (filled / PER);
+        const int64_t value_calls =
+            (s.value_dim + MAX_NV * VL - 1) / (MAX_NV * VL) * (filled / PER);
         w.ahead.count = 0;
         const Task* t = &task;
         base += TILE;
@@ -445,7 +456,8 @@ class Attention {
         const int32_t* table = s.tables + t->row * s.table_stride;
         for (int p = base / bs * bs; p < end; p += bs) {
             const uint32_t* block = head_of(table[p / bs], h);
-            w.ahead.add(block, int64_t(bs / PER) * (s.dim + std::min(bs, end - p) * s.dim / bs));
+            const int seen = std::min(bs, end - p);
+            w.ahead.add(block, int64_t(bs / PER) * (s.dim + seen * s.value_dim / bs));
         }
         w.ahead.spread(tiles * (score_calls + value_calls));
     }
@@ -497,7 +509,7 @@ class Attention {
     template <int NQ>
     void tile(Scratch& w, State& state, int m, int base, const uint32_t* const* keys, int end,
               const Segment* segments, int count, int skip) {
-        const int dim = s.dim, units = dim / PER, vectors = (end + VL - 1) / VL;
+        const int dim = s.value_dim, units = s.dim / PER, vectors = (end + VL - 1) / VL;
         int v = 0;
         auto scores = [&](auto nv) {
             constexpr int NV = decltype(nv)::value;
@@ -524,12 +536,12 @@ class Attention {
     // The segments of V for keys base + skip .. base + end - 1.
     int values(Scratch& w, const int32_t* table, int h, int base, int skip, int end, int context,
                Segment* segments) const {
-        const int bs = s.block_size, dim = s.dim;
+        const int bs = s.block_size, dim = s.value_dim;
         int count = 0;
         for (int i = skip; i < end;) {
             const int p = base + i, offset = p % bs, n = std::min(bs - offset, end - i);
             const uint32_t* v =
-                head_of(table[p / bs], h) + s.head_units(PER) / 2 + offset / PER * dim;
+                head_of(table[p / bs], h) + s.key_units(PER) + offset / PER * dim;
             segments[count++] = {v, (n + PER - 1) / PER};
             i += n;
             if (PER == 2 && n % 2 && base + i == context) {
