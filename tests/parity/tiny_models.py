@@ -72,6 +72,17 @@ _OPT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_LATENT = _LLAMA | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 40,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+}
 _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, _LLAMA),
@@ -160,6 +171,21 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "num_experts_per_tok": 3,
             "norm_topk_prob": True,
         },
+    ),
+    "deepseek_v2": (
+        transformers.DeepseekV2Config,
+        transformers.DeepseekV2ForCausalLM,
+        _LATENT | {"first_k_dense_replace": 3},
+    ),
+    "deepseek_v3": (
+        transformers.DeepseekV3Config,
+        transformers.DeepseekV3ForCausalLM,
+        _LATENT | {"first_k_dense_replace": 3},
+    ),
+    "glm4_moe_lite": (
+        transformers.Glm4MoeLiteConfig,
+        transformers.Glm4MoeLiteForCausalLM,
+        _LATENT | {"mlp_layer_types": ["dense"] * 3},
     ),
     "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, _OPT),
 }
@@ -263,6 +289,21 @@ TINY_MODELS = [
         {"decoder_sparse_step": 2, "norm_topk_prob": False},
         generates="no",
     ),
+    TinyModel("deepseek-v2", "deepseek_v2"),
+    TinyModel(
+        "deepseek-v2-no-q-rank",
+        "deepseek_v2",
+        {"q_lora_rank": None, "attention_bias": True},
+        generates="no",
+    ),
+    TinyModel(
+        "deepseek-v3",
+        "deepseek_v3",
+        _rope("yarn", **_YARN, mscale=1.0, mscale_all_dim=0.7),
+        generates="pressed",
+    ),
+    TinyModel("deepseek-v3-halves", "deepseek_v3", {"rope_interleave": False}, generates="no"),
+    TinyModel("glm4-moe-lite", "glm4_moe_lite", generates="pressed"),
     TinyModel("opt", "opt"),
     TinyModel("opt-post-norm", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     TinyModel("opt-no-bias", "opt", {"enable_bias": False}),

@@ -93,6 +93,11 @@ class Traits:
     def capturable(self) -> bool:
         return True
 
+    @property
+    def latent(self) -> int | None:
+        """See ``AttentionShape``."""
+        return None
+
 
 def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionShape:
     """The attention of one rank, as a backend needs it.
@@ -110,6 +115,7 @@ def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionS
         device=place.device,
         causal=traits.causal,
         cap=traits.attention_cap,
+        latent=traits.latent,
     )
 
 

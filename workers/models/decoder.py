@@ -12,6 +12,7 @@ from workers.batch import Batch
 from workers.layers.attention import Attention, QKNorm
 from workers.layers.embedding import LabelLayer, OutputLayer, VocabEmbedding
 from workers.layers.experts import Experts, ExpertTraits
+from workers.layers.latent_attention import LatentAttention, LatentTraits
 from workers.layers.linear import Gate
 from workers.layers.mlp import GatedMLP
 from workers.layers.norm import RMSNorm
@@ -75,10 +76,15 @@ class DecoderTraits(Traits):
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
     logits_cap: float | None = None
+    latents: LatentTraits | None = None
 
     @property
     def capturable(self) -> bool:
         return not any(layer.experts for layer in self.layers)
+
+    @property
+    def latent(self) -> int | None:
+        return None if self.latents is None else self.latents.rank
 
 
 class DecoderLayer:
@@ -97,19 +103,33 @@ class DecoderLayer:
         self._attention_residual = self._residual(
             traits, place, name, names.attention, names.attention_output
         )
-        self._attention = Attention(
-            place,
-            f"{name}.self_attn",
-            traits.hidden_size,
-            traits.heads,
-            backend,
-            qkv_bias=traits.qkv_bias,
-            output_bias=traits.output_bias,
-            norm=traits.qk_norm,
-            window=mine.window,
-            rotary=rotary,
-            query_scales=query_scales,
-        )
+        self._attention: Attention | LatentAttention
+        if traits.latents is not None:
+            assert rotary is not None
+            self._attention = LatentAttention(
+                place,
+                f"{name}.self_attn",
+                traits.hidden_size,
+                traits.heads.count,
+                traits.latents,
+                backend,
+                bias=traits.qkv_bias,
+                rotary=rotary,
+            )
+        else:
+            self._attention = Attention(
+                place,
+                f"{name}.self_attn",
+                traits.hidden_size,
+                traits.heads,
+                backend,
+                qkv_bias=traits.qkv_bias,
+                output_bias=traits.output_bias,
+                norm=traits.qk_norm,
+                window=mine.window,
+                rotary=rotary,
+                query_scales=query_scales,
+            )
         self._mlp_residual = self._residual(traits, place, name, names.mlp, names.mlp_output)
         self._mlp: GatedMLP | Experts
         if mine.experts is not None:

@@ -14,6 +14,7 @@ from workers.host_memory import host_memory
 from workers.models import bert, decoder, opt
 from workers.models.base import Model, Traits
 from workers.models.families import (
+    deepseek,
     exaone4,
     gemma,
     glm4,
@@ -68,6 +69,9 @@ DECODERS: dict[str, tuple[str, Network]] = {
     "Glm4": ("glm4", _decoder(glm4.read_traits)),
     "Gemma2": ("gemma2", _decoder(gemma.read_gemma2)),
     "Gemma3": ("gemma3_text", _decoder(gemma.read_gemma3)),
+    "DeepseekV2": ("deepseek_v2", _decoder(deepseek.read_deepseek_v2)),
+    "DeepseekV3": ("deepseek_v3", _decoder(deepseek.read_deepseek_v3)),
+    "Glm4MoeLite": ("glm4_moe_lite", _decoder(deepseek.read_glm4_moe_lite)),
 }
 ARCHITECTURES = (
     {f"{family}{GENERATES}": network for family, network in DECODERS.items()}
