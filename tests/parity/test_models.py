@@ -121,7 +121,7 @@ def test_ragged_chunks_equal_transformers(name: str, checkpoint: Checkpoint) -> 
     assert_close(ours, [reference(name, tokens) for tokens in SEQUENCES])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "opt-post-norm"])
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "deepseek-v2", "opt-post-norm"])
 def test_plain_attention_equals_transformers(name: str, checkpoint: Checkpoint) -> None:
     model = build(checkpoint(name), backend=GatherAttention, block_size=4)
     ours = Paged([model], SEQUENCES, block_size=4).logits(RAGGED)
@@ -141,7 +141,17 @@ def test_dynamic_rope_beyond_the_original_length_is_as_generated(checkpoint: Che
 
 @pytest.mark.parametrize("dtype", BIT_STABLE)
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3-sliding", "olmo3", "gemma3", "qwen3-moe", "opt", "opt-post-norm"]
+    "name",
+    [
+        "llama",
+        "qwen3-sliding",
+        "olmo3",
+        "gemma3",
+        "qwen3-moe",
+        "deepseek-v3",
+        "opt",
+        "opt-post-norm",
+    ],
 )
 def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
     model = build(checkpoint(name), dtype=dtype)
@@ -249,6 +259,8 @@ class _ThreadGroup(Group):
         ("gemma3-capped", 2),
         ("mixtral", 2),
         ("qwen3-moe-some", 4),
+        ("deepseek-v2-no-q-rank", 2),
+        ("deepseek-v3", 4),
         ("opt", 2),
         ("opt-post-norm", 4),
     ],
@@ -272,7 +284,7 @@ def test_tensor_parallel_ranks_equal_one(name: str, size: int, checkpoint: Check
     "name",
     [
         "llama", "llama-tied", "phi3", "olmo3", "smollm3", "exaone4", "gemma3", "qwen3-moe-some",
-        "opt", "opt-post-norm", "opt-untied-gelu",
+        "deepseek-v3", "opt", "opt-post-norm", "opt-untied-gelu",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("cut", [1, 2])
