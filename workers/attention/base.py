@@ -36,6 +36,10 @@ class AttentionShape:
         """Elements of one layer's keys and values in one block."""
         return 2 * self.block_size * self.num_kv_heads * self.head_dim
 
+    @property
+    def block_bytes(self) -> int:
+        return self.block_elements * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Prologue:
