@@ -7,7 +7,6 @@ Prefill stands beside SDPA over contiguous tensors that need no cache. Medians.
 """
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.attention import AttentionShape, Prologue, choose_backend
+from workers.attention.base import block_bytes
 from workers.batch import Batch
 
 BEYOND_CACHES = 256 << 20  # bytes
@@ -65,7 +65,7 @@ def measure(
     )
     backend = choose_backend(shape)
     batch, blocks = batch_of(rows, options.block_size)
-    size = blocks * math.prod(backend.block_shape) * dtype.itemsize
+    size = blocks * block_bytes(backend)
     layers = max(1, min(32, BEYOND_CACHES // size))
     caches = [backend.allocate(blocks).normal_() for _ in range(layers)]
     tokens = len(batch.positions)

@@ -12,47 +12,38 @@ that of the step before, which still runs when the plan comes. A device block ma
 as soon as it was gathered, and no CPU block is read or overwritten before the copies before it.
 """
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.plan import Copies, CopyTimes, Ints
-from workers.attention.base import AttentionBackend
 from workers.kernels.memory import huge_tensor
+from workers.layers.memory import Memory
 
 STAGING_BYTES = 256 << 20  # each way, at most
+ALIGNMENT = 16  # bytes: of a layer's part of a CPU block
 
 
 class KVCache:
-    """Keys and values of this rank's layers: device blocks and CPU blocks of the same content.
+    """What this rank's layers keep of sequences: device blocks, and CPU blocks of the same content.
 
-    ``layers[i]`` is the i-th layer's cache, a tensor [num_blocks, ...] as its backend lays it out.
-    A CPU block holds all layers' parts side by side: [num_layers, ...].
+    ``layers[i]`` is the i-th layer's, a tensor [num_blocks, ...] as ``memories[i]`` allocates it.
     """
 
     def __init__(
         self,
-        backend: AttentionBackend,
-        num_layers: int,
+        memories: Sequence[Memory],
         num_device_blocks: int,
         num_cpu_blocks: int,
         device: torch.device,
     ) -> None:
-        self.layers = [backend.allocate(num_device_blocks) for _ in range(num_layers)]
-        first = self.layers[0]
-        # Not initialised: memory is taken as blocks are written, or see ``Prefault``, and start-up
-        # stays short.
-        shape = num_cpu_blocks, num_layers, *first.shape[1:]
-        self._tiers: CudaTiers | CPUTiers
-        if device.type == "cuda":
-            cpu = torch.empty(shape, dtype=first.dtype, pin_memory=True)
-            self._tiers = CudaTiers(self.layers, cpu, device)
-        else:
-            self._tiers = CPUTiers(self.layers, huge_tensor(shape, first.dtype))
+        self.layers = [memory.allocate(num_device_blocks) for memory in memories]
+        self._tiers = make_tiers(self.layers, num_cpu_blocks, device)
         self.num_measured = min(64, num_device_blocks, num_cpu_blocks)
 
     def copy(self, copies: Copies) -> None:
@@ -80,12 +71,44 @@ class KVCache:
         return seen.seconds_out / seen.blocks_out, seen.seconds_in / seen.blocks_in
 
 
-class CPUTiers:
-    """Both tiers in host memory."""
+class Row:
+    """How one unit of every layer stands in a row of bytes, side by side."""
 
-    def __init__(self, layers: list[Tensor], cpu: Tensor) -> None:
-        self._layers = layers
-        self._cpu = list(cpu.unbind(1))  # by layer
+    def __init__(self, layers: Sequence[Tensor]) -> None:
+        self._kinds = [(layer.dtype, layer[:0].flatten(1).shape[1]) for layer in layers]
+        sizes = [-(-count * dtype.itemsize // ALIGNMENT) for dtype, count in self._kinds]
+        self._starts = [ALIGNMENT * start for start in itertools.accumulate(sizes, initial=0)]
+
+    @property
+    def bytes(self) -> int:
+        return self._starts[-1]
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Each layer's part [n, elements] of rows [n, bytes]."""
+        return [
+            rows[:, start : start + count * dtype.itemsize].view(dtype)
+            for start, (dtype, count) in zip(self._starts, self._kinds, strict=False)
+        ]
+
+
+def make_tiers(
+    layers: Sequence[Tensor], num_cpu_units: int, device: torch.device
+) -> "CudaTiers | CPUTiers":
+    """The copies between the units of ``layers``, tensors [n, ...], and as many CPU units as asked
+    for, whose memory is taken as they are written, so that start-up stays short."""
+    row, flat = Row(layers), [layer.flatten(1) for layer in layers]
+    shape = num_cpu_units, row.bytes
+    if device.type == "cuda":
+        cpu = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        return CudaTiers(flat, row, cpu, device)
+    return CPUTiers(flat, row.split(huge_tensor(shape, torch.uint8)))
+
+
+class CPUTiers:
+    """Both tiers in host memory: of each layer [n, elements]."""
+
+    def __init__(self, layers: list[Tensor], cpu: list[Tensor]) -> None:
+        self._layers, self._cpu = layers, cpu
         self._blocks, self._seconds = [0, 0], [0.0, 0.0]  # in, out
 
     def copy_out(self, pairs: Ints) -> None:
@@ -120,16 +143,16 @@ class CudaTiers:
     Every event is recorded and waited for by streams; the host waits for nothing.
     """
 
-    def __init__(self, layers: list[Tensor], cpu: Tensor, device: torch.device) -> None:
+    def __init__(self, layers: list[Tensor], row: Row, cpu: Tensor, device: torch.device) -> None:
         self._layers = layers
         self._cpu = cpu
         self._device = device
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        block_bytes = cpu[0].nbytes if len(cpu) else 1
-        self._room = max(1, min(len(cpu), STAGING_BYTES // block_bytes))
-        shape = (self._room if len(cpu) else 0, *cpu.shape[1:])
-        self._out = torch.empty(shape, dtype=cpu.dtype, device=device)
-        self._in = torch.empty(shape, dtype=cpu.dtype, device=device)
+        self._room = max(1, min(len(cpu), STAGING_BYTES // max(1, row.bytes)))
+        shape = self._room if len(cpu) else 0, row.bytes
+        self._out = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._in = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._out_parts, self._in_parts = row.split(self._out), row.split(self._in)
         self._out_free = _event()  # the side stream has read all of ``_out``
         self._in_free = _event()  # the steps' stream has read all of ``_in``
         self._timed: deque[tuple[bool, int, torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -140,16 +163,16 @@ class CudaTiers:
         for part in self._parts(pairs):
             source = self._upload(part[:, 0])
             main.wait_event(self._out_free)
-            for number, layer in enumerate(self._layers):
-                self._out[: len(part), number] = layer[source]
+            for layer, staged in zip(self._layers, self._out_parts, strict=True):
+                staged[: len(part)] = layer[source]
             gathered = _event()
             gathered.record(main)
             side.wait_event(gathered)
             started = self._start()
             with torch.cuda.stream(side):
                 for at, length, block in _runs(part[:, 1]):
-                    staged = self._out[at : at + length]
-                    self._cpu[block : block + length].copy_(staged, non_blocking=True)
+                    content = self._out[at : at + length]
+                    self._cpu[block : block + length].copy_(content, non_blocking=True)
             self._out_free.record(side)
             self._end(True, len(part), started)
 
@@ -165,8 +188,8 @@ class CudaTiers:
                     content = self._cpu[block : block + length]
                     self._in[at : at + length].copy_(content, non_blocking=True)
             main.wait_event(self._end(False, len(part), started))
-            for number, layer in enumerate(self._layers):
-                layer[target] = self._in[: len(part), number]
+            for layer, staged in zip(self._layers, self._in_parts, strict=True):
+                layer[target] = staged[: len(part)]
             self._in_free.record(main)
 
     def copied(self) -> CopyTimes:

@@ -271,7 +271,7 @@ class Worker:
         block_size = self.backend.shape.block_size
         spare = blocks.device
         # First what is largest: there may be no room for it.
-        self.kv = KVCache(self.backend, self._num_layers, spare + 1, blocks.cpu, self.device)
+        self.kv = KVCache(self.model.memories, spare + 1, blocks.cpu, self.device)
         self.slots = Slots(num_slots, self.max_model_len, block_size, spare, self.device)
         self.table = SamplingTable(num_slots, self.traits.vocab_size, self.slots.tokens)
         samples = self.stage.last and self.ranks.group.rank == 0
@@ -327,13 +327,8 @@ class Worker:
         return Graphs(scheduler.max_num_seqs, most)
 
     @property
-    def _num_layers(self) -> int:
-        return self.stage.stop - self.stage.start
-
-    @property
     def _block_bytes(self) -> int:
-        elements = math.prod(self.backend.block_shape)
-        return self._num_layers * elements * self.backend.shape.dtype.itemsize
+        return sum(memory.unit_bytes for memory in self.model.memories)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, tokens: Ints | None = None) -> Pending:

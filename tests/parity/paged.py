@@ -80,8 +80,7 @@ class Paged:
     def __post_init__(self) -> None:
         blocks = len(self.sequences) * -(-MAX_LENGTH // self.block_size)
         self.caches = [
-            [backend.allocate(blocks) for _ in range(model.stage.start, model.stage.stop)]
-            for model, backend in self.stages
+            [memory.allocate(blocks) for memory in model.memories] for model, _ in self.stages
         ]
 
     def step(self, rows: list[tuple[int, int, int]], outputs: Tensor | None = None) -> Tensor:

@@ -8,10 +8,16 @@ import torch
 
 from engine.plan import Copies, pairs
 from workers import kv
-from workers.attention.base import AttentionShape
-from workers.attention.gather import GatherAttention
+from workers.layers.memory import Memory
 
 LAYERS, DEVICE_BLOCKS, CPU_BLOCKS = 5, 40, 90
+
+
+def memory_of(number, device):
+    """Layers are not alike: in shape, type, and in how their bytes are aligned."""
+    shape, dtype = (2, 500 * number + 3), (torch.float32, torch.float64)[number % 2]
+    bytes = 2 * shape[1] * dtype.itemsize
+    return Memory(lambda n: torch.empty(n, *shape, dtype=dtype, device=device), bytes)
 
 
 def check_copies(device, seed, staging_bytes, busy=lambda: None):
@@ -21,13 +27,12 @@ def check_copies(device, seed, staging_bytes, busy=lambda: None):
     Nothing is looked at before the end but by the device itself.
     """
     draw = random.Random(seed)
-    shape = AttentionShape(
-        num_heads=2, num_kv_heads=2, head_dim=64, scale=1.0, block_size=16,
-        dtype=torch.float32, device=device,
-    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv, "STAGING_BYTES", staging_bytes)
-        cache = kv.KVCache(GatherAttention(shape), LAYERS, DEVICE_BLOCKS, CPU_BLOCKS, device)
+        cache = kv.KVCache(
+            [memory_of(number, device) for number in range(LAYERS)],
+            DEVICE_BLOCKS, CPU_BLOCKS, device,
+        )  # fmt: skip
     on_device, on_cpu = [0] * DEVICE_BLOCKS, {}
     for layer in cache.layers:
         layer.zero_()
@@ -51,8 +56,9 @@ def check_copies(device, seed, staging_bytes, busy=lambda: None):
             on_device[block] = number
             for i, layer in enumerate(cache.layers):
                 layer[block] = number + 1000.0 * i
-        seen.append(torch.stack([layer.flatten(1).amin(1) for layer in cache.layers]))
-        seen.append(torch.stack([layer.flatten(1).amax(1) for layer in cache.layers]))
+        rows = [layer.flatten(1).double() for layer in cache.layers]
+        seen.append(torch.stack([row.amin(1) for row in rows]))
+        seen.append(torch.stack([row.amax(1) for row in rows]))
         expected += [list(on_device)] * 2
     offsets = 1000.0 * np.arange(LAYERS)[:, None]
     written = np.array(expected, np.float64)[:, None, :]

@@ -1,5 +1,6 @@
 """The interface of attention backends: a step's metadata in, attention out."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -113,3 +114,8 @@ class AttentionBackend(Protocol):
         positions p - w + 1 to p. Returns [T, num_heads * value_dim].
         """
         ...
+
+
+def block_bytes(backend: AttentionBackend) -> int:
+    """Bytes of what one layer keeps in one block."""
+    return math.prod(backend.block_shape) * backend.shape.dtype.itemsize

@@ -7,9 +7,10 @@ from itertools import chain
 from torch import Tensor
 
 from engine.errors import ConfigError
-from workers.attention.base import AttentionBackend, Prologue
+from workers.attention.base import AttentionBackend, Prologue, block_bytes
 from workers.batch import Batch
 from workers.layers.linear import ColumnLinear, Part, RowLinear
+from workers.layers.memory import Memory
 from workers.layers.norm import RMSNorm, WideNorm
 from workers.layers.rotary import Rotary, halves
 from workers.parallel import Group, Place
@@ -75,6 +76,7 @@ class Attention:
     ) -> None:
         mine, shared = heads.split(place.group)
         self._backend = backend
+        self.memory = Memory(backend.allocate, block_bytes(backend))
 
         def part(which: str, count: int, cut: slice) -> Part:
             width = slice(cut.start * heads.size, cut.stop * heads.size)

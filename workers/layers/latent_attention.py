@@ -7,9 +7,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from workers.attention.base import AttentionBackend, Prologue
+from workers.attention.base import AttentionBackend, Prologue, block_bytes
 from workers.batch import Batch
 from workers.layers.linear import ColumnLinear, Packed, Part, RowLinear
+from workers.layers.memory import Memory
 from workers.layers.norm import RMSNorm
 from workers.layers.rotary import Rope, Rotary, halves
 from workers.layers.stream import Stream
@@ -52,6 +53,7 @@ class LatentAttention:
         rotary: Rotary,
     ) -> None:
         self._backend = backend
+        self.memory = Memory(backend.allocate, block_bytes(backend))
         self._traits = traits
         rope = self._rope = rotary.rope.head_dim
         mine = place.group.split(heads, "the number of attention heads")

@@ -12,6 +12,7 @@ from workers.attention.base import AttentionShape
 from workers.batch import Batch
 from workers.checkpoint import Config
 from workers.layers.attention import Heads
+from workers.layers.memory import Memory
 from workers.parallel import Place, Stage
 from workers.weights import Parameter, Piece
 
@@ -125,6 +126,12 @@ class Layer(Protocol):
     def parameters(self) -> Iterable[Parameter]: ...
 
 
+class NetworkLayer(Layer, Protocol):
+    """One of the layers that are counted: it keeps something of the sequences."""
+
+    memory: Memory
+
+
 class Model(ABC):
     """One pipeline stage of a network on one tensor-parallel rank.
 
@@ -135,14 +142,14 @@ class Model(ABC):
         self.place = place
         self.stage = stage
         self.parts: list[Layer] = []
-        self.layers: Sequence[Layer] = ()
+        self.layers: Sequence[NetworkLayer] = ()
 
     @abstractmethod
     def forward(self, batch: Batch, caches: list[Tensor], hidden: Tensor | None = None) -> Tensor:
         """One step of this stage, after the backend's ``begin(batch)``.
 
-        ``caches`` holds one attention cache for each layer of the stage; ``hidden`` [T, H] comes
-        from the stage before, None on the first. Returns [T, H] for the next stage or, on the
+        ``caches`` holds what ``memories`` allocate; ``hidden`` [T, H] comes from the stage before,
+        None on the first. Returns [T, H] for the next stage or, on the
         last one, [n, H] of ``batch.outputs`` for ``logits``. See ``Traits.capturable``.
         """
 
@@ -155,6 +162,11 @@ class Model(ABC):
         """What the model makes of pooled rows [m, H] of the last stage's output, all float32: of a
         classifier [m, labels], else the rows themselves."""
         return vectors
+
+    @property
+    def memories(self) -> list[Memory]:
+        """What each layer of the stage keeps of the sequences."""
+        return [layer.memory for layer in self.layers]
 
     def keep(self, layer: object, batch: Batch) -> Tensor | None:
         """Which tokens go on after the attention of ``layer``: after the network's last one nobody

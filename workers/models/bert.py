@@ -103,6 +103,7 @@ class BertLayer:
             qkv_bias=True,
             output_bias=True,
         )
+        self.memory = self._attention.memory
         self._attention_norm = LayerNorm(
             place, f"{name}.attention.output.LayerNorm", hidden, eps, affine=True
         )

@@ -130,6 +130,7 @@ class DecoderLayer:
                 rotary=rotary,
                 query_scales=query_scales,
             )
+        self.memory = self._attention.memory
         self._mlp_residual = self._residual(traits, place, name, names.mlp, names.mlp_output)
         self._mlp: GatedMLP | Experts
         if mine.experts is not None:

@@ -102,6 +102,7 @@ class OPTLayer:
             qkv_bias=traits.bias,
             output_bias=traits.bias,
         )
+        self.memory = self._attention.memory
         self._attention_norm = LayerNorm(
             place, f"{name}.self_attn_layer_norm", hidden, NORM_EPS, affine
         )
