@@ -22,7 +22,8 @@ from engine.preempt import MeasuredCosts
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from workers import kernels, products, weights
-from workers.attention import choose_backend
+from workers.attention import choose_backends
+from workers.attention.several import backends_of
 from workers.attention.triton import TritonAttention
 from workers.batch import Batch
 from workers.checkpoint import resolve_dtype
@@ -34,7 +35,7 @@ from workers.host_memory import host_memory
 from workers.kernels.memory import Prefault
 from workers.kv import KVCache
 from workers.messages import Blocks
-from workers.models import attention_shape, build_model, read_traits
+from workers.models import attention_shapes, build_model, read_traits
 from workers.parallel import Group, Place, Ranks, Stage
 from workers.pooling import longest_text, read_pooling, served_config
 from workers.pooling_table import PoolingTable
@@ -73,7 +74,7 @@ def check_split(config: EngineConfig, path: Path) -> None:
     meta = torch.device("meta")
     dtype = resolve_dtype(config.model.dtype, checkpoint, meta)
     place = Place(meta, dtype, Group(parallel.tensor_parallel_size, 0))
-    backend = choose_backend(attention_shape(traits, place, block_size), "gather")
+    backend = choose_backends(attention_shapes(traits, place, block_size), "gather")
     size = parallel.pipeline_parallel_size
     for stage in Stage.split(traits.num_layers, size, parallel.partition):
         build_model(checkpoint, place, stage, backend, 1)
@@ -164,8 +165,8 @@ class Worker:
         dtype = resolve_dtype(options.dtype, checkpoint, self.device)
         self.place = place = Place(self.device, dtype, self.ranks.group)
         block_size = self.config.cache.block_size or DEFAULT_BLOCK_SIZE
-        self.backend = choose_backend(
-            attention_shape(traits, place, block_size), self.config.device.attention_backend
+        self.backend = choose_backends(
+            attention_shapes(traits, place, block_size), self.config.device.attention_backend
         )
         longest = longest_text(self.path) or traits.max_position
         longest = min(longest, traits.max_position)
@@ -205,8 +206,8 @@ class Worker:
         if wanted == "off":
             return False
         found = products.varying(self.place.products)
-        if not isinstance(self.backend, TritonAttention):
-            found.append(f"attention ({type(self.backend).__name__})")
+        if not self._on_triton:
+            found.append(f"attention ({self._attention_name})")
         if found and wanted == "on":
             raise ConfigError(
                 f"batch_invariance must be auto or off on {torch.cuda.get_device_name()}: what"
@@ -261,7 +262,7 @@ class Worker:
             num_cpu_blocks=blocks.cpu,
             block_size=shape.block_size,
             block_bytes=self._block_bytes,
-            attention_backend=type(self.backend).__name__,
+            attention_backend=self._attention_name,
             costs=MeasuredCosts(out, in_, seconds_per_token),
         )
 
@@ -316,7 +317,7 @@ class Worker:
     def _make_graphs(self) -> Graphs | None:
         """None where steps cannot be captured, or are not to be."""
         scheduler, options = self.config.scheduler, self.config.device
-        can = kernels.has_triton(self.device) and isinstance(self.backend, TritonAttention)
+        can = kernels.has_triton(self.device) and self._on_triton
         can = can and self.traits.generates and self.traits.capturable
         if options.enforce_eager or not can or not self.ranks.group.capturable:
             return None
@@ -325,6 +326,15 @@ class Worker:
         self._hidden = torch.zeros(shape, dtype=self.place.dtype, device=self.device)
         self._results = torch.empty(0, device=self.device)
         return Graphs(scheduler.max_num_seqs, most)
+
+    @property
+    def _on_triton(self) -> bool:
+        return all(isinstance(backend, TritonAttention) for backend in backends_of(self.backend))
+
+    @property
+    def _attention_name(self) -> str:
+        names = (type(backend).__name__ for backend in backends_of(self.backend))
+        return " and ".join(dict.fromkeys(names))
 
     @property
     def _block_bytes(self) -> int:

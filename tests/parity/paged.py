@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from workers.attention import AttentionBackend, AttentionShape, choose_backend
+from workers.attention import AttentionBackend, Backend, choose_backends
+from workers.attention.several import SeveralAttention
 from workers.batch import Batch
 from workers.checkpoint import load_config
-from workers.models import Model, attention_shape, build_model, read_traits
+from workers.models import Model, attention_shapes, build_model, read_traits
 from workers.parallel import Group, Place, Stage
 from workers.weights import load
 
@@ -30,13 +31,16 @@ def build(
     dtype: torch.dtype = torch.float32,
     block_size: int = BLOCK_SIZE,
     load_format: str = "auto",
-) -> tuple[Model, AttentionBackend]:
+) -> tuple[Model, Backend]:
     """A loaded model and its backend (the one that manta would choose, unless given)."""
     config = load_config(path)
     traits = read_traits(config)
     place = Place(CPU, dtype, group or Group())
-    shape: AttentionShape = attention_shape(traits, place, block_size)
-    attention = backend(shape) if backend else choose_backend(shape)
+    shapes = attention_shapes(traits, place, block_size)
+    attention = choose_backends(shapes)
+    if backend is not None:
+        given = [backend(shape) for shape in shapes]
+        attention = given[0] if len(given) == 1 else SeveralAttention(given)
     stage = stage or Stage.whole(traits.num_layers)
     model = build_model(config, place, stage, attention, MAX_LENGTH)
     load(model, path, load_format)
@@ -72,7 +76,7 @@ def make_batch(sequences: list[list[int]], rows: list[tuple[int, int, int]], siz
 class Paged:
     """Pipeline stages of one rank run one after the other, keeping the caches between steps."""
 
-    stages: list[tuple[Model, AttentionBackend]]
+    stages: list[tuple[Model, Backend]]
     sequences: list[list[int]]
     block_size: int = BLOCK_SIZE
     caches: list[list[Tensor]] = field(init=False)

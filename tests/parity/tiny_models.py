@@ -45,6 +45,9 @@ class TinyModel:
                     tensor.normal_(0, 0.7 / tensor.shape[1] ** 0.5 if "embed" not in name else 0.6)
                 else:
                     tensor.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+            for name, tensor in model.named_buffers():
+                if name in model.state_dict():
+                    tensor.normal_(1.0, 0.2)
         return model
 
 
@@ -152,6 +155,23 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "query_pre_attn_scalar": 24,
             "sliding_window": 6,
             "layer_types": _ALTERNATING,
+        },
+    ),
+    "gemma4": (
+        transformers.Gemma4TextConfig,
+        transformers.Gemma4ForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 130,
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "final_logit_softcapping": 4.0,
         },
     ),
     "glm4": (transformers.Glm4Config, transformers.Glm4ForCausalLM, _LLAMA | {"head_dim": 24}),
@@ -280,6 +300,20 @@ TINY_MODELS = [
     TinyModel("gemma2", "gemma2", generates="pressed"),
     TinyModel("gemma3", "gemma3"),
     TinyModel("gemma3-capped", "gemma3", {"final_logit_softcapping": 2.0}, generates="no"),
+    TinyModel("gemma4", "gemma4"),
+    TinyModel(
+        "gemma4-alike",
+        "gemma4",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        },
+        generates="pressed",
+    ),
     TinyModel("glm4", "glm4", generates="pressed"),
     TinyModel("mixtral", "mixtral"),
     TinyModel("qwen3-moe", "qwen3_moe", generates="pressed"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.errors import CheckpointError, ConfigError
 from tests.support.checkpoints import configure
 from tests.support.users import unprivileged
-from workers.attention import choose_backend
+from workers.attention import choose_backends
 from workers.checkpoint import (
     Config,
     load_config,
@@ -25,7 +25,7 @@ from workers.checkpoint import (
     resolve,
     resolve_dtype,
 )
-from workers.models import Model, attention_shape, build_model, read_traits
+from workers.models import Model, attention_shapes, build_model, read_traits
 from workers.parallel import Group, Place, Stage
 from workers.weights import Loaded, Progress, find_files, load
 
@@ -37,7 +37,7 @@ def build(path: Path, group: Group | None = None, stage: Stage | None = None) ->
     config = load_config(path)
     traits = read_traits(config)
     place = Place(CPU, torch.float32, group or Group())
-    backend = choose_backend(attention_shape(traits, place, 16))
+    backend = choose_backends(attention_shapes(traits, place, 16))
     return build_model(config, place, stage or Stage.whole(traits.num_layers), backend, 64)
 
 

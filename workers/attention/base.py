@@ -64,7 +64,7 @@ class Prologue:
             v = k[..., -shape.latent :]
         if self.norms is not None:
             q, k = (
-                kernels.rms_norm(x, weight, self.eps)
+                kernels.rms_norm(x, weight, self.eps) if x.shape[1] else x
                 for x, weight in zip((q, k), self.norms, strict=True)
             )
         if self.rotation is not None:
@@ -72,16 +72,14 @@ class Prologue:
         return q, k, v
 
 
-class AttentionBackend(Protocol):
-    """Paged attention. The layout inside a block is the backend's own business;
+class LayerAttention(Protocol):
+    """Paged attention as a layer sees it. The layout inside a block is the backend's own business;
 
     a layer's cache is one tensor whose first dimension is the block, so that whole blocks can be
-    copied without knowing more. A backend keeps nothing of a step.
+    copied without knowing more.
     """
 
     shape: AttentionShape
-
-    def __init__(self, shape: AttentionShape) -> None: ...
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -91,6 +89,22 @@ class AttentionBackend(Protocol):
     def allocate(self, num_blocks: int) -> Tensor:
         """One layer's cache: a tensor [num_blocks, *block_shape]."""
         ...
+
+    def attend(self, batch: Batch, cache: Tensor, qkv: Tensor, prologue: Prologue) -> Tensor:
+        """Write a layer's keys and values into ``cache``, then attend.
+
+        qkv is [T, (num_heads + 2 num_kv_heads) * head_dim], of latents without the last
+        num_kv_heads; it may be written to. Where it has queries alone, another layer has written
+        the step's keys and values. ``prologue.window`` w lets a query at position p see positions
+        p - w + 1 to p. Returns [T, num_heads * value_dim].
+        """
+        ...
+
+
+class AttentionBackend(LayerAttention, Protocol):
+    """Paged attention. A backend keeps nothing of a step."""
+
+    def __init__(self, shape: AttentionShape) -> None: ...
 
     def arrays(self, plan: StepPlan) -> Arrays:
         """What it wants to have on the device of a plan; only the last one may be large."""
@@ -106,16 +120,7 @@ class AttentionBackend(Protocol):
         are those of the plan, on the device, with room behind each."""
         ...
 
-    def attend(self, batch: Batch, cache: Tensor, qkv: Tensor, prologue: Prologue) -> Tensor:
-        """Write a layer's keys and values into ``cache``, then attend.
 
-        qkv is [T, (num_heads + 2 num_kv_heads) * head_dim], of latents without the last
-        num_kv_heads; it may be written to. ``prologue.window`` w lets a query at position p see
-        positions p - w + 1 to p. Returns [T, num_heads * value_dim].
-        """
-        ...
-
-
-def block_bytes(backend: AttentionBackend) -> int:
+def block_bytes(backend: LayerAttention) -> int:
     """Bytes of what one layer keeps in one block."""
     return math.prod(backend.block_shape) * backend.shape.dtype.itemsize

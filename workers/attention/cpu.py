@@ -123,7 +123,7 @@ class CpuAttention:
         out = result_tensor((tokens, count * self.shape.value_dim), q.dtype)
         self.kernel(
             ctypes.byref(batch.attention.step), cache.data_ptr(), q.data_ptr(), q.stride(0),
-            k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(),
-            prologue.window or 0, torch.get_num_threads(),
+            k.data_ptr() if k.shape[1] else None, k.stride(0), v.data_ptr(), v.stride(0),
+            out.data_ptr(), prologue.window or 0, torch.get_num_threads(),
         )  # fmt: skip
         return out

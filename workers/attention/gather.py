@@ -81,9 +81,10 @@ class GatherAttention:
         s = self.shape
         q, k, v = prologue.split(qkv, batch.positions, s)
         block, offset = batch.cells // s.block_size, batch.cells % s.block_size
-        cache[block, 0, offset] = k
-        if s.latent is None:
-            cache[block, 1, offset] = v
+        if k.shape[1]:
+            cache[block, 0, offset] = k
+            if s.latent is None:
+                cache[block, 1, offset] = v
         out = q.new_empty(len(q), s.num_heads, s.value_dim)
         for group in batch.attention:
             part = self._rows(batch, cache, q[group.tokens], group, prologue.window)

@@ -97,10 +97,13 @@ class TritonAttention:
 
     def attend(self, batch: Batch, cache: Tensor, qkv: Tensor, prologue: Prologue) -> Tensor:
         shape, rows = self.shape, batch.attention
-        q = self._place(
-            qkv, cache, batch.cells, batch.positions, shape.num_heads, bias=prologue.bias,
-            norms=prologue.norms, eps=prologue.eps, rotation=prologue.rotation,
-        )  # fmt: skip
+        if qkv.shape[1] == shape.num_heads * shape.head_dim:
+            q = prologue.split(qkv, batch.positions, shape)[0].flatten(1)
+        else:
+            q = self._place(
+                qkv, cache, batch.cells, batch.positions, shape.num_heads, bias=prologue.bias,
+                norms=prologue.norms, eps=prologue.eps, rotation=prologue.rotation,
+            )  # fmt: skip
         out = torch.empty_like(q)
         traits = self._kernels.Traits(
             shape.num_heads, shape.scale, prologue.window, shape.cap or 0.0

@@ -84,7 +84,7 @@ void store_values(uint32_t* to, int offset, const typename E::T* v, int64_t stri
 template <class E>
 struct Source {
     using T = typename E::T;
-    const T* k;
+    const T* k;  // null: there are none
     int64_t k_stride;
     const T* v;
     int64_t v_stride;
@@ -334,11 +334,12 @@ class Attention {
     // A decode row's new key and value can wait until its last tile is at hand, in cache: nobody
     // else reads them. Not so at the end of a block: full blocks may be shared, even within a step.
     bool stores_late(int r) const {
-        return splits == 1 && queries(r) == 1 && s.context_lens[r] % s.block_size != 0;
+        return source.k && splits == 1 && queries(r) == 1 && s.context_lens[r] % s.block_size != 0;
     }
 
     // Writes the keys and values of all other rows.
     void store_early(int threads) {
+        if (!source.k) return;
         std::vector<std::pair<int64_t, int64_t>> spans;
         for (int r = 0; r < s.rows; r++) {
             if (stores_late(r)) continue;

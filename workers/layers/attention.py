@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from workers.attention.base import AttentionBackend, Prologue, block_bytes
+from workers import kernels
+from workers.attention.base import LayerAttention, Prologue, block_bytes
 from workers.batch import Batch
 from workers.layers.linear import ColumnLinear, Part, RowLinear
 from workers.layers.memory import Memory
@@ -55,7 +57,10 @@ class Attention:
     """Projections q, k and v as one product, the backend, and the output projection.
 
     ``rotary`` rotates q and k, behind their ``norm``; ``window`` is the sliding window in tokens.
-    ``query_scales`` [max_length] multiply q by its position (Llama 4).
+    ``query_scales`` [max_length] multiply q by its position (Llama 4). With ``value_norm``, its
+    eps, values have an RMS norm without weight; where they are ``from_keys``, they are what the
+    keys are before theirs (Gemma 4). One that ``shares`` has queries alone, for the keys and values
+    in another layer's cache.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class Attention:
         name: str,
         hidden: int,
         heads: Heads,
-        backend: AttentionBackend,
+        backend: LayerAttention,
         *,
         output: str = "o_proj",
         qkv_bias: bool = False,
@@ -73,10 +78,15 @@ class Attention:
         window: int | None = None,
         rotary: Rotary | None = None,
         query_scales: Tensor | None = None,
+        value_norm: float | None = None,
+        from_keys: bool = False,
+        shares: bool = False,
     ) -> None:
         mine, shared = heads.split(place.group)
         self._backend = backend
         self.memory = Memory(backend.allocate, block_bytes(backend))
+        if shares:
+            self.memory = Memory(lambda count: torch.empty(count, 0, device=place.device), 0)
 
         def part(which: str, count: int, cut: slice) -> Part:
             width = slice(cut.start * heads.size, cut.stop * heads.size)
@@ -85,13 +95,17 @@ class Attention:
                 order = halves(rotary.rope, heads.size, cut.stop - cut.start)
             return Part(f"{name}.{which}_proj", count * heads.size, width, order)
 
-        parts = [part("q", heads.count, mine)] + [
-            part(which, heads.kv_count, shared) for which in ("k", "v")
-        ]
+        own = "" if shares else "k" if from_keys else "kv"
+        parts = [part("q", heads.count, mine)]
+        parts += [part(which, heads.kv_count, shared) for which in own]
         self._width = parts[0].share
+        self._from_keys = from_keys and not shares
+        self._value_norm = None if shares else value_norm
+        self._ones = torch.ones(heads.size, dtype=place.dtype, device=place.device)
         self._query_scales = query_scales
         wide = norm is not None and norm.wide
         late_bias = not wide and query_scales is None  # else before what is done here
+        late_bias &= value_norm is None
         self._qkv = ColumnLinear(place, parts, hidden, qkv_bias, late_bias=late_bias)
         self.output = RowLinear(
             place, f"{name}.{output}", heads.count * heads.size, hidden, output_bias
@@ -104,12 +118,13 @@ class Attention:
             self._wide_norm = WideNorm(place, names, sizes, cuts, norm.eps)
         elif norm is not None:
             self._head_norms = [
-                RMSNorm(place, which, heads.size, norm.eps, norm.offset) for which in names
+                RMSNorm(place, which, heads.size, norm.eps, norm.offset)
+                for which in names[: 1 if shares else 2]
             ]
         weights = [norm.weight for norm in self._head_norms]
         self._prologue = Prologue(
             bias=self._qkv.late_bias,
-            norms=(weights[0], weights[1]) if weights else None,
+            norms=(weights[0], weights[-1]) if weights else None,
             eps=norm.eps if norm else 0.0,
             rotation=None if rotary is None else (rotary.cos, rotary.sin),
             window=window,
@@ -128,4 +143,10 @@ class Attention:
             self._wide_norm(qkv)
         if self._query_scales is not None:
             qkv[:, : self._width] *= self._query_scales[batch.positions][:, None]
+        if self._from_keys:
+            qkv = torch.cat((qkv, qkv[:, self._width :]), 1)
+        if self._value_norm is not None:
+            heads = qkv.view(len(x), -1, len(self._ones))
+            values = heads[:, (heads.shape[1] + self._width // len(self._ones)) // 2 :]
+            values.copy_(kernels.rms_norm(values, self._ones, self._value_norm))
         return self._backend.attend(batch, cache, qkv, self._prologue)

@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from workers.attention.base import AttentionBackend, Prologue, block_bytes
+from workers.attention.base import LayerAttention, Prologue, block_bytes
 from workers.batch import Batch
 from workers.layers.linear import ColumnLinear, Packed, Part, RowLinear
 from workers.layers.memory import Memory
@@ -47,7 +47,7 @@ class LatentAttention:
         hidden: int,
         heads: int,
         traits: LatentTraits,
-        backend: AttentionBackend,
+        backend: LayerAttention,
         *,
         bias: bool,
         rotary: Rotary,

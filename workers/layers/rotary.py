@@ -16,7 +16,7 @@ from workers.parallel import Place
 
 FULL = "full_attention"
 WINDOW = "sliding_attention"
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 HARMLESS = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
 FIELDS = {
     "default": set[str](),
@@ -33,6 +33,7 @@ FIELDS = {
         "truncate",
     },
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
+    "proportional": {"factor", "partial_rotary_factor"},
 }
 
 
@@ -40,7 +41,8 @@ FIELDS = {
 class Rope:
     """One checkpoint's rotary embedding. ``original`` is the length it was first trained for;
     ``head_dim`` is how many of a head's dimensions, from the first on, are rotated: in pairs of one
-    from each half or, ``interleaved``, of neighbours (see ``halves``)."""
+    from each half or, ``interleaved``, of neighbours (see ``halves``). Of a "proportional" one the
+    first ``turning`` pairs turn, and the others stand."""
 
     head_dim: int
     theta: float
@@ -56,6 +58,7 @@ class Rope:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    turning: int = 0
     interleaved: bool = False
 
     @property
@@ -96,7 +99,7 @@ def read_rope(
             continue
         if field not in allowed and rope.get(field) is not None:
             raise rope.error(field, f"is not supported for type {kind}; {_allowed(allowed)}")
-    if partial:
+    if partial and kind != "proportional":
         share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
         if share > 1:
             raise config.error("partial_rotary_factor", f"must be at most 1, not {share:g}")
@@ -122,11 +125,17 @@ def _scaled(rope: Config, kind: str, plain: Rope) -> Rope:
     if kind == "yarn" and "factor" not in rope:
         factor = max_position / original
     else:
-        factor = rope.number("factor")
+        factor = rope.number("factor", 1.0 if kind == "proportional" else None)
     if kind == "dynamic" and plain.head_dim <= 2:
         raise rope.error("rope_type", "dynamic needs a head size over 2")
     if kind in ("linear", "dynamic"):
         return replace(plain, factor=factor, original=0)
+    if kind == "proportional":
+        share = rope.number("partial_rotary_factor", 1.0)
+        if share > 1:
+            raise rope.error("partial_rotary_factor", f"must be at most 1, not {share:g}")
+        turning = int(share * plain.head_dim // 2)
+        return replace(plain, factor=factor, original=0, turning=turning)
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if not low < high:
@@ -234,6 +243,8 @@ def inverse_frequencies(rope: Rope, length: int) -> Tensor:
     frequencies = 1.0 / rope.theta**exponents
     if rope.kind == "linear":
         return frequencies / rope.factor
+    if rope.kind == "proportional":
+        return (frequencies / rope.factor).masked_fill(torch.arange(dim // 2) >= rope.turning, 0)
     if rope.kind == "llama3":
         return _llama3(rope, frequencies)
     if rope.kind == "yarn":

@@ -95,29 +95,39 @@ class Traits:
         return True
 
     @property
+    def head_kinds(self) -> tuple[Heads, ...]:
+        """``heads``, and those of layers that have others."""
+        return (self.heads,)
+
+    @property
     def latent(self) -> int | None:
         """See ``AttentionShape``."""
         return None
 
 
-def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionShape:
-    """The attention of one rank, as a backend needs it.
+def attention_shapes(traits: Traits, place: Place, block_size: int) -> list[AttentionShape]:
+    """The attention of one rank, as backends need it, with each of the ``head_kinds``.
 
     Raises ConfigError if the group does not divide the heads.
     """
-    mine, shared = traits.heads.split(place.group)
-    return AttentionShape(
-        num_heads=mine.stop - mine.start,
-        num_kv_heads=shared.stop - shared.start,
-        head_dim=traits.heads.size,
-        scale=traits.attention_scale or traits.heads.size**-0.5,
-        block_size=block_size,
-        dtype=place.dtype,
-        device=place.device,
-        causal=traits.causal,
-        cap=traits.attention_cap,
-        latent=traits.latent,
-    )
+    shapes = []
+    for heads in traits.head_kinds:
+        mine, shared = heads.split(place.group)
+        shapes.append(
+            AttentionShape(
+                num_heads=mine.stop - mine.start,
+                num_kv_heads=shared.stop - shared.start,
+                head_dim=heads.size,
+                scale=traits.attention_scale or heads.size**-0.5,
+                block_size=block_size,
+                dtype=place.dtype,
+                device=place.device,
+                causal=traits.causal,
+                cap=traits.attention_cap,
+                latent=traits.latent,
+            )
+        )
+    return shapes
 
 
 class Layer(Protocol):

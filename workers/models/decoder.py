@@ -7,15 +7,18 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from workers.attention.base import AttentionBackend
+from engine.errors import ConfigError
+from workers.attention.base import LayerAttention
+from workers.attention.several import Backend, part_of
 from workers.batch import Batch
-from workers.layers.attention import Attention, QKNorm
+from workers.layers.attention import Attention, Heads, QKNorm
 from workers.layers.embedding import LabelLayer, OutputLayer, VocabEmbedding
 from workers.layers.experts import Experts, ExpertTraits
 from workers.layers.latent_attention import LatentAttention, LatentTraits
 from workers.layers.linear import Gate
 from workers.layers.mlp import GatedMLP
 from workers.layers.norm import RMSNorm
+from workers.layers.per_layer import PerLayerBlock, PerLayerEmbedding
 from workers.layers.residual import Residual
 from workers.layers.rotary import PositionScale, Rope, Rotary
 from workers.layers.stream import Stream
@@ -45,11 +48,25 @@ BEHIND = NormNames(None, "post_attention_layernorm", None, "post_feedforward_lay
 @dataclass(frozen=True)
 class LayerTraits:
     """What may differ from layer to layer. Without ``rope`` positions are not encoded; ``experts``
-    take the MLP's place."""
+    take the MLP's place. ``heads`` and ``inner``, the MLP's units, are the model's unless given.
+    A layer attends over the keys and values of the layer that it ``shares``, if it has none."""
 
     rope: Rope | None
     window: int | None = None
     experts: ExpertTraits | None = None
+    heads: Heads | None = None
+    inner: int | None = None
+    values_from_keys: bool = False
+    shares: int | None = None
+
+
+@dataclass(frozen=True)
+class PerLayerTraits:
+    """Per-layer embeddings: ``size`` of a token's vector for a layer, known for ``vocab_size``
+    ids."""
+
+    vocab_size: int
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +75,8 @@ class DecoderTraits(Traits):
 
     ``norm_offset`` is added to the norms' weights. Embeddings and updates of the residual stream
     are multiplied by their scales; logits are divided by ``logits_divisor``, then softly capped at
-    ``logits_cap``.
+    ``logits_cap``. ``value_norm``: values have an RMS norm without weight; ``layer_scales``: what
+    leaves a layer is multiplied by a number of its own.
     """
 
     intermediate_size: int
@@ -77,10 +95,21 @@ class DecoderTraits(Traits):
     logits_divisor: float = 1.0
     logits_cap: float | None = None
     latents: LatentTraits | None = None
+    value_norm: bool = False
+    per_layer: PerLayerTraits | None = None
+    layer_scales: bool = False
 
     @property
     def capturable(self) -> bool:
         return not any(layer.experts for layer in self.layers)
+
+    @property
+    def head_kinds(self) -> tuple[Heads, ...]:
+        return tuple(dict.fromkeys(self.heads_of(layer) for layer in self.layers))
+
+    def heads_of(self, layer: LayerTraits) -> Heads:
+        """A layer's heads."""
+        return layer.heads or self.heads
 
     @property
     def latent(self) -> int | None:
@@ -88,14 +117,14 @@ class DecoderTraits(Traits):
 
 
 class DecoderLayer:
-    """h += attention(h), then h += mlp(h), each with its norms."""
+    """h += attention(h), then h += mlp(h), each with its norms; then what is there per layer."""
 
     def __init__(
         self,
         traits: DecoderTraits,
         place: Place,
         index: int,
-        backend: AttentionBackend,
+        backend: LayerAttention,
         rotary: Rotary | None,
         query_scales: Tensor | None,
     ) -> None:
@@ -121,7 +150,7 @@ class DecoderLayer:
                 place,
                 f"{name}.self_attn",
                 traits.hidden_size,
-                traits.heads,
+                traits.heads_of(mine),
                 backend,
                 qkv_bias=traits.qkv_bias,
                 output_bias=traits.output_bias,
@@ -129,6 +158,9 @@ class DecoderLayer:
                 window=mine.window,
                 rotary=rotary,
                 query_scales=query_scales,
+                value_norm=traits.norm_eps if traits.value_norm else None,
+                from_keys=mine.values_from_keys,
+                shares=mine.shares is not None,
             )
         self.memory = self._attention.memory
         self._mlp_residual = self._residual(traits, place, name, names.mlp, names.mlp_output)
@@ -140,10 +172,18 @@ class DecoderLayer:
                 place,
                 f"{name}.mlp",
                 traits.hidden_size,
-                traits.intermediate_size,
+                mine.inner or traits.intermediate_size,
                 traits.mlp_bias,
                 traits.activation,
             )
+        self._per_layer: PerLayerBlock | None = None
+        if traits.per_layer is not None:
+            size = traits.per_layer.size
+            self._per_layer = PerLayerBlock(place, name, traits.hidden_size, size, traits.norm_eps)
+        self._scale: Tensor | None = None
+        if traits.layer_scales:
+            self._scale = torch.empty(1, dtype=place.dtype, device=place.device)
+            self._scale_parameter = Parameter(f"{name}.layer_scalar", (1,), self._scale)
 
     @staticmethod
     def _residual(
@@ -157,17 +197,29 @@ class DecoderLayer:
         return Residual(norms[0], norms[1], traits.residual_scale)
 
     def parameters(self) -> Iterable[Parameter]:
-        parts = (self._attention_residual, self._attention, self._mlp_residual, self._mlp)
-        return chain.from_iterable(part.parameters() for part in parts)
+        parts = [self._attention_residual, self._attention, self._mlp_residual, self._mlp]
+        parts += [] if self._per_layer is None else [self._per_layer]
+        scale = [] if self._scale is None else [self._scale_parameter]
+        return chain(scale, *(part.parameters() for part in parts))
 
     def __call__(
-        self, stream: Stream, batch: Batch, cache: Tensor, keep: Tensor | None = None
+        self,
+        stream: Stream,
+        batch: Batch,
+        cache: Tensor,
+        keep: Tensor | None = None,
+        vectors: Tensor | None = None,
     ) -> Stream:
+        """The stream behind the layer; of ``keep``, if given, alone. ``vectors`` [T, size] are its
+        per-layer embeddings."""
         x, residual = self._attention_residual.enter(stream)
         y = self._attention(x, batch, cache)
         y, residual = kept(y, residual, keep)
         stream = self._attention_residual.leave(self._attention.output, y, residual)
-        return self._mlp_residual.leave(self._mlp, *self._mlp_residual.enter(stream))
+        stream = self._mlp_residual.leave(self._mlp, *self._mlp_residual.enter(stream))
+        if self._per_layer is not None and vectors is not None:
+            stream = self._per_layer(stream, vectors if keep is None else vectors[keep])
+        return stream if self._scale is None else Stream(stream.total() * self._scale)
 
 
 class DecoderModel(Model):
@@ -178,10 +230,11 @@ class DecoderModel(Model):
         traits: DecoderTraits,
         place: Place,
         stage: Stage,
-        backend: AttentionBackend,
+        backend: Backend,
         max_length: int,
     ) -> None:
         super().__init__(place, stage)
+        _check_stage(traits, stage)
         self._traits = traits
         self._backend = backend
         self._embedding: VocabEmbedding | None = None
@@ -189,13 +242,32 @@ class DecoderModel(Model):
         if stage.first:
             self._embedding = VocabEmbedding(place, EMBEDDING, vocab, hidden)
             self.parts.append(self._embedding)
+        self._per_layer: PerLayerEmbedding | None = None
+        if traits.per_layer is not None:
+            self._per_layer = PerLayerEmbedding(
+                place,
+                traits.per_layer.vocab_size,
+                hidden,
+                traits.num_layers,
+                traits.per_layer.size,
+                traits.norm_eps,
+            )
+            self.parts.append(self._per_layer)
         self._embedding_scale = float(torch.tensor(traits.embedding_scale, dtype=place.dtype))
         ropes = [layer.rope for layer in traits.layers[stage.start : stage.stop]]
         tables = {rope: Rotary(rope, max_length, place) for rope in set(ropes) if rope is not None}
         scale = traits.query_scale
         scales = None if scale is None else scale.table(max_length, place)
+        kinds = [traits.head_kinds.index(traits.heads_of(layer)) for layer in traits.layers]
         self._layers = [
-            DecoderLayer(traits, place, i, backend, tables.get(rope) if rope else None, scales)
+            DecoderLayer(
+                traits,
+                place,
+                i,
+                part_of(backend, kinds[i]),
+                tables.get(rope) if rope else None,
+                scales,
+            )
             for i, rope in enumerate(ropes, stage.start)
         ]
         self.parts.extend(self._layers)
@@ -219,9 +291,15 @@ class DecoderModel(Model):
             if self._embedding_scale != 1:
                 hidden *= self._embedding_scale
         assert hidden is not None and len(caches) == len(self._layers)
-        stream = Stream(hidden)
-        for layer, cache in zip(self._layers, caches, strict=True):
-            stream = layer(stream, batch, cache, self.keep(layer, batch))
+        vectors = None
+        if self._per_layer is not None:
+            vectors = self._per_layer(batch.tokens, hidden)
+        stream, start = Stream(hidden), self.stage.start
+        for i, layer in enumerate(self._layers):
+            shares = self._traits.layers[start + i].shares
+            cache = caches[i if shares is None else shares - start]
+            mine = None if vectors is None else vectors[:, i]
+            stream = layer(stream, batch, cache, self.keep(layer, batch), mine)
         return self._norm(stream) if self.stage.last else stream.total()
 
     @torch.inference_mode()
@@ -256,3 +334,19 @@ class DecoderModel(Model):
     def tied(self) -> dict[str, str]:
         tied = self._traits.tied and self._traits.generates
         return {f"{HEAD}.weight": f"{EMBEDDING}.weight"} if tied else {}
+
+
+def _check_stage(traits: DecoderTraits, stage: Stage) -> None:
+    """Raise ConfigError if a layer of the stage needs what only another stage has."""
+    if traits.per_layer is not None and not (stage.first and stage.last):
+        raise ConfigError(
+            "pipeline_parallel_size must be 1: each layer of this model needs embeddings of the"
+            " tokens, which the first stage alone knows"
+        )
+    for i in range(stage.start, stage.stop):
+        shared = traits.layers[i].shares
+        if shared is not None and shared < stage.start:
+            raise ConfigError(
+                f"pipeline_partition: layer {i} shares the keys and values of layer {shared}, which"
+                " must be in the same stage"
+            )

@@ -8,7 +8,7 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.log import get_logger
-from workers.attention.base import AttentionBackend
+from workers.attention import Backend
 from workers.checkpoint import CONDITIONAL, Config
 from workers.host_memory import host_memory
 from workers.models import bert, decoder, opt
@@ -17,6 +17,7 @@ from workers.models.families import (
     deepseek,
     exaone4,
     gemma,
+    gemma4,
     glm4,
     granite,
     llama,
@@ -69,6 +70,7 @@ DECODERS: dict[str, tuple[str, Network]] = {
     "Glm4": ("glm4", _decoder(glm4.read_traits)),
     "Gemma2": ("gemma2", _decoder(gemma.read_gemma2)),
     "Gemma3": ("gemma3_text", _decoder(gemma.read_gemma3)),
+    "Gemma4": ("gemma4_text", _decoder(gemma4.read_traits)),
     "DeepseekV2": ("deepseek_v2", _decoder(deepseek.read_deepseek_v2)),
     "DeepseekV3": ("deepseek_v3", _decoder(deepseek.read_deepseek_v3)),
     "Glm4MoeLite": ("glm4_moe_lite", _decoder(deepseek.read_glm4_moe_lite)),
@@ -82,13 +84,15 @@ ARCHITECTURES = (
         "XLMRobertaModel": ("xlm-roberta", BERT),
         "Gemma3TextModel": DECODERS["Gemma3"],
         "Gemma3ForConditionalGeneration": DECODERS["Gemma3"],
+        "Gemma4TextModel": DECODERS["Gemma4"],
+        "Gemma4ForConditionalGeneration": DECODERS["Gemma4"],
         "Mistral3ForConditionalGeneration": DECODERS["Ministral3"],
     }
     | {
         f"{family}{head}": network
         for head in (EMBEDS, CLASSIFIES)
         for family, network in DECODERS.items()
-        if family != "Gemma3"
+        if family not in ("Gemma3", "Gemma4")
     }
 )
 
@@ -150,11 +154,11 @@ def _labels(config: Config) -> int:
 
 
 def build_model(
-    config: Config, place: Place, stage: Stage, backend: AttentionBackend, max_length: int
+    config: Config, place: Place, stage: Stage, backend: Backend, max_length: int
 ) -> Model:
     """This rank's part of the model, its parameters not yet filled (see ``weights.load``).
 
-    ``backend`` serves ``attention_shape(traits, place, block_size)``; ``max_length`` is the
+    ``backend`` serves ``attention_shapes(traits, place, block_size)``; ``max_length`` is the
     longest sequence in tokens. Raises CheckpointError for what the config has and the model lacks,
     for more parameters than there is memory, ConfigError where the group does not divide the model.
     """
