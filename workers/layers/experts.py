@@ -8,35 +8,48 @@ import torch
 from torch import Tensor
 
 from workers.layers.linear import ColumnLinear, Part, ReplicatedLinear, RowLinear
+from workers.layers.mlp import GatedMLP
+from workers.layers.routing import Router, Routing
 from workers.layers.stream import Stream
 from workers.parallel import Place
 from workers.weights import Parameter
 
 
 @dataclass(frozen=True)
+class SharedExpert:
+    """A gated MLP ``name`` of ``inner`` units that every token gets; its output is multiplied by
+    the sigmoid of the linear layer ``gate``, if there is one."""
+
+    inner: int
+    name: str = "shared_experts"
+    gate: str | None = None
+
+
+@dataclass(frozen=True)
 class ExpertTraits:
-    """``count`` experts of ``inner`` units, of which a token gets ``chosen``; ``normed``: the
-    weights of those sum to 1."""
+    """``count`` experts of ``inner`` units each, and one that is ``shared``."""
 
     count: int
-    chosen: int
     inner: int
-    normed: bool
+    routing: Routing
+    shared: SharedExpert | None = None
 
 
 class Experts:
     """Σ weight · down(silu(gate(x)) · up(x)) over a token's experts, plus the residual (Mixtral,
-    arXiv 2401.04088). The weights are the softmax of the router's outputs, in float32.
+    arXiv 2401.04088).
 
     An expert is computed for its tokens alone, and a token's experts are added in the order of
-    their weights, so that no token depends on another. Every rank has a part of each expert's inner
+    their choice, so that no token depends on another. Every rank has a part of each expert's inner
     units. How many tokens an expert gets is looked at on the host.
     """
 
     def __init__(self, place: Place, name: str, hidden: int, traits: ExpertTraits) -> None:
         self._group = place.group
         self._traits = traits
-        self._router = ReplicatedLinear(place, f"{name}.gate", hidden, traits.count)
+        self._router = Router(place, name, hidden, traits.count, traits.routing)
+        shared = traits.shared
+        self._shared = None if shared is None else _Shared(place, name, hidden, shared)
         cut = place.group.split(traits.inner, "the experts' intermediate size")
         self._gate_up: list[ColumnLinear] = []
         self._down: list[RowLinear] = []
@@ -49,15 +62,17 @@ class Experts:
             )
 
     def parameters(self) -> Iterable[Parameter]:
-        products: list[ColumnLinear | RowLinear] = [self._router, *self._gate_up, *self._down]
-        return chain.from_iterable(product.parameters() for product in products)
+        shared = () if self._shared is None else self._shared.parameters()
+        products: list[ColumnLinear | RowLinear] = [*self._gate_up, *self._down]
+        experts = chain.from_iterable(product.parameters() for product in products)
+        return chain(self._router.parameters(), shared, experts)
 
     def __call__(self, x: Tensor, residual: Tensor) -> Stream:
         return Stream(residual, self.update(x))
 
     def update(self, x: Tensor) -> Tensor:
         """What is added to the residual stream: x [T, hidden] to [T, hidden]."""
-        weights, chosen = self._route(x)
+        weights, chosen = self._router(x)
         tokens, each = chosen.shape
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=self._traits.count).tolist()
@@ -70,12 +85,23 @@ class Experts:
         total = torch.zeros_like(x, dtype=torch.float32)
         for column, output in enumerate(by_choice):
             total += weights[:, column, None] * output
+        if self._shared is not None:
+            total += self._shared.share(x)
         return self._group.all_reduce(total.to(x.dtype))
 
-    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights, float32, and numbers of each token's experts, both [T, chosen]."""
-        scores = self._router(x).float().softmax(-1)
-        weights, chosen = scores.topk(self._traits.chosen, dim=-1)
-        if self._traits.normed:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights, chosen
+
+class _Shared:
+    """The expert that every token gets."""
+
+    def __init__(self, place: Place, name: str, hidden: int, traits: SharedExpert) -> None:
+        self._mlp = GatedMLP(place, f"{name}.{traits.name}", hidden, traits.inner, bias=False)
+        self._gate = traits.gate and ReplicatedLinear(place, f"{name}.{traits.gate}", hidden, 1)
+
+    def parameters(self) -> Iterable[Parameter]:
+        gate = self._gate.parameters() if self._gate else ()
+        return chain(self._mlp.parameters(), gate)
+
+    def share(self, x: Tensor) -> Tensor:
+        """What this rank adds to the sum over the group [T, hidden]."""
+        y = self._mlp.share(x)
+        return torch.sigmoid(self._gate(x)) * y if self._gate else y

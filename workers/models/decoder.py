@@ -57,7 +57,8 @@ class DecoderTraits(Traits):
 
     ``norm_offset`` is added to the norms' weights. Embeddings and updates of the residual stream
     are multiplied by their scales; logits are divided by ``logits_divisor``, then softly capped at
-    ``logits_cap``.
+    ``logits_cap``. ``draft_layers`` follow the last in the checkpoint, to predict further tokens;
+    they are not read.
     """
 
     intermediate_size: int
@@ -75,6 +76,7 @@ class DecoderTraits(Traits):
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
     logits_cap: float | None = None
+    draft_layers: int = 0
 
     @property
     def capturable(self) -> bool:
@@ -225,6 +227,9 @@ class DecoderModel(Model):
                 return None
             name = text
         if name.startswith(f"{HEAD}.") and not self._traits.generates:
+            return None
+        first, count = self._traits.num_layers, self._traits.draft_layers
+        if name.startswith(tuple(f"model.layers.{first + i}." for i in range(count))):
             return None
         return decoder_name(name)
 

@@ -17,6 +17,7 @@ from workers.models.families import (
     exaone4,
     gemma,
     glm4,
+    glm4_moe,
     granite,
     llama,
     mistral,
@@ -66,6 +67,7 @@ DECODERS: dict[str, tuple[str, Network]] = {
     "SeedOss": ("seed_oss", _decoder(seed_oss.read_traits)),
     "Exaone4": ("exaone4", _decoder(exaone4.read_traits)),
     "Glm4": ("glm4", _decoder(glm4.read_traits)),
+    "Glm4Moe": ("glm4_moe", _decoder(glm4_moe.read_traits)),
     "Gemma2": ("gemma2", _decoder(gemma.read_gemma2)),
     "Gemma3": ("gemma3_text", _decoder(gemma.read_gemma3)),
 }
