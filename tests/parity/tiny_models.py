@@ -161,6 +161,36 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "routed_scaling_factor": 1.7,
         },
     ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        transformers.GptOssForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "sliding_window": 6,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "truncate": False,
+            },
+        },
+    ),
+    "minimax_m2": (
+        transformers.MiniMaxM2Config,
+        transformers.MiniMaxM2ForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "rotary_dim": 16,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+        },
+    ),
     "mixtral": (
         transformers.MixtralConfig,
         transformers.MixtralForCausalLM,
@@ -287,6 +317,8 @@ TINY_MODELS = [
         },
         generates="no",
     ),
+    TinyModel("gpt-oss", "gpt_oss", generates="pressed"),
+    TinyModel("minimax-m2", "minimax_m2", generates="pressed"),
     TinyModel("mixtral", "mixtral"),
     TinyModel("qwen3-moe", "qwen3_moe", generates="pressed"),
     TinyModel(

@@ -72,6 +72,7 @@ class DecoderTraits(Traits):
     norm_offset: float = 0.0
     qk_norm: QKNorm | None = None
     query_scale: PositionScale | None = None
+    sinks: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
@@ -79,8 +80,12 @@ class DecoderTraits(Traits):
     draft_layers: int = 0
 
     @property
+    def has_experts(self) -> bool:
+        return any(layer.experts for layer in self.layers)
+
+    @property
     def capturable(self) -> bool:
-        return not any(layer.experts for layer in self.layers)
+        return not self.has_experts
 
 
 class DecoderLayer:
@@ -111,6 +116,7 @@ class DecoderLayer:
             window=mine.window,
             rotary=rotary,
             query_scales=query_scales,
+            sinks=traits.sinks,
         )
         self._mlp_residual = self._residual(traits, place, name, names.mlp, names.mlp_output)
         self._mlp: GatedMLP | Experts
