@@ -31,11 +31,12 @@ def build(
     dtype: torch.dtype = torch.float32,
     block_size: int = BLOCK_SIZE,
     load_format: str = "auto",
+    expert_parallel: bool = False,
 ) -> tuple[Model, Backend]:
     """A loaded model and its backend (the one that manta would choose, unless given)."""
     config = load_config(path)
     traits = read_traits(config)
-    place = Place(CPU, dtype, group or Group())
+    place = Place(CPU, dtype, group or Group(), expert_parallel)
     shapes = attention_shapes(traits, place, block_size)
     attention = choose_backends(shapes)
     if backend is not None:

@@ -57,10 +57,11 @@ class Attention:
     """Projections q, k and v as one product, the backend, and the output projection.
 
     ``rotary`` rotates q and k, behind their ``norm``; ``window`` is the sliding window in tokens.
-    ``query_scales`` [max_length] multiply q by its position (Llama 4). With ``value_norm``, its
-    eps, values have an RMS norm without weight; where they are ``from_keys``, they are what the
-    keys are before theirs (Gemma 4). One that ``shares`` has queries alone, for the keys and values
-    in another layer's cache.
+    ``query_scales`` [max_length] multiply q by its position (Llama 4). With ``sinks`` each head has
+    a learned logit that takes a share of its attention and gives nothing (gpt-oss). With
+    ``value_norm``, its eps, values have an RMS norm without weight; where they are ``from_keys``,
+    they are what the keys are before theirs (Gemma 4). One that ``shares`` has queries alone, for
+    the keys and values in another layer's cache.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Attention:
         value_norm: float | None = None,
         from_keys: bool = False,
         shares: bool = False,
+        sinks: bool = False,
     ) -> None:
         mine, shared = heads.split(place.group)
         self._backend = backend
@@ -121,6 +123,11 @@ class Attention:
                 RMSNorm(place, which, heads.size, norm.eps, norm.offset)
                 for which in names[: 1 if shares else 2]
             ]
+        self._sinks: list[Parameter] = []
+        values = None
+        if sinks:
+            values = torch.empty(mine.stop - mine.start, device=place.device)
+            self._sinks = [Parameter(f"{name}.sinks", (heads.count,), values, (mine,))]
         weights = [norm.weight for norm in self._head_norms]
         self._prologue = Prologue(
             bias=self._qkv.late_bias,
@@ -128,12 +135,13 @@ class Attention:
             eps=norm.eps if norm else 0.0,
             rotation=None if rotary is None else (rotary.cos, rotary.sin),
             window=window,
+            sinks=values,
         )
 
     def parameters(self) -> Iterable[Parameter]:
         norms = chain.from_iterable(norm.parameters() for norm in self._head_norms)
         wide = self._wide_norm.parameters() if self._wide_norm is not None else ()
-        return chain(self._qkv.parameters(), norms, wide, self.output.parameters())
+        return chain(self._qkv.parameters(), norms, wide, self._sinks, self.output.parameters())
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         """x [T, hidden] to the heads' [T, heads * size], for ``output``; keys and values go to

@@ -76,7 +76,8 @@ class DecoderTraits(Traits):
     ``norm_offset`` is added to the norms' weights. Embeddings and updates of the residual stream
     are multiplied by their scales; logits are divided by ``logits_divisor``, then softly capped at
     ``logits_cap``. ``value_norm``: values have an RMS norm without weight; ``layer_scales``: what
-    leaves a layer is multiplied by a number of its own.
+    leaves a layer is multiplied by a number of its own. ``draft_layers`` follow the last in the
+    checkpoint, to predict further tokens; they are not read.
     """
 
     intermediate_size: int
@@ -90,6 +91,7 @@ class DecoderTraits(Traits):
     norm_offset: float = 0.0
     qk_norm: QKNorm | None = None
     query_scale: PositionScale | None = None
+    sinks: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
@@ -98,10 +100,15 @@ class DecoderTraits(Traits):
     value_norm: bool = False
     per_layer: PerLayerTraits | None = None
     layer_scales: bool = False
+    draft_layers: int = 0
+
+    @property
+    def has_experts(self) -> bool:
+        return any(layer.experts for layer in self.layers)
 
     @property
     def capturable(self) -> bool:
-        return not any(layer.experts for layer in self.layers)
+        return not self.has_experts
 
     @property
     def head_kinds(self) -> tuple[Heads, ...]:
@@ -132,36 +139,7 @@ class DecoderLayer:
         self._attention_residual = self._residual(
             traits, place, name, names.attention, names.attention_output
         )
-        self._attention: Attention | LatentAttention
-        if traits.latents is not None:
-            assert rotary is not None
-            self._attention = LatentAttention(
-                place,
-                f"{name}.self_attn",
-                traits.hidden_size,
-                traits.heads.count,
-                traits.latents,
-                backend,
-                bias=traits.qkv_bias,
-                rotary=rotary,
-            )
-        else:
-            self._attention = Attention(
-                place,
-                f"{name}.self_attn",
-                traits.hidden_size,
-                traits.heads_of(mine),
-                backend,
-                qkv_bias=traits.qkv_bias,
-                output_bias=traits.output_bias,
-                norm=traits.qk_norm,
-                window=mine.window,
-                rotary=rotary,
-                query_scales=query_scales,
-                value_norm=traits.norm_eps if traits.value_norm else None,
-                from_keys=mine.values_from_keys,
-                shares=mine.shares is not None,
-            )
+        self._attention = _make_attention(traits, place, name, mine, backend, rotary, query_scales)
         self.memory = self._attention.memory
         self._mlp_residual = self._residual(traits, place, name, names.mlp, names.mlp_output)
         self._mlp: GatedMLP | Experts
@@ -220,6 +198,48 @@ class DecoderLayer:
         if self._per_layer is not None and vectors is not None:
             stream = self._per_layer(stream, vectors if keep is None else vectors[keep])
         return stream if self._scale is None else Stream(stream.total() * self._scale)
+
+
+def _make_attention(
+    traits: DecoderTraits,
+    place: Place,
+    name: str,
+    mine: LayerTraits,
+    backend: LayerAttention,
+    rotary: Rotary | None,
+    query_scales: Tensor | None,
+) -> Attention | LatentAttention:
+    """The attention of layer ``name``, whose traits are ``mine``."""
+    name, hidden = f"{name}.self_attn", traits.hidden_size
+    if traits.latents is not None:
+        assert rotary is not None
+        return LatentAttention(
+            place,
+            name,
+            hidden,
+            traits.heads.count,
+            traits.latents,
+            backend,
+            bias=traits.qkv_bias,
+            rotary=rotary,
+        )
+    return Attention(
+        place,
+        name,
+        hidden,
+        traits.heads_of(mine),
+        backend,
+        qkv_bias=traits.qkv_bias,
+        output_bias=traits.output_bias,
+        norm=traits.qk_norm,
+        window=mine.window,
+        rotary=rotary,
+        query_scales=query_scales,
+        sinks=traits.sinks,
+        value_norm=traits.norm_eps if traits.value_norm else None,
+        from_keys=mine.values_from_keys,
+        shares=mine.shares is not None,
+    )
 
 
 class DecoderModel(Model):
@@ -324,6 +344,9 @@ class DecoderModel(Model):
                 return None
             name = text
         if name.startswith(f"{HEAD}.") and not self._traits.generates:
+            return None
+        first, count = self._traits.num_layers, self._traits.draft_layers
+        if name.startswith(tuple(f"model.layers.{first + i}." for i in range(count))):
             return None
         return decoder_name(name)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.log import get_logger
 from workers.attention import Backend
 from workers.checkpoint import CONDITIONAL, Config
@@ -19,8 +19,12 @@ from workers.models.families import (
     gemma,
     gemma4,
     glm4,
+    glm4_moe,
+    glm4_moe_lite,
+    gpt_oss,
     granite,
     llama,
+    minimax_m2,
     mistral,
     mixtral,
     olmo,
@@ -68,12 +72,15 @@ DECODERS: dict[str, tuple[str, Network]] = {
     "SeedOss": ("seed_oss", _decoder(seed_oss.read_traits)),
     "Exaone4": ("exaone4", _decoder(exaone4.read_traits)),
     "Glm4": ("glm4", _decoder(glm4.read_traits)),
+    "Glm4Moe": ("glm4_moe", _decoder(glm4_moe.read_traits)),
+    "GptOss": ("gpt_oss", _decoder(gpt_oss.read_traits)),
+    "MiniMaxM2": ("minimax_m2", _decoder(minimax_m2.read_traits)),
     "Gemma2": ("gemma2", _decoder(gemma.read_gemma2)),
     "Gemma3": ("gemma3_text", _decoder(gemma.read_gemma3)),
     "Gemma4": ("gemma4_text", _decoder(gemma4.read_traits)),
     "DeepseekV2": ("deepseek_v2", _decoder(deepseek.read_deepseek_v2)),
     "DeepseekV3": ("deepseek_v3", _decoder(deepseek.read_deepseek_v3)),
-    "Glm4MoeLite": ("glm4_moe_lite", _decoder(deepseek.read_glm4_moe_lite)),
+    "Glm4MoeLite": ("glm4_moe_lite", _decoder(glm4_moe_lite.read_traits)),
 }
 ARCHITECTURES = (
     {f"{family}{GENERATES}": network for family, network in DECODERS.items()}
@@ -160,10 +167,13 @@ def build_model(
 
     ``backend`` serves ``attention_shapes(traits, place, block_size)``; ``max_length`` is the
     longest sequence in tokens. Raises CheckpointError for what the config has and the model lacks,
-    for more parameters than there is memory, ConfigError where the group does not divide the model.
+    for more parameters than there is memory, ConfigError where the group does not divide the model
+    or experts are to be split that it does not have.
     """
     network = find_network(config)
     traits = read_traits(config)
+    if place.expert_parallel and not traits.has_experts:
+        raise ConfigError("enable_expert_parallel: the model has no experts; leave it out")
     if traits.text_part and stage.first and place.group.rank == 0:
         log.info("%s: the text model alone is served, other parts are skipped", config.source)
     if place.device.type != "meta":
