@@ -34,6 +34,7 @@ __all__ = [
     "product",
     "rms_norm",
     "rope",
+    "sigmoid",
     "silu_mul",
 ]
 
@@ -193,6 +194,12 @@ def gelu_mul(x: Tensor) -> Tensor:
     """gelu(gate) * up [T, I] of x = [gate, up] [T, 2 I], with gelu's approximation by tanh."""
     gate, up = x.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh") * up
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """sigmoid(x). On a CPU by way of float64: PyTorch computes whole vectors and the rest of a
+    tensor there by different code, whose last bits differ."""
+    return x.double().sigmoid().to(x.dtype) if x.is_cpu else x.sigmoid()
 
 
 def look_up(

@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from workers import kernels
 from workers.layers.linear import ColumnLinear, Part, ReplicatedLinear, RowLinear
 from workers.layers.mlp import GatedMLP
 from workers.layers.routing import Router, Routing
@@ -37,7 +38,7 @@ class ClampedGate:
         """gate_up [T, 2 I], gate before up, to [T, I]."""
         gate, up = gate_up.float().chunk(2, -1)
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return ((up + 1) * gate * torch.sigmoid(self.alpha * gate)).to(gate_up.dtype)
+        return ((up + 1) * gate * kernels.sigmoid(self.alpha * gate)).to(gate_up.dtype)
 
 
 @dataclass(frozen=True)
@@ -136,4 +137,4 @@ class _Shared:
     def share(self, x: Tensor) -> Tensor:
         """What this rank adds to the sum over the group [T, hidden]."""
         y = self._mlp.share(x)
-        return torch.sigmoid(self._gate(x)) * y if self._gate else y
+        return kernels.sigmoid(self._gate(x)) * y if self._gate else y

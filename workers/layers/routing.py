@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from workers import kernels
 from workers.layers.linear import ReplicatedLinear
 from workers.parallel import Place
 from workers.weights import Parameter
@@ -81,7 +82,7 @@ def route(
     if routing.scores == "chosen":
         best, chosen = logits.topk(routing.chosen)
         return best.softmax(-1) * routing.scale, chosen
-    scores = logits.sigmoid() if routing.scores == "sigmoid" else logits.softmax(-1)
+    scores = kernels.sigmoid(logits) if routing.scores == "sigmoid" else logits.softmax(-1)
     ranked = scores if correction is None else scores + correction
     if routing.groups > 1:
         ranked = _within_groups(ranked, routing)
