@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ IMAGES = {
     ("name", "kind", "vision"),
     [
         ("gemma3", "Gemma3", "siglip_vision_model"),
+        ("gemma4", "Gemma4", "gemma4_vision"),
         ("ministral3", "Mistral3", "pixtral"),
         ("mistral", "Mistral3", "pixtral"),
     ],
@@ -265,6 +267,8 @@ class _ThreadGroup(Group):
         ("qwen3-moe-some", 4),
         ("deepseek-v2-no-q-rank", 2),
         ("deepseek-v3", 4),
+        ("gemma4", 2),
+        ("gemma4-alike", 2),
         ("glm4-moe-dense-front", 2),
         ("gpt-oss", 2),
         ("minimax-m2", 4),
@@ -333,6 +337,21 @@ def test_pipeline_stages_equal_the_whole(name: str, cut: int, checkpoint: Checkp
 def test_a_size_that_does_not_divide_the_heads_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=3 .*attention heads \(4\)"):
         build(checkpoint("llama"), group=Group(3, 0))
+
+
+def test_stages_without_what_their_layers_need_are_refused(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="pipeline_parallel_size must be 1: each layer"):
+        build(checkpoint("gemma4"), stage=Stage(0, 3, 6))
+    tiny = next(m for m in TINY_MODELS if m.name == "gemma4")
+    path = replace(tiny, config={"hidden_size_per_layer_input": 0}).save(tmp_path)
+    with pytest.raises(ConfigError, match="pipeline_partition: layer 3 shares .* of layer 1"):
+        build(path, stage=Stage(2, 6, 6))
+    stages = [build(path, stage=Stage(0, 1, 6)), build(path, stage=Stage(1, 6, 6))]
+    assert [memory.unit_bytes == 0 for memory in stages[1][0].memories] == [False] * 2 + [True] * 3
+    whole = Paged([build(path)], SEQUENCES).logits(RAGGED)
+    assert_close(Paged(stages, SEQUENCES).logits(RAGGED), whole, 0.0)
 
 
 def test_dummy_weights_do_not_depend_on_the_layout(checkpoint: Checkpoint) -> None:

@@ -96,6 +96,23 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
         {"first_k_dense_replace": -1},
         "first_k_dense_replace=-1: must be an integer from",
     ),
+    ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob=True: must be false"),
+    ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'.*greedy, group_limited"),
+    ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func='softmax'.*allowed: sigmoid"),
+    ("deepseek-v3", {"num_key_value_heads": 2}, r"num_key_value_heads=2: must be num_attention_h"),
+    ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq=2: must be 1"),
+    ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank=None: is missing"),
+    ("glm4-moe-lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types=.*hold 3 times dense or"),
+    ("gemma4", {"use_bidirectional_attention": "all"}, "attention='all'.*allowed: vision"),
+    ("gemma4", {"num_kv_shared_layers": 6}, "num_kv_shared_layers=6: must be from 0 to 5"),
+    ("gemma4", {"num_kv_shared_layers": 5}, "num_kv_shared_layers=5: leaves no layer of a kind"),
+    ("gemma4", {"vocab_size_per_layer_input": 64}, "per_layer_input=64: must be at least 128"),
+    ("gemma4", {"per_layer_config": {"0": {"head_dim": 8}}}, r"per_layer_config=.*layers \[1, 3"),
+    (
+        "gemma4",
+        {"per_layer_config": {"01": {"size": 8}, "3": {"size": 8}, "5": {"size": 8}}},
+        "an object of head_dim and num_key_value_heads",
+    ),
     ("qwen3-moe", {"num_local_experts": 0}, "num_local_experts=0: must be a positive integer"),
 ]
 

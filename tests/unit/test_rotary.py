@@ -36,6 +36,8 @@ SCALINGS: list[dict[str, Any]] = [
     YARN | {"mscale": 1.0, "mscale_all_dim": 0.4},
     YARN | {"mscale": 0.8},
     YARN | {"truncate": False},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.4, "factor": 2.0},
     # Both ends of the ramp on one dimension.
     YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
 ]
