@@ -45,7 +45,7 @@ class PerLayerEmbedding:
         projected = self._projection(embedded) * from_embedding
         normed = self._norm(Stream(projected.view(-1, self._size)))
         found = self._tokens(tokens) * own
-        return ((normed.view_as(found) + found) * both).unflatten(1, (-1, self._size))
+        return ((normed.view_as(found) + found) * both).view(len(tokens), -1, self._size)
 
 
 class PerLayerBlock:

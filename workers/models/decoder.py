@@ -22,7 +22,7 @@ from workers.layers.per_layer import PerLayerBlock, PerLayerEmbedding
 from workers.layers.residual import Residual
 from workers.layers.rotary import PositionScale, Rope, Rotary
 from workers.layers.stream import Stream
-from workers.models.base import Model, Traits, kept, whole_place
+from workers.models.base import Layer, Model, Traits, kept, whole_place
 from workers.models.tensors import decoder_name, decoder_pieces, text_name
 from workers.parallel import Place, Stage
 from workers.weights import Parameter, Piece
@@ -175,7 +175,8 @@ class DecoderLayer:
         return Residual(norms[0], norms[1], traits.residual_scale)
 
     def parameters(self) -> Iterable[Parameter]:
-        parts = [self._attention_residual, self._attention, self._mlp_residual, self._mlp]
+        parts: list[Layer] = [self._attention_residual, self._attention]
+        parts += [self._mlp_residual, self._mlp]
         parts += [] if self._per_layer is None else [self._per_layer]
         scale = [] if self._scale is None else [self._scale_parameter]
         return chain(scale, *(part.parameters() for part in parts))
