@@ -10,7 +10,7 @@ are. Whoever asks here need not know which of the two a model has.
 
 from dataclasses import dataclass, field
 
-from engine.blocks import BlockPool, blocks_for
+from engine.blocks import blocks_for
 from engine.plan import Copies, Ints, StateMoves, ints
 from engine.sequence import Sequence
 from engine.states import States
