@@ -141,7 +141,8 @@ def test_dynamic_rope_beyond_the_original_length_is_as_generated(checkpoint: Che
 
 @pytest.mark.parametrize("dtype", BIT_STABLE)
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3-sliding", "olmo3", "gemma3", "qwen3-moe", "opt", "opt-post-norm"]
+    "name",
+    ["llama", "qwen3-sliding", "olmo3", "gemma3", "qwen3-moe", "qwen3-5", "opt", "opt-post-norm"],
 )
 def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
     model = build(checkpoint(name), dtype=dtype)
@@ -153,7 +154,8 @@ def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: 
 @pytest.mark.parametrize("dtype", BIT_STABLE)
 @pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3-sliding", "olmo3", "granite", "mixtral", "opt", "opt-post-norm"]
+    "name",
+    ["llama", "qwen3-sliding", "olmo3", "granite", "mixtral", "qwen3-5", "opt", "opt-post-norm"],
 )
 def test_outputs_alone_are_carried_to_the_end(
     name: str, cut: int, dtype: torch.dtype, checkpoint: Checkpoint
@@ -249,6 +251,9 @@ class _ThreadGroup(Group):
         ("gemma3-capped", 2),
         ("mixtral", 2),
         ("qwen3-moe-some", 4),
+        ("qwen3-5", 2),
+        ("qwen3-5-even", 4),
+        ("qwen3-next", 2),
         ("opt", 2),
         ("opt-post-norm", 4),
     ],
@@ -272,7 +277,7 @@ def test_tensor_parallel_ranks_equal_one(name: str, size: int, checkpoint: Check
     "name",
     [
         "llama", "llama-tied", "phi3", "olmo3", "smollm3", "exaone4", "gemma3", "qwen3-moe-some",
-        "opt", "opt-post-norm", "opt-untied-gelu",
+        "qwen3-5", "opt", "opt-post-norm", "opt-untied-gelu",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("cut", [1, 2])

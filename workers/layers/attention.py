@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
 from workers.attention.base import AttentionBackend, Prologue
 from workers.batch import Batch
-from workers.layers.linear import ColumnLinear, Part, RowLinear
+from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head
 from workers.layers.memory import Memory
 from workers.layers.norm import RMSNorm, WideNorm
 from workers.layers.rotary import Rotary, halves
@@ -55,7 +56,8 @@ class Attention:
     """Projections q, k and v as one product, the backend, and the output projection.
 
     ``rotary`` rotates q and k, behind their ``norm``; ``window`` is the sliding window in tokens.
-    ``query_scales`` [max_length] multiply q by its position (Llama 4).
+    ``query_scales`` [max_length] multiply q by its position (Llama 4). ``gated``: q's projection
+    has a gate beside each head, whose sigmoid the head's result is multiplied by (Qwen3-Next).
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Attention:
         window: int | None = None,
         rotary: Rotary | None = None,
         query_scales: Tensor | None = None,
+        gated: bool = False,
     ) -> None:
         mine, shared = heads.split(place.group)
         self._backend = backend
@@ -89,9 +92,13 @@ class Attention:
             part(which, heads.kv_count, shared) for which in ("k", "v")
         ]
         self._width = parts[0].share
+        self._gated = gated
+        if gated:
+            parts[0] = part_by_head(f"{name}.q_proj", [heads.size] * 2, heads.count, mine)
         self._query_scales = query_scales
         wide = norm is not None and norm.wide
-        late_bias = not wide and query_scales is None  # else before what is done here
+        # Else before what is done here.
+        late_bias = not wide and query_scales is None and not gated
         self._qkv = ColumnLinear(place, parts, hidden, qkv_bias, late_bias=late_bias)
         self.output = RowLinear(
             place, f"{name}.{output}", heads.count * heads.size, hidden, output_bias
@@ -124,6 +131,10 @@ class Attention:
         """x [T, hidden] to the heads' [T, heads * size], for ``output``; keys and values go to
         ``cache``."""
         qkv = self._qkv(x)
+        if self._gated:
+            q, gate, kv = qkv.tensor_split([self._width, 2 * self._width], 1)
+            heads = self._backend.attend(batch, cache, torch.cat((q, kv), 1), self._prologue)
+            return heads * gate.sigmoid()
         if self._wide_norm is not None:
             self._wide_norm(qkv)
         if self._query_scales is not None:

@@ -94,6 +94,11 @@ class Traits:
     def capturable(self) -> bool:
         return True
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether any layer keeps a state of each sequence."""
+        return False
+
 
 def attention_shape(traits: Traits, place: Place, block_size: int) -> AttentionShape:
     """The attention of one rank, as a backend needs it.

@@ -1,7 +1,7 @@
 """The decoder that Llama's descendants share; families/ says which traits make which of them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from workers.attention.base import AttentionBackend
 from workers.batch import Batch
 from workers.layers.attention import Attention, QKNorm
+from workers.layers.delta_net import DeltaTraits, GatedDeltaNet, Sweep
 from workers.layers.embedding import LabelLayer, OutputLayer, VocabEmbedding
 from workers.layers.experts import Experts, ExpertTraits
 from workers.layers.linear import Gate
@@ -44,11 +45,12 @@ BEHIND = NormNames(None, "post_attention_layernorm", None, "post_feedforward_lay
 @dataclass(frozen=True)
 class LayerTraits:
     """What may differ from layer to layer. Without ``rope`` positions are not encoded; ``experts``
-    take the MLP's place."""
+    take the MLP's place, ``delta`` attention's."""
 
     rope: Rope | None
     window: int | None = None
     experts: ExpertTraits | None = None
+    delta: DeltaTraits | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ class DecoderTraits(Traits):
     norms: NormNames = NormNames()
     norm_offset: float = 0.0
     qk_norm: QKNorm | None = None
+    gated_attention: bool = False
     query_scale: PositionScale | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -78,7 +81,11 @@ class DecoderTraits(Traits):
 
     @property
     def capturable(self) -> bool:
-        return not any(layer.experts for layer in self.layers)
+        return not any(layer.experts or layer.delta for layer in self.layers)
+
+    @property
+    def recurrent(self) -> bool:
+        return any(layer.delta for layer in self.layers)
 
 
 class DecoderLayer:
@@ -97,19 +104,26 @@ class DecoderLayer:
         self._attention_residual = self._residual(
             traits, place, name, names.attention, names.attention_output
         )
-        self._attention = Attention(
-            place,
-            f"{name}.self_attn",
-            traits.hidden_size,
-            traits.heads,
-            backend,
-            qkv_bias=traits.qkv_bias,
-            output_bias=traits.output_bias,
-            norm=traits.qk_norm,
-            window=mine.window,
-            rotary=rotary,
-            query_scales=query_scales,
-        )
+        self._attention: Attention | GatedDeltaNet
+        if mine.delta is not None:
+            self._attention = GatedDeltaNet(
+                place, f"{name}.linear_attn", traits.hidden_size, mine.delta, traits.norm_eps
+            )
+        else:
+            self._attention = Attention(
+                place,
+                f"{name}.self_attn",
+                traits.hidden_size,
+                traits.heads,
+                backend,
+                qkv_bias=traits.qkv_bias,
+                output_bias=traits.output_bias,
+                norm=traits.qk_norm,
+                window=mine.window,
+                rotary=rotary,
+                query_scales=query_scales,
+                gated=traits.gated_attention,
+            )
         self.memory = self._attention.memory
         self._mlp_residual = self._residual(traits, place, name, names.mlp, names.mlp_output)
         self._mlp: GatedMLP | Experts
@@ -170,7 +184,9 @@ class DecoderModel(Model):
             self._embedding = VocabEmbedding(place, EMBEDDING, vocab, hidden)
             self.parts.append(self._embedding)
         self._embedding_scale = float(torch.tensor(traits.embedding_scale, dtype=place.dtype))
-        ropes = [layer.rope for layer in traits.layers[stage.start : stage.stop]]
+        mine = traits.layers[stage.start : stage.stop]
+        self._taps = next((layer.delta.taps for layer in mine if layer.delta), 0)
+        ropes = [layer.rope for layer in mine]
         tables = {rope: Rotary(rope, max_length, place) for rope in set(ropes) if rope is not None}
         scale = traits.query_scale
         scales = None if scale is None else scale.table(max_length, place)
@@ -199,6 +215,8 @@ class DecoderModel(Model):
             if self._embedding_scale != 1:
                 hidden *= self._embedding_scale
         assert hidden is not None and len(caches) == len(self._layers)
+        if self._taps:
+            batch = replace(batch, sweep=Sweep(batch, self._taps))
         stream = Stream(hidden)
         for layer, cache in zip(self._layers, caches, strict=True):
             stream = layer(stream, batch, cache, self.keep(layer, batch))

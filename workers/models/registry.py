@@ -24,6 +24,7 @@ from workers.models.families import (
     olmo,
     phi3,
     qwen,
+    qwen_hybrid,
     seed_oss,
     smollm3,
 )
@@ -68,7 +69,11 @@ DECODERS: dict[str, tuple[str, Network]] = {
     "Glm4": ("glm4", _decoder(glm4.read_traits)),
     "Gemma2": ("gemma2", _decoder(gemma.read_gemma2)),
     "Gemma3": ("gemma3_text", _decoder(gemma.read_gemma3)),
+    "Qwen3Next": ("qwen3_next", _decoder(qwen_hybrid.read_qwen3_next)),
+    "Qwen3_5": ("qwen3_5_text", _decoder(qwen_hybrid.read_qwen3_5)),
 }
+# Those whose names of other heads are of models of images and text.
+CONDITIONALS = ("Gemma3", "Qwen3_5")
 ARCHITECTURES = (
     {f"{family}{GENERATES}": network for family, network in DECODERS.items()}
     | {
@@ -76,15 +81,18 @@ ARCHITECTURES = (
         "BertModel": ("bert", BERT),
         "RobertaModel": ("roberta", BERT),
         "XLMRobertaModel": ("xlm-roberta", BERT),
-        "Gemma3TextModel": DECODERS["Gemma3"],
-        "Gemma3ForConditionalGeneration": DECODERS["Gemma3"],
         "Mistral3ForConditionalGeneration": DECODERS["Ministral3"],
+    }
+    | {
+        f"{family}{head}": DECODERS[family]
+        for family in CONDITIONALS
+        for head in (f"Text{EMBEDS}", CONDITIONAL)
     }
     | {
         f"{family}{head}": network
         for head in (EMBEDS, CLASSIFIES)
         for family, network in DECODERS.items()
-        if family != "Gemma3"
+        if family not in CONDITIONALS
     }
 )
 
