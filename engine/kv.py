@@ -210,7 +210,7 @@ class KVBlocks:
         return copies + state, len(seq.blocks) - self.num_shared(seq) + state
 
     def swap_out(self, seq: Sequence) -> bool:
-        """Move what a sequence has to the CPU; False (and no change) if there is too little room."""
+        """Move what a sequence has to the CPU; False (and no change) if there is no room."""
         if self.states is not None and not self.states.can_park:
             return False
         twins = [self._cpu_twin(seq, i) for i in range(len(seq.blocks))]

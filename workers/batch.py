@@ -15,7 +15,7 @@ class Batch:
     ``block_tables[slots[r], p // block_size]`` at offset ``p % block_size``. Only ``outputs``
     go through the whole of the network's last layer. ``attention`` is what the backend's ``begin``
     made of the batch. Of a model with recurrent layers ``states[r]`` is where row r's state lives,
-    and ``sweep`` what these layers share (``layers.delta_net``).
+    and ``sweep`` what these layers share (``workers.sweep``).
     """
 
     tokens: Tensor  # [T]

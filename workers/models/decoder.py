@@ -10,7 +10,7 @@ from torch import Tensor
 from workers.attention.base import AttentionBackend
 from workers.batch import Batch
 from workers.layers.attention import Attention, QKNorm
-from workers.layers.delta_net import DeltaTraits, GatedDeltaNet, Sweep
+from workers.layers.delta_net import DeltaTraits, GatedDeltaNet
 from workers.layers.embedding import LabelLayer, OutputLayer, VocabEmbedding
 from workers.layers.experts import Experts, ExpertTraits
 from workers.layers.linear import Gate
@@ -22,6 +22,7 @@ from workers.layers.stream import Stream
 from workers.models.base import Model, Traits, kept, whole_place
 from workers.models.tensors import decoder_name, decoder_pieces, text_name
 from workers.parallel import Place, Stage
+from workers.sweep import Sweep
 from workers.weights import Parameter, Piece
 
 EMBEDDING = "model.embed_tokens"

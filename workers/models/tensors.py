@@ -75,8 +75,7 @@ def _stacked(names: list[str], widths: list[int], traits: "DecoderTraits") -> li
 
 
 def _delta(module: str, traits: "DecoderTraits") -> list[Piece]:
-    """q, k and v of a delta net: the projections [all, hidden], or the convolutions' [all, 1, taps]
-    """
+    """q, k and v of a delta net: projections [all, hidden], or convolutions [all, 1, taps]."""
     layer = int(module.split(".")[2])
     delta = traits.layers[layer].delta if layer < len(traits.layers) else None
     if delta is None:
