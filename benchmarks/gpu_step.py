@@ -25,7 +25,7 @@ from engine.plan import Admit, StepPlan, ints
 from engine.sampling_params import SamplingParams
 from workers import products
 from workers.graphs import Graphs, Size
-from workers.messages import Blocks
+from workers.messages import Units
 from workers.worker import Worker
 
 BLOCK_SIZE = 16
@@ -45,7 +45,7 @@ def prepare(folder: str, rows: list[int], context: int, prompts: int) -> tuple[W
     facts = worker.load()
     print(f"{torch.cuda.get_device_name()}, batch-invariant: {facts.batch_invariant}")
     per_row = -(-max(context + 1, PROMPT) // BLOCK_SIZE)
-    worker._make_tables(Blocks(most * per_row, 0))
+    worker._make_tables(Units(most * per_row, 0))
     for cache in worker.kv.layers:
         cache.normal_()
     blocks = np.random.default_rng(0).permutation(most * per_row)

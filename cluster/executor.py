@@ -11,7 +11,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from engine.plan import Ints, StepPlan, StepResult, ints
 from engine.preempt import MeasuredCosts
 from workers.channel import ChannelClosed, Receiver, RingReceiver, RingSender, SocketChannel
 from workers.distributed import open_store
-from workers.messages import Blocks, Failure, Hello, Order, Report, Setup, Step
+from workers.messages import Failure, Hello, Order, Report, Setup, Step, Units
 from workers.rank import Call
 
 log = get_logger("executor")
@@ -389,7 +389,7 @@ class ParallelExecutor:
         self._progress = progress
         self._launcher = launcher
         self._device = launcher.device
-        self._blocks: Blocks | None = None  # what was reserved
+        self._units: Units | None = None  # what was reserved
         self._begin()
 
     def _begin(self) -> None:
@@ -438,23 +438,22 @@ class ParallelExecutor:
         """What every worker has room for: the least of what each has."""
         workers = self._workers
         try:
-            blocks = self._blocks
-            if blocks is None:
-                fits = [
-                    r.blocks for r in workers.ask(Order(measure=True), "blocks", self._progress)
-                ]
-                blocks = Blocks(min(b.device for b in fits if b), min(b.cpu for b in fits if b))
-            reports = workers.ask(Order(reserve=blocks), "capacity", self._progress)
+            units = self._units
+            if units is None:
+                reports = workers.ask(Order(measure=True), "units", self._progress)
+                fits = [astuple(report.units) for report in reports if report.units is not None]
+                units = Units(*map(min, zip(*fits, strict=True)))
+            reports = workers.ask(Order(reserve=units), "capacity", self._progress)
         except BaseException:
             self._workers.stop(gently=False)
             raise
         capacities = [report.capacity for report in reports if report.capacity is not None]
-        self._blocks = blocks
+        self._units = units
         workers.watch()
         costs = [capacity.costs for capacity in capacities]
         return Capacity(
-            num_device_blocks=blocks.device,
-            num_cpu_blocks=blocks.cpu,
+            num_device_blocks=units.blocks,
+            num_cpu_blocks=units.cpu_blocks,
             block_size=capacities[0].block_size,
             block_bytes=sum(capacity.block_bytes for capacity in capacities),
             attention_backend=capacities[0].attention_backend,
@@ -463,6 +462,9 @@ class ParallelExecutor:
                 max(c.seconds_per_block_in for c in costs),
                 max(c.seconds_per_prefill_token for c in costs),
             ),
+            num_states=units.states,
+            num_cpu_states=units.cpu_states,
+            state_bytes=sum(capacity.state_bytes for capacity in capacities),
         )
 
     def run(self, plan: StepPlan) -> _Pending:

@@ -102,6 +102,11 @@ class BlockPool:
             self._hashes[block] = None
         return block_hash
 
+    def discard(self, block: int) -> None:
+        """Drop a free block from the prefix cache and let it be the next that is taken."""
+        self.forget(block)
+        self._free.move_to_end(block, last=False)
+
     def forget_all(self) -> None:
         """Empty the prefix cache; held blocks stay held."""
         for block in list(self._cached.values()):

@@ -156,6 +156,19 @@ class CacheConfig:
         4.0, "GiB of CPU memory for preempted requests' KV blocks and cold prefixes", least=0
     )
     enable_prefix_caching: bool = option(True, "share the KV blocks of common prefixes")
+    num_mamba_states: int | None = option(
+        None,
+        "of a model with recurrent layers, states on the device: one for each sequence that runs,"
+        " and those kept for prefixes; by default as many as half of the memory of KV blocks holds,"
+        " and at most 4 for each of max_num_seqs",
+        least=1,
+    )
+    mamba_block_size: int | None = option(
+        None,
+        "of a model with recurrent layers, tokens after which a state is kept within a prompt; by"
+        " default it is kept only where prompts end or branch off and where outputs end",
+        least=1,
+    )
 
 
 @dataclass(frozen=True)

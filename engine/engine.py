@@ -26,6 +26,7 @@ from engine.plan import StepResult
 from engine.preempt import Costs
 from engine.scheduler import Scheduler
 from engine.sequence import FinishReason, Sequence
+from engine.states import States
 from engine.stats import EngineStats, Metric, SequenceTimes
 from engine.stats_scheduler import cache_metric, invariance_metric, scheduler_metrics
 
@@ -73,11 +74,21 @@ class Engine:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.on_begin: Callable[[list[Sequence]], None] = lambda begun: None
+        states = None
+        if capacity.num_states:
+            states = States(
+                capacity.num_states,
+                capacity.num_cpu_states,
+                capacity.block_size,
+                -(-capacity.state_bytes // max(1, capacity.block_bytes)),
+                config.cache.mamba_block_size,
+            )
         kv = KVBlocks(
             capacity.num_device_blocks,
             capacity.num_cpu_blocks,
             capacity.block_size,
             config.cache.enable_prefix_caching,
+            states,
         )
         batches = executor.steps_ahead + 1 if executor.pipelined else 1
         alone_from = max(1, min(2, config.failover.max_failovers))

@@ -37,6 +37,9 @@ class Capacity:
     block_bytes: int  # of all layers
     attention_backend: str
     costs: MeasuredCosts
+    num_states: int = 0  # of sequences on the device, where layers keep any
+    num_cpu_states: int = 0
+    state_bytes: int = 0  # of all layers
 
 
 class PendingResult(Protocol):

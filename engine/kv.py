@@ -4,56 +4,89 @@ Device blocks are what steps read and write. CPU blocks hold preempted sequences
 there is room to spare, prefixes evicted from the device. Every change is noted for the plan in
 the making: the new cells of block tables and the copies between tiers (``drain`` hands them out).
 
-The plan's copies run out, then in, then compute. Hence the one rule here: a CPU block that is the
-source of a copy in stays held until ``drain``, so that no copy out of the same plan overwrites it.
+Of a model with ``states`` a sequence has one beside its blocks, and a prefix is cached where both
+are. Whoever asks here need not know which of the two a model has.
 """
 
 from dataclasses import dataclass, field
 
-from engine.blocks import BlockHash, BlockPool, blocks_for
-from engine.plan import Copies, Ints, ints, pairs
+from engine.blocks import blocks_for
+from engine.plan import Copies, Ints, StateMoves, ints
 from engine.sequence import Sequence
+from engine.states import States
+from engine.tiers import Tiers, TierStats
 
 
 @dataclass
-class KVStats:
+class KVStats(TierStats):
     """Counted since the start."""
 
     prefix_queries: int = 0  # tokens that were looked up
     prefix_hits: int = 0  # tokens that were found, in either tier
-    promoted_blocks: int = 0
-    demoted_blocks: int = 0
-    swapped_out_blocks: int = 0
-    swapped_in_blocks: int = 0
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The longest cached prefix of a sequence: (tier is device, block) for each block."""
+    """The longest cached prefix of a sequence: (tier is device, block) for each block.
+
+    Of ``blocks_alone`` blocks there is no more than the blocks. ``coming``: a state for more of
+    them is computed by the plan that is being made, and there for the next one.
+    """
 
     blocks: list[tuple[bool, int]] = field(default_factory=list)
+    blocks_alone: int = 0
+    coming: bool = False
 
 
 class KVBlocks:
     """Both pools. Sequences' ``blocks``, ``swapped`` and ``published`` are changed here only."""
 
     def __init__(
-        self, num_device_blocks: int, num_cpu_blocks: int, block_size: int, prefix_caching: bool
+        self,
+        num_device_blocks: int,
+        num_cpu_blocks: int,
+        block_size: int,
+        prefix_caching: bool,
+        states: States | None = None,
     ) -> None:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self.promote = True  # set by the scheduler: copying in is cheaper than computing
+        self.states = states
         self.stats = KVStats()
-        self._sizes = num_device_blocks, num_cpu_blocks
+        self._tiers = Tiers(num_device_blocks, num_cpu_blocks, self.stats)
         self.clear()
 
     def clear(self) -> None:
         """Nobody holds a block, and none holds anything: at the start, and with new workers."""
-        self.device, self.cpu = map(BlockPool, self._sizes)
+        self._tiers.clear()
+        self.device, self.cpu = self._tiers.device, self._tiers.cpu
         self._cells: list[tuple[int, int, int]] = []
-        self._out: list[tuple[int, int]] = []
-        self._in: list[tuple[int, int]] = []
-        self._sources: list[int] = []  # CPU blocks held until drain
+        if self.states is not None:
+            self.states.clear()
+
+    @property
+    def promote(self) -> bool:
+        """Whether copying in is cheaper than computing, which the scheduler says."""
+        return self._tiers.promote
+
+    @promote.setter
+    def promote(self, pays: bool) -> None:
+        self._tiers.promote = pays
+        if self.states is not None:
+            self.states.tiers.promote = pays
+
+    def fits(self, num_blocks: int) -> bool:
+        """Whether a sequence that takes so many free device blocks can be admitted."""
+        return num_blocks <= self.device.num_free and (self.states is None or self.states.room)
+
+    def settle(self) -> None:
+        """Before a plan is made."""
+        if self.states is not None:
+            self.states.settle()
+
+    def cut(self, seq: Sequence, count: int) -> int:
+        """Of the next ``count`` tokens of a prompt as many as one step may compute."""
+        return count if self.states is None else self.states.cut(seq, count)
 
     # ---- growing and releasing ----
 
@@ -63,7 +96,7 @@ class KVBlocks:
         if wanted > self.device.num_free:
             return False
         for _ in range(wanted):
-            self._append(seq, self._take_device())
+            self._append(seq, self._tiers.take())
         return True
 
     def publish(self, seq: Sequence) -> None:
@@ -76,6 +109,8 @@ class KVBlocks:
             for i in range(seq.published, full):
                 self.device.publish(seq.blocks[i], hashes[i])
             seq.published = full
+            if self.states is not None and seq.computed == full * self.block_size:
+                self.states.note(seq)
 
     def withdraw(self, seq: Sequence) -> None:
         """Take a sequence's content out of the prefix cache, in both tiers, whoever wrote it.
@@ -85,10 +120,11 @@ class KVBlocks:
         """
         if not self.prefix_caching:
             return
-        for block_hash in seq.hashes(len(seq.tokens) // self.block_size, self.block_size):
-            for pool in (self.device, self.cpu):
-                if (block := pool.find(block_hash)) is not None:
-                    pool.forget(block)
+        hashes = seq.hashes(len(seq.tokens) // self.block_size, self.block_size)
+        for block_hash in hashes:
+            self._tiers.forget(block_hash)
+        if self.states is not None:
+            self.states.withdraw(seq, hashes)
 
     def release(self, seq: Sequence) -> None:
         """Give up everything that the sequence holds, in both tiers.
@@ -100,6 +136,8 @@ class KVBlocks:
         for block in reversed(seq.swapped):
             self.cpu.release(block)
         seq.blocks, seq.swapped, seq.published = [], [], 0
+        if self.states is not None:
+            self.states.release(seq)
 
     # ---- the prefix cache ----
 
@@ -111,17 +149,17 @@ class KVBlocks:
         if not (self.prefix_caching and seq.wants_cache):
             return Prefix()
         most = (len(seq.tokens) - 1) // self.block_size
+        hashes = seq.hashes(most, self.block_size)
         found: list[tuple[bool, int]] = []
-        for block_hash in seq.hashes(most, self.block_size)[:most]:
-            block = self.device.find(block_hash)
-            if block is not None:
-                found.append((True, block))
-                continue
-            block = self.cpu.find(block_hash) if self.promote else None
-            if block is None:
+        for block_hash in hashes[:most]:
+            where = self._tiers.find(block_hash)
+            if where is None:
                 break
-            found.append((False, block))
-        return Prefix(found)
+            found.append(where)
+        if self.states is None:
+            return Prefix(found)
+        count, coming = self.states.match(len(found), hashes)
+        return Prefix(found[:count], len(found), coming)
 
     def missing(self, seq: Sequence, prefix: Prefix, num_tokens: int) -> int:
         """How many free device blocks it takes to admit ``seq`` with ``num_tokens``."""
@@ -134,13 +172,19 @@ class KVBlocks:
         self.stats.prefix_hits += len(prefix.blocks) * self.block_size
         for on_device, block in prefix.blocks:  # hold them all before anything can be evicted
             (self.device if on_device else self.cpu).share(block)
-        for index, (on_device, block) in enumerate(prefix.blocks):
+        hashes = seq.hashes(len(prefix.blocks), self.block_size)
+        for (on_device, block), block_hash in zip(prefix.blocks, hashes, strict=False):
             if not on_device:
-                block = self._copy_in(block, seq.hashes(index + 1, self.block_size)[index])
+                block = self._tiers.copy_in(block, block_hash)
                 self.stats.promoted_blocks += 1
             self._append(seq, block)
         seq.published = len(prefix.blocks)
         seq.computed = seq.published * self.block_size
+        if self.states is not None:
+            self.states.claim(seq, hashes[seq.published - 1] if seq.published else None)
+            if self.prefix_caching:
+                last = (len(seq.tokens) - 1) // self.block_size
+                self.states.mark(seq, {prefix.blocks_alone, last})
 
     # ---- swapping ----
 
@@ -162,10 +206,13 @@ class KVBlocks:
         on the device still when the sequence comes back, and then is not copied in.
         """
         copies = sum(self._cpu_twin(seq, i) is None for i in range(len(seq.blocks)))
-        return copies, len(seq.blocks) - self.num_shared(seq)
+        state = 0 if self.states is None else self.states.weight
+        return copies + state, len(seq.blocks) - self.num_shared(seq) + state
 
     def swap_out(self, seq: Sequence) -> bool:
-        """Move a sequence's blocks to CPU blocks; False (and no change) if there are too few."""
+        """Move what a sequence has to the CPU; False (and no change) if there is no room."""
+        if self.states is not None and not self.states.can_park:
+            return False
         twins = [self._cpu_twin(seq, i) for i in range(len(seq.blocks))]
         reserved = sum(t is not None and self.cpu.is_free(t) for t in twins)
         if sum(t is None for t in twins) > self.cpu.num_free - reserved:
@@ -175,9 +222,7 @@ class KVBlocks:
                 self.cpu.share(twin)
         for block, twin in zip(seq.blocks, twins, strict=True):
             if twin is None:
-                twin, _ = self.cpu.take()
-                self._out.append((block, twin))
-                self.stats.swapped_out_blocks += 1
+                twin = self._tiers.copy_out(block)
                 block_hash = self.device.hash_of(block)
                 if block_hash is not None:
                     self.cpu.publish(twin, block_hash)
@@ -185,6 +230,8 @@ class KVBlocks:
         for block in reversed(seq.blocks):
             self.device.release(block)
         seq.blocks, seq.published = [], 0
+        if self.states is not None:
+            self.states.swap_out(seq)
         return True
 
     def missing_to_swap_in(self, seq: Sequence, num_tokens: int) -> int:
@@ -203,12 +250,14 @@ class KVBlocks:
                 self.device.share(twin)
         for cpu_block, twin in zip(seq.swapped, twins, strict=True):
             if twin is None:
-                twin = self._copy_in(cpu_block, self.cpu.hash_of(cpu_block))
+                twin = self._tiers.copy_in(cpu_block, self.cpu.hash_of(cpu_block))
                 self.stats.swapped_in_blocks += 1
             else:
                 self.cpu.release(cpu_block)
             self._append(seq, twin)
         seq.swapped = []
+        if self.states is not None:
+            self.states.swap_in(seq)
         # Blocks with a hash lead; those that were computed since the last publish have none yet.
         while (
             seq.published < len(seq.blocks)
@@ -221,38 +270,16 @@ class KVBlocks:
     def drain(self) -> tuple[Ints, Copies]:
         """The cells and copies noted since the last call, for the plan."""
         cells = ints(self._cells).reshape(-1, 3)
-        last = {cpu_block: block for block, cpu_block in self._out}  # one may be taken twice
-        copies = Copies(out=pairs([(b, c) for c, b in last.items()]), in_=pairs(self._in))
-        for block in self._sources:
-            self.cpu.release(block)
-        self._cells, self._out, self._in, self._sources = [], [], [], []
-        return cells, copies
+        self._cells = []
+        return cells, self._tiers.drain()
+
+    def drain_states(self) -> StateMoves | None:
+        """The same of the states; None if there is nothing."""
+        return None if self.states is None else self.states.drain()
 
     def _append(self, seq: Sequence, block: int) -> None:
         self._cells.append((seq.slot, len(seq.blocks), block))
         seq.blocks.append(block)
-
-    def _take_device(self) -> int:
-        """A free device block; the prefix evicted from it moves to a free CPU block, if any."""
-        block, evicted = self.device.take()
-        if evicted is None or not self.promote:
-            return block
-        if self.cpu.num_free and self.cpu.find(evicted) is None:
-            cpu_block, _ = self.cpu.take()
-            self._out.append((block, cpu_block))
-            self.cpu.publish(cpu_block, evicted)
-            self.cpu.release(cpu_block)  # free, but cached
-            self.stats.demoted_blocks += 1
-        return block
-
-    def _copy_in(self, cpu_block: int, block_hash: BlockHash | None) -> int:
-        """A device block that will hold what ``cpu_block``, held by the caller, holds."""
-        block = self._take_device()
-        self._in.append((cpu_block, block))
-        self._sources.append(cpu_block)
-        if block_hash is not None:
-            self.device.publish(block, block_hash)
-        return block
 
     def _cpu_twin(self, seq: Sequence, index: int) -> int | None:
         block_hash = self.device.hash_of(seq.blocks[index])

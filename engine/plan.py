@@ -60,11 +60,24 @@ class Copies:
 
 
 @dataclass(frozen=True, slots=True)
+class StateMoves:
+    """What becomes of the states of layers that keep one of each sequence.
+
+    Order of effects: ``copies`` between the tiers, then ``forks`` within the device, all of which
+    read before any writes; a source of -1 is the state before the first token.
+    """
+
+    cells: Ints = field(default_factory=pairs)  # [n, 2]: slot, the state of its rows from now on
+    copies: Copies = field(default_factory=Copies)
+    forks: Ints = field(default_factory=pairs)  # [n, 2]: source, target
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """What the workers do in one step.
 
-    Order of effects: ``release``, ``admits``, ``told``, ``cells``, ``copies``, then the rows
-    compute.
+    Order of effects: ``release``, ``admits``, ``told``, ``cells``, ``copies``, ``states``, then the
+    rows compute.
     Row i feeds tokens ``starts[i] : starts[i] + counts[i]`` of slot ``slots[i]``; where
     ``wants[i]`` is 1 the worker samples the token at position ``starts[i] + counts[i]`` and
     keeps it in its token table, so that a later plan may feed it without knowing its value.
@@ -80,6 +93,7 @@ class StepPlan:
     release: Ints = field(default_factory=ints)  # slots
     copies: Copies = field(default_factory=Copies)
     told: Ints = field(default_factory=ints)  # [n, 3]: slot, position, token that none sampled
+    states: StateMoves | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -211,6 +211,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step; None if nothing can run before a result comes back."""
+        self.kv.settle()
         draft = _Draft(self._step, self.config.max_num_batched_tokens)
         self._plan_running(draft)
         if not draft.preempted:
@@ -232,6 +233,7 @@ class Scheduler:
             release=ints(self._released),
             copies=copies,
             told=ints(draft.told),
+            states=self.kv.drain_states(),
         )
         self._released = []
         self._begun += draft.begun
@@ -265,7 +267,7 @@ class Scheduler:
         for seq in prefills:  # after the decodes: a long prompt never holds them up
             if draft.budget and seq.state is State.RUNNING:
                 count = min(seq.prefill_end - seq.computed, draft.budget)
-                self._run(draft, seq, _PREFILL, count)
+                self._run(draft, seq, _PREFILL, self.kv.cut(seq, count))
         draft.promised = sum(
             blocks_for(seq.known, self.kv.block_size) - len(seq.blocks) for seq in prefills
         )
@@ -335,13 +337,15 @@ class Scheduler:
                 missing = self.kv.missing_to_swap_in(seq, known)
             else:
                 prefix = self.kv.match(seq)
+                if prefix.coming:
+                    return
                 start = len(prefix.blocks) * self.kv.block_size
                 missing = self.kv.missing(seq, prefix, known)
             if not self.config.enable_chunked_prefill and known - start > draft.budget:
                 return
             # What running prefills will need, and a block for every running sequence, stays
             # free, lest the next steps preempt again.
-            if missing + draft.promised + self.num_running > self.kv.device.num_free:
+            if not self.kv.fits(missing + draft.promised + self.num_running):
                 return
             self._admit(draft, seq, prefix)
             draft.promised += blocks_for(known, self.kv.block_size) - len(seq.blocks)
@@ -371,7 +375,7 @@ class Scheduler:
         if not seq.begun:
             seq.begun = True
             draft.begun.append(seq)
-        count = min(seq.known - seq.computed, draft.budget)
+        count = self.kv.cut(seq, min(seq.known - seq.computed, draft.budget))
         grown = self.kv.grow(seq, seq.computed + count)
         assert grown, "admission counted the blocks"
         self._add_row(draft, seq, _PREFILL, count)

@@ -42,7 +42,8 @@ class Sequence:
         "stop_ids", "extras", "order", "runs_ahead", "state", "finish_reason", "stop_reason",
         "slot", "prefill_end", "computed", "pending", "untold", "blocks", "swapped", "published",
         "planned_in", "cached_tokens", "scheduled_time", "lost_tokens", "moved_tokens",
-        "preempted_at", "deaths", "begun", "from_start", "_hashes",
+        "preempted_at", "deaths", "begun", "from_start", "live", "parked", "marks", "due",
+        "rolling", "_hashes",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +83,10 @@ class Sequence:
         self.blocks: list[int] = []  # device blocks, by index
         self.swapped: list[int] = []  # CPU blocks that stand in for them while swapped out
         self.published = 0  # leading blocks that were offered to the prefix cache
+        self.live = self.parked = -1  # its state on the device, or while swapped out on the CPU
+        self.marks: tuple[int, ...] = ()  # ends of blocks of its prompt whose states are to be kept
+        self.due: BlockHash | None = None  # what its state is to be kept as
+        self.rolling: BlockHash | None = None  # what its last state among its output is kept as
         self.planned_in = -1  # the last step that has a row for it
         self.cached_tokens = 0  # prompt tokens found in the prefix cache at first admission
         self.scheduled_time: float | None = None  # of the first admission
@@ -123,6 +128,8 @@ class Sequence:
         self.slot = self.planned_in = -1
         self.computed = self.pending = self.published = 0
         self.blocks, self.swapped = [], []
+        self.live = self.parked = -1
+        self.due = None
 
     @property
     def wants_cache(self) -> bool:

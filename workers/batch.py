@@ -14,7 +14,8 @@ class Batch:
     of its ``context_lens[r]`` tokens. Position p of row r lives in block
     ``block_tables[slots[r], p // block_size]`` at offset ``p % block_size``. Only ``outputs``
     go through the whole of the network's last layer. ``attention`` is what the backend's ``begin``
-    made of the batch.
+    made of the batch. Of a model with recurrent layers ``states[r]`` is where row r's state lives,
+    and ``sweep`` what these layers share (``workers.sweep``).
     """
 
     tokens: Tensor  # [T]
@@ -27,3 +28,5 @@ class Batch:
     max_context_len: int
     outputs: Tensor | None = None  # [n]: tokens; None: all
     attention: Any = None
+    states: Tensor | None = None  # [R]
+    sweep: Any = None

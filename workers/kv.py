@@ -14,6 +14,7 @@ as soon as it was gathered, and no CPU block is read or overwritten before the c
 
 import itertools
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -21,40 +22,52 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plan import Copies, CopyTimes, Ints
+from engine.plan import Copies, CopyTimes, Ints, StateMoves
 from workers.kernels.memory import huge_tensor
 from workers.layers.memory import Memory
+from workers.messages import Units
 
 STAGING_BYTES = 256 << 20  # each way, at most
 ALIGNMENT = 16  # bytes: of a layer's part of a CPU block
 
 
 class KVCache:
-    """What this rank's layers keep of sequences: device blocks, and CPU blocks of the same content.
+    """What this rank's layers keep of sequences: blocks, and states where layers have any, on the
+    device, and on the CPU units with the same content.
 
-    ``layers[i]`` is the i-th layer's, a tensor [num_blocks, ...] as ``memories[i]`` allocates it.
+    ``layers[i]`` is the i-th layer's, a tensor [units, ...] as ``memories[i]`` allocates it.
     """
 
-    def __init__(
-        self,
-        memories: Sequence[Memory],
-        num_device_blocks: int,
-        num_cpu_blocks: int,
-        device: torch.device,
-    ) -> None:
-        self.layers = [memory.allocate(num_device_blocks) for memory in memories]
-        self._tiers = make_tiers(self.layers, num_cpu_blocks, device)
-        self.num_measured = min(64, num_device_blocks, num_cpu_blocks)
+    def __init__(self, memories: Sequence[Memory], units: Units, device: torch.device) -> None:
+        self.layers = [
+            memory.allocate(units.states if memory.state else units.blocks) for memory in memories
+        ]
+        pairs = list(zip(memories, self.layers, strict=True))
+        blocks = [layer for memory, layer in pairs if not memory.state]
+        self._tiers = make_tiers(blocks, units.cpu_blocks, device)
+        self._states = [layer for memory, layer in pairs if memory.state]
+        self._state_tiers = make_tiers(self._states, units.cpu_states, device)
+        self._device = device
+        self.num_measured = min(64, units.blocks, units.cpu_blocks)
 
     def copy(self, copies: Copies) -> None:
-        """Carry out a plan's copies: out, then in."""
-        if len(copies.out):
-            self._tiers.copy_out(copies.out)
-        if len(copies.in_):
-            self._tiers.copy_in(copies.in_)
+        """Carry out a plan's copies of blocks: out, then in."""
+        self._tiers.copy(copies)
+
+    def move_states(self, moves: StateMoves) -> None:
+        """Carry out what a plan says of states."""
+        self._state_tiers.copy(moves.copies)
+        if not len(moves.forks):
+            return
+        sources, targets = torch.from_numpy(moves.forks).long().to(self._device).unbind(1)
+        new = sources < 0
+        for layer in self._states:
+            content = layer[sources.clamp(min=0)]
+            content[new] = 0
+            layer[targets] = content
 
     def copied(self) -> CopyTimes:
-        """The copies between the tiers that ended since the last call."""
+        """The copies of blocks between the tiers that ended since the last call."""
         return self._tiers.copied()
 
     def measure(self) -> tuple[float, float]:
@@ -91,9 +104,7 @@ class Row:
         ]
 
 
-def make_tiers(
-    layers: Sequence[Tensor], num_cpu_units: int, device: torch.device
-) -> "CudaTiers | CPUTiers":
+def make_tiers(layers: Sequence[Tensor], num_cpu_units: int, device: torch.device) -> "Tiers":
     """The copies between the units of ``layers``, tensors [n, ...], and as many CPU units as asked
     for, whose memory is taken as they are written, so that start-up stays short."""
     row, flat = Row(layers), [layer.flatten(1) for layer in layers]
@@ -104,7 +115,34 @@ def make_tiers(
     return CPUTiers(flat, row.split(huge_tensor(shape, torch.uint8)))
 
 
-class CPUTiers:
+class Tiers(ABC):
+    """Units of both tiers."""
+
+    def copy(self, copies: Copies) -> None:
+        """Out, then in."""
+        if len(copies.out):
+            self.copy_out(copies.out)
+        if len(copies.in_):
+            self.copy_in(copies.in_)
+
+    @abstractmethod
+    def copy_out(self, pairs: Ints) -> None:
+        """[n, 2] device unit to CPU unit."""
+
+    @abstractmethod
+    def copy_in(self, pairs: Ints) -> None:
+        """[n, 2] CPU unit to device unit."""
+
+    @abstractmethod
+    def copied(self) -> CopyTimes:
+        """What ended since the last call. Does not wait: what still runs is told later."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Until all copies are done."""
+
+
+class CPUTiers(Tiers):
     """Both tiers in host memory: of each layer [n, elements]."""
 
     def __init__(self, layers: list[Tensor], cpu: list[Tensor]) -> None:
@@ -112,11 +150,9 @@ class CPUTiers:
         self._blocks, self._seconds = [0, 0], [0.0, 0.0]  # in, out
 
     def copy_out(self, pairs: Ints) -> None:
-        """[n, 2] device block to CPU block."""
         self._copy(True, pairs, self._layers, self._cpu)
 
     def copy_in(self, pairs: Ints) -> None:
-        """[n, 2] CPU block to device block."""
         self._copy(False, pairs, self._cpu, self._layers)
 
     def _copy(self, out: bool, pairs: Ints, sources: list[Tensor], targets: list[Tensor]) -> None:
@@ -128,16 +164,15 @@ class CPUTiers:
         self._seconds[out] += time.perf_counter() - started
 
     def copied(self) -> CopyTimes:
-        """Since the last call."""
         blocks, seconds = self._blocks, self._seconds
         self._blocks, self._seconds = [0, 0], [0.0, 0.0]
         return CopyTimes(blocks[True], seconds[True], blocks[False], seconds[False])
 
     def wait(self) -> None:
-        """Until all copies are done: they are."""
+        pass
 
 
-class CudaTiers:
+class CudaTiers(Tiers):
     """Device blocks and pinned CPU blocks, with the copies on a side stream.
 
     Every event is recorded and waited for by streams; the host waits for nothing.
@@ -158,7 +193,6 @@ class CudaTiers:
         self._timed: deque[tuple[bool, int, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def copy_out(self, pairs: Ints) -> None:
-        """[n, 2] device block to CPU block."""
         main, side = torch.cuda.current_stream(self._device), self._side
         for part in self._parts(pairs):
             source = self._upload(part[:, 0])
@@ -177,7 +211,6 @@ class CudaTiers:
             self._end(True, len(part), started)
 
     def copy_in(self, pairs: Ints) -> None:
-        """[n, 2] CPU block to device block."""
         main, side = torch.cuda.current_stream(self._device), self._side
         for part in self._parts(pairs):
             target = self._upload(part[:, 1])
@@ -193,7 +226,6 @@ class CudaTiers:
             self._in_free.record(main)
 
     def copied(self) -> CopyTimes:
-        """Since the last call. Does not wait: what still runs is told later."""
         blocks, seconds = [0, 0], [0.0, 0.0]
         while self._timed and self._timed[0][3].query():  # type: ignore[no-untyped-call]
             out, num, started, ended = self._timed.popleft()
@@ -202,7 +234,6 @@ class CudaTiers:
         return CopyTimes(blocks[True], seconds[True], blocks[False], seconds[False])
 
     def wait(self) -> None:
-        """Until all copies are done."""
         torch.cuda.synchronize(self._device)
 
     def _parts(self, pairs: Ints) -> Iterator[Ints]:

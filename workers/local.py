@@ -25,8 +25,8 @@ class LocalExecutor:
         return self._worker.load(self._progress)
 
     def reserve(self) -> Capacity:
-        self._blocks = self._worker.measure()
-        return self._worker.reserve(self._blocks)
+        self._units = self._worker.measure()
+        return self._worker.reserve(self._units)
 
     def run(self, plan: StepPlan) -> Pending:
         return self._worker.run(plan)
@@ -39,7 +39,7 @@ class LocalExecutor:
         del self._worker  # its memory first
         self._worker = Worker(self._config, self._path)
         self._worker.load()
-        self._worker.reserve(self._blocks)
+        self._worker.reserve(self._units)
 
     @property
     def pipelined(self) -> bool:

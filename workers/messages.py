@@ -37,11 +37,13 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Numbers of KV blocks."""
+class Units:
+    """Numbers of KV blocks and of sequences' states, in each tier."""
 
-    device: int
-    cpu: int
+    blocks: int
+    cpu_blocks: int
+    states: int = 0
+    cpu_states: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Order:
 
     setup: Setup | None = None
     measure: bool = False
-    reserve: Blocks | None = None
+    reserve: Units | None = None
     ping: bool = False
 
 
@@ -70,7 +72,7 @@ class Report:
     hello: Hello | None = None
     read: int = 0  # bytes of weights, since the last report
     facts: ModelFacts | None = None
-    blocks: Blocks | None = None
+    units: Units | None = None
     capacity: Capacity | None = None
     failure: Failure | None = None
     pong: bool = False

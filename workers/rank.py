@@ -155,7 +155,7 @@ def _take_place(executor: _Executor, rank: int, cpus: float | None) -> Worker:
     executor.report(Report(facts=facts))
     order = executor.order()
     if order.measure:
-        executor.report(Report(blocks=worker.measure()))
+        executor.report(Report(units=worker.measure()))
         order = executor.order()
     assert order.reserve is not None
     executor.report(Report(capacity=worker.reserve(order.reserve)))

@@ -60,9 +60,9 @@ def _pad(values: Ints, size: int, value: int) -> Ints:
 
 
 class Slots:
-    """Tokens and block tables of the running sequences, kept current by the plans' changes.
+    """Tokens, block tables and states of the running sequences, kept current by the plans' changes.
 
-    Both have a row more than there are slots: ``spare``, whose blocks are ``spare_block``.
+    They have a row more than there are slots: ``spare``, whose blocks are ``spare_block``.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Slots:
         self.tokens = torch.zeros(num_slots + 1, max_model_len, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
         self.block_tables[self.spare] = spare_block
+        self.states = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
 
     def upload(self, values: NDArray[np.int32]) -> Tensor:
         """A host array as a device tensor, without waiting for the device."""
@@ -94,6 +95,9 @@ class Slots:
         if len(plan.cells):
             slot, index, block = self.upload(plan.cells).unbind(1)
             self.block_tables[slot, index] = block
+        if plan.states is not None and len(plan.states.cells):
+            slot, state = self.upload(plan.states.cells).unbind(1)
+            self.states[slot] = state
 
     def learn(self, tokens: Ints) -> None:
         """Take [n, 3] (slot, position, token) into the table."""

@@ -34,12 +34,13 @@ from workers.hidden import HiddenReader, HiddenRows, Seen
 from workers.host_memory import host_memory
 from workers.kernels.memory import Prefault
 from workers.kv import KVCache
-from workers.messages import Blocks
+from workers.messages import Units
 from workers.models import attention_shapes, build_model, read_traits
 from workers.parallel import Group, Place, Ranks, Stage
 from workers.pooling import longest_text, read_pooling, served_config
 from workers.pooling_table import PoolingTable
 from workers.sampler import HostCopy, HostSampled, Sampled, Sampler, SamplingTable
+from workers.sizes import GIB, fit, unit_bytes
 from workers.slot_tables import Learn, LogitsTable, SlotTable
 from workers.slots import HostRows, Slots
 from workers.staging import Staging
@@ -48,7 +49,6 @@ from workers.weights import Progress
 
 log = get_logger("worker")
 
-GIB = 2**30
 WARM_UP_TOKENS = 128
 CUDA_CONTEXT_BYTES = 700 << 20  # what a process takes on a GPU before it allocates anything
 DEFAULT_BLOCK_SIZE = 16
@@ -220,32 +220,28 @@ class Worker:
             log.warning("Not batch-invariant on this GPU: %s", ", ".join(found))
         return not found
 
-    def measure(self) -> Blocks:
-        """How many blocks of each tier there is memory for on this rank.
+    def measure(self) -> Units:
+        """How many blocks, and states, of each tier there is memory for on this rank.
 
         Raises ConfigError if there is none for the device's.
         """
-        config = self.config
-        num_device = config.cache.num_gpu_blocks_override
-        if num_device is None:
-            block_size = self.backend.shape.block_size
-            num_device = self._device_bytes() // self._block_bytes
-            # More than every slot at full length could never be used but for cached prefixes.
-            most = config.scheduler.max_num_seqs * -(-self.max_model_len // block_size)
-            num_device = min(num_device, 4 * most)
-        if num_device < 1:
-            raise ConfigError(
-                "gpu_memory_utilization leaves no memory for KV blocks; raise it, or set"
-                " kv_cache_memory_bytes"
-            )
-        return Blocks(num_device, int(config.cache.swap_space * GIB) // self._block_bytes)
+        num_seqs = self.config.scheduler.max_num_seqs
+        # More than every slot at full length could never be used but for cached prefixes.
+        most = num_seqs * -(-self.max_model_len // self.backend.shape.block_size)
+        return fit(
+            self.config.cache,
+            self.model.memories,
+            self._device_bytes,
+            4 * most,
+            4 * num_seqs if self.traits.recurrent else 0,
+        )
 
     @torch.inference_mode()
-    def reserve(self, blocks: Blocks) -> Capacity:
+    def reserve(self, units: Units) -> Capacity:
         """Allocate slots and KV blocks, warm up, and measure what copies and tokens cost."""
         shape = self.backend.shape
-        self._make_tables(blocks)
-        seconds_per_token = self._warm_up(blocks.device)
+        self._make_tables(units)
+        seconds_per_token = self._warm_up(units.blocks)
         out, in_ = self.kv.measure()
         if self._graphs is not None:
             started, before = time.perf_counter(), torch.cuda.memory_reserved()
@@ -261,21 +257,25 @@ class Worker:
         if self.config.cache.prefault_kv_cache and self.device.type == "cpu":
             self._prefault = Prefault(self.kv.layers)
         return Capacity(
-            num_device_blocks=blocks.device,
-            num_cpu_blocks=blocks.cpu,
+            num_device_blocks=units.blocks,
+            num_cpu_blocks=units.cpu_blocks,
             block_size=shape.block_size,
-            block_bytes=self._block_bytes,
+            block_bytes=unit_bytes(self.model.memories, state=False),
             attention_backend=self._attention_name,
             costs=MeasuredCosts(out, in_, seconds_per_token),
+            num_states=units.states,
+            num_cpu_states=units.cpu_states,
+            state_bytes=unit_bytes(self.model.memories, state=True),
         )
 
-    def _make_tables(self, blocks: Blocks) -> None:
+    def _make_tables(self, units: Units) -> None:
         """Slots, KV blocks (one of which is spare) and whatever is as large as a step."""
         num_slots = self.config.scheduler.max_num_seqs
         block_size = self.backend.shape.block_size
-        spare = blocks.device
+        spare = units.blocks
         # First what is largest: there may be no room for it.
-        self.kv = KVCache(self.model.memories, spare + 1, blocks.cpu, self.device)
+        allocated = replace(units, blocks=spare + 1)
+        self.kv = KVCache(self.model.memories, allocated, self.device)
         self.slots = Slots(num_slots, self.max_model_len, block_size, spare, self.device)
         self.table = SamplingTable(num_slots, self.traits.vocab_size, self.slots.tokens)
         samples = self.stage.last and self.ranks.group.rank == 0
@@ -339,10 +339,6 @@ class Worker:
         names = (type(backend).__name__ for backend in backends_of(self.backend))
         return " and ".join(dict.fromkeys(names))
 
-    @property
-    def _block_bytes(self) -> int:
-        return sum(memory.unit_bytes for memory in self.model.memories)
-
     @torch.inference_mode()
     def run(self, plan: StepPlan, tokens: Ints | None = None) -> Pending:
         """Start a step. On CUDA the work goes on after this returns.
@@ -380,6 +376,8 @@ class Worker:
         self.slots.update(plan)
         if plan.copies:
             self.kv.copy(plan.copies)
+        if plan.states is not None:
+            self.kv.move_states(plan.states)
 
     def _prepare(self, plan: StepPlan, size: Size | None, whole: bool) -> Inputs:
         """The plan's rows on the device, padded to ``size``. ``whole``: all tokens are carried to
@@ -450,6 +448,7 @@ class Worker:
             block_tables=slots.block_tables,
             max_context_len=inputs.max_context_len,
             outputs=inputs.outputs,
+            states=slots.states[inputs.slots] if self.traits.recurrent else None,
         )
         batch = replace(batch, attention=self.backend.begin(batch, inputs.attention))
         hidden = self.model.forward(batch, self.kv.layers, hidden)
@@ -533,7 +532,7 @@ class Worker:
     def _rehearse(self) -> None:
         """Take all the memory that steps need beside KV blocks: the largest step, the largest
         sample, and the largest graphs, on tables whose only block is the spare one."""
-        self._make_tables(Blocks(0, 0))
+        self._make_tables(Units(0, 0, int(self.traits.recurrent)))
         scheduler = self.config.scheduler
         seqs = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
         size = Size(seqs, scheduler.max_num_batched_tokens, decodes=False)

@@ -70,6 +70,7 @@ def make_batch(sequences: list[list[int]], rows: list[tuple[int, int, int]], siz
         block_tables=tables[[sequence for sequence, _, _ in rows]].int(),
         cells=torch.tensor(cells),
         max_context_len=max(s + c for _, s, c in rows),
+        states=torch.tensor([sequence for sequence, _, _ in rows]),
     )
 
 
@@ -85,7 +86,8 @@ class Paged:
     def __post_init__(self) -> None:
         blocks = len(self.sequences) * -(-MAX_LENGTH // self.block_size)
         self.caches = [
-            [memory.allocate(blocks) for memory in model.memories] for model, _ in self.stages
+            [m.allocate(len(self.sequences) if m.state else blocks) for m in model.memories]
+            for model, _ in self.stages
         ]
 
     def step(self, rows: list[tuple[int, int, int]], outputs: Tensor | None = None) -> Tensor:

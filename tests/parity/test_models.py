@@ -157,6 +157,7 @@ def test_dynamic_rope_beyond_the_original_length_is_as_generated(checkpoint: Che
         "opt",
         "opt-post-norm",
         "gpt-oss",
+        "qwen3-5",
     ],
 )
 def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
@@ -169,7 +170,8 @@ def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: 
 @pytest.mark.parametrize("dtype", BIT_STABLE)
 @pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3-sliding", "olmo3", "granite", "mixtral", "opt", "opt-post-norm"]
+    "name",
+    ["llama", "qwen3-sliding", "olmo3", "granite", "mixtral", "qwen3-5", "opt", "opt-post-norm"],
 )
 def test_outputs_alone_are_carried_to_the_end(
     name: str, cut: int, dtype: torch.dtype, checkpoint: Checkpoint
@@ -272,6 +274,9 @@ class _ThreadGroup(Group):
         ("glm4-moe-dense-front", 2),
         ("gpt-oss", 2),
         ("minimax-m2", 4),
+        ("qwen3-5", 2),
+        ("qwen3-5-even", 4),
+        ("qwen3-next", 2),
         ("opt", 2),
         ("opt-post-norm", 4),
     ],
@@ -320,8 +325,8 @@ def test_experts_that_cannot_be_given_to_ranks_are_refused(checkpoint: Checkpoin
     "name",
     [
         "llama", "llama-tied", "phi3", "olmo3", "smollm3", "exaone4", "gemma3", "qwen3-moe-some",
-        "glm4-moe-dense-front", "gpt-oss", "minimax-m2", "deepseek-v3", "gemma4-alike", "opt",
-        "opt-post-norm", "opt-untied-gelu",
+        "glm4-moe-dense-front", "gpt-oss", "minimax-m2", "deepseek-v3", "gemma4-alike", "qwen3-5",
+        "opt", "opt-post-norm", "opt-untied-gelu",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("cut", [1, 2])

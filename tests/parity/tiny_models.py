@@ -89,6 +89,14 @@ _LATENT = _LLAMA | {
     "num_experts_per_tok": 3,
 }
 _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+_HYBRID = _LLAMA | {
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, _LLAMA),
     "mistral": (
@@ -253,6 +261,12 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.Glm4MoeLiteForCausalLM,
         _LATENT,
     ),
+    "qwen3_5": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM, _HYBRID),
+    "qwen3_next": (
+        transformers.Qwen3NextConfig,
+        transformers.Qwen3NextForCausalLM,
+        _HYBRID | {"mlp_only_layers": [0, 1, 2]},
+    ),
     "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, _OPT),
 }
 
@@ -408,6 +422,15 @@ TINY_MODELS = [
     ),
     TinyModel("deepseek-v3-halves", "deepseek_v3", {"rope_interleave": False}, generates="no"),
     TinyModel("glm4-moe-lite", "glm4_moe_lite", generates="no"),
+    TinyModel("qwen3-5", "qwen3_5"),
+    TinyModel(
+        "qwen3-5-even",
+        "qwen3_5",
+        {"num_hidden_layers": 3, "linear_num_key_heads": 4, "linear_conv_kernel_dim": 3}
+        | {"full_attention_interval": 2, "layer_types": None},
+        generates="pressed",
+    ),
+    TinyModel("qwen3-next", "qwen3_next", generates="pressed"),
     TinyModel("opt", "opt"),
     TinyModel("opt-post-norm", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     TinyModel("opt-no-bias", "opt", {"enable_bias": False}),

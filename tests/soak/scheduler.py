@@ -58,6 +58,7 @@ class Tally:
     recomputes: int = 0
     prefix_hits: int = 0
     promoted_blocks: int = 0
+    kept_states: int = 0
     longest_wait: int = 0  # steps from a request's arrival to its first token
     longest_gap: int = 0  # steps between two tokens of a completion
     seconds: float = 0.0
@@ -92,6 +93,7 @@ class Load:
     spoilt: the share of steps whose keys and values are not finite. Requests that had to do with
     one end with an error, and nothing of it stays in the prefix cache. (Then none is cancelled:
     of what a cancelled one has computed nobody hears.)
+    states: the model keeps a state of each sequence.
     deaths: the share of steps with which the executor dies; moves: that of steps before which some
     requests leave the engine, and come again with what they have.
     """
@@ -103,6 +105,7 @@ class Load:
         spoilt: float = 0.0,
         deaths: float = 0.0,
         moves: float = 0.0,
+        states: bool = False,
     ) -> None:
         self.spoilt, self.deaths, self.moves = spoilt, deaths, moves
         self.draw = draw = random.Random(seed)
@@ -124,11 +127,15 @@ class Load:
             scheduling_policy=self.policy, preemption_mode=self.mode,
             enable_prefix_caching=draw.random() < 0.85,
             max_failovers=1000,  # no request is to blame
+            mamba_block_size=draw.choice([None, 2 * block_size]),
         )  # fmt: skip
         costs = MeasuredCosts(1e-5, 1e-5, 10 ** draw.uniform(-6.5, -4.5))
+        num_states = int(num_slots * draw.uniform(0.3, 4)) if states else 0
+        num_cpu_states = int(num_states * draw.choice([0, 0.5, 2]))
         executor = SimulatedExecutor(
             num_blocks, num_cpu_blocks, block_size, num_slots, self.max_model_len, costs,
             self.pipelined, self.stages - 1, most_forced=12,
+            num_states=num_states, num_cpu_states=num_cpu_states,
         )  # fmt: skip
         self.engine = Engine(
             self.config, executor, executor.load(), executor.reserve(), self.max_model_len, (VOCAB,)
@@ -288,8 +295,6 @@ class Load:
             assert not engine.step()
         kv, stats = engine.scheduler.kv, engine.scheduler.stats
         assert kv.device.num_held == kv.cpu.num_held == 0, "a block has leaked"
-        kv.device.check()
-        kv.cpu.check()
         restarts = sum(engine.stats.restarts.counts)
         assert restarts == tally.deaths, "the executor found something wrong, and died of it"
         scheduler = engine.scheduler
@@ -298,7 +303,15 @@ class Load:
         assert len(scheduler._free_slots) == self.config.scheduler.max_num_seqs
         assert tally.finished + tally.cancelled + tally.expired + tally.failed == tally.requests
         executor: Any = engine.executor
-        for pool, spoilt in ((kv.device, executor.spoilt), (kv.cpu, executor.spoilt_cpu)):
+        pools = [(kv.device, executor.spoilt), (kv.cpu, executor.spoilt_cpu)]
+        if kv.states is not None:
+            tiers = kv.states.tiers
+            assert tiers.device.num_held == tiers.cpu.num_held == 0, "a state has leaked"
+            pools.append((tiers.device, executor.spoilt_states))
+            pools.append((tiers.cpu, executor.spoilt_cpu_states))
+            tally.kept_states = kv.states.kept
+        for pool, spoilt in pools:
+            pool.check()
             assert not spoilt[list(pool._cached.values())].any(), "cached, but not finite"
         assert tally.longest_wait < LONGEST_WAIT and tally.longest_gap < LONGEST_WAIT, "one starved"
         if self.mode == "recompute":

@@ -8,12 +8,13 @@ at once, in numpy: a hundred thousand requests take minutes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.executor import Capacity, ModelFacts
-from engine.plan import CopyTimes, Ints, StepPlan, StepResult, ints
+from engine.plan import Copies, CopyTimes, Ints, StateMoves, StepPlan, StepResult, ints
 from engine.pooling import Pooling
 from engine.preempt import MeasuredCosts
 
@@ -72,7 +73,8 @@ class _Done:
 
 
 class SimulatedExecutor:
-    """Runs plans without a model. ``device`` [device blocks, block size] are prefix hashes.
+    """Runs plans without a model. ``device`` [device blocks, block size] are prefix hashes; so are
+    ``states``, each of all tokens that a sequence has fed.
 
     Where it is ``pipelined`` a sampled token can be fed only after the result was taken, as by
     the first stage of a pipeline; else at once.
@@ -89,6 +91,8 @@ class SimulatedExecutor:
         pipelined: bool = False,
         steps_ahead: int = 0,
         most_forced: int = 0,
+        num_states: int = 0,
+        num_cpu_states: int = 0,
     ) -> None:
         self.pipelined = pipelined
         self.steps_ahead = steps_ahead
@@ -99,6 +103,7 @@ class SimulatedExecutor:
         self.spoil = False  # whether what rows write now is not finite
         self.steps = 0
         self._sizes = num_device_blocks, num_cpu_blocks, num_slots
+        self._num_states = num_states, num_cpu_states
         self._forget()
 
     def _forget(self) -> None:
@@ -115,6 +120,11 @@ class SimulatedExecutor:
         self.grammars = np.zeros(num_slots, np.bool_)  # whether the slot's sequence has one
         self.spoilt = np.zeros((num_device_blocks, block_size), np.bool_)  # cells that are not
         self.spoilt_cpu = np.zeros((num_cpu_blocks, block_size), np.bool_)
+        self.states, self.cpu_states = (np.zeros(n, np.uint64) for n in self._num_states)
+        self.spoilt_states, self.spoilt_cpu_states = (
+            np.zeros(n, np.bool_) for n in self._num_states
+        )
+        self.state_of = np.full(num_slots, -1, np.int32)
         self.pooled: dict[int, tuple[int, int]] = {}  # slot: prompt's tokens, those that were fed
 
     def load(self) -> ModelFacts:
@@ -125,8 +135,9 @@ class SimulatedExecutor:
 
     def reserve(self) -> Capacity:
         return Capacity(
-            len(self.device), len(self.cpu), self.block_size, 1, "Simulated", self.costs
-        )
+            len(self.device), len(self.cpu), self.block_size, 1, "Simulated", self.costs,
+            *self._num_states, state_bytes=3,
+        )  # fmt: skip
 
     def run(self, plan: StepPlan) -> _Done:
         assert plan.step == self.steps, "plans come in order"
@@ -134,7 +145,7 @@ class SimulatedExecutor:
         assert self.known[plan.release].all(), "a slot is released that nobody has"
         self.known[plan.release] = 0
         self.admissions[plan.release] += 1
-        self.tables[plan.release] = -1
+        self.tables[plan.release] = self.state_of[plan.release] = -1
         for slot in plan.release.tolist():
             self.pooled.pop(slot, None)
         for admit in plan.admits:
@@ -148,7 +159,9 @@ class SimulatedExecutor:
         slots, index, block = plan.cells.T
         assert self.known[slots].all(), "a cell for a slot that nobody has"
         self.tables[slots, index] = block
-        self._copy(plan)
+        self._copy(plan.copies, (self.device, self.cpu), (self.spoilt, self.spoilt_cpu))
+        if plan.states is not None:
+            self._move_states(plan.states)
         tokens, spoilt = self._rows(plan)
         failed, vectors = spoilt[plan.wants == 1], self._pool(plan, spoilt)
         rows = ints(np.flatnonzero(plan.wants))
@@ -207,13 +220,34 @@ class SimulatedExecutor:
         self.seeds[slot] = seed * _MIX & _MASK
         self.admissions[slot] += 1
 
-    def _copy(self, plan: StepPlan) -> None:
-        out, in_ = plan.copies.out, plan.copies.in_
-        for pairs in (out, in_):  # as copies that run side by side need
-            assert len(np.unique(pairs[:, 1])) == len(pairs), "two copies to one block"
-        for device, cpu in ((self.device, self.cpu), (self.spoilt, self.spoilt_cpu)):
-            cpu[out[:, 1]] = device[out[:, 0]]
-            device[in_[:, 1]] = cpu[in_[:, 0]]
+    def _copy(self, copies: Copies, *tiers: tuple[NDArray[Any], NDArray[Any]]) -> None:
+        for pairs in (copies.out, copies.in_):  # as copies that run side by side need
+            assert len(np.unique(pairs[:, 1])) == len(pairs), "two copies to one unit"
+        for device, cpu in tiers:
+            cpu[copies.out[:, 1]] = device[copies.out[:, 0]]
+            device[copies.in_[:, 1]] = cpu[copies.in_[:, 0]]
+
+    def _move_states(self, moves: StateMoves) -> None:
+        slots, states = moves.cells.T
+        assert self.known[slots].all(), "a state for a slot that nobody has"
+        self.state_of[slots] = states
+        spoilt = self.spoilt_states, self.spoilt_cpu_states
+        self._copy(moves.copies, (self.states, self.cpu_states), spoilt)
+        sources, targets = moves.forks.T
+        assert len(np.unique(targets)) == len(targets), "two forks to one state"
+        self.states[targets] = np.where(sources < 0, 0, self.states[sources])
+        self.spoilt_states[targets] = (sources >= 0) & self.spoilt_states[sources]
+
+    def _feed_states(self, plan: StepPlan) -> NDArray[np.bool_]:
+        """Check and advance the rows' states; which of them are not finite."""
+        slots, starts = plan.slots, plan.starts
+        states = self.state_of[slots]
+        assert (states >= 0).all() and len(np.unique(states)) == len(states), "a state is shared"
+        before = np.where(starts > 0, self.chains[slots, starts - 1], 0)
+        assert (self.states[states] == before).all(), "a wrong or stale state"
+        self.states[states] = self.chains[slots, starts + plan.counts - 1]
+        self.spoilt_states[states] |= self.spoil
+        return self.spoilt_states[states]
 
     def _rows(self, plan: StepPlan) -> tuple[Ints, NDArray[np.bool_]]:
         """Write and check every row; the tokens that were wanted, and which of all rows read a cell
@@ -233,6 +267,9 @@ class SimulatedExecutor:
         context = np.arange(used * size) < contexts[:, None]
         self.spoilt[blocks, positions % size] = self.spoil
         spoilt = (self.spoilt[tables].reshape(len(slots), -1) & context).any(1)
+        if len(self.states):
+            spoilt = spoilt | self._feed_states(plan)
+            self.spoilt_states[self.state_of[slots]] |= spoilt
         self.spoilt[blocks, positions % size] |= spoilt[row]
         held = self.device[tables].reshape(len(slots), -1)
         expected = self.chains[slots, : held.shape[1]]

@@ -9,6 +9,7 @@ import torch
 from engine.plan import Copies, pairs
 from workers import kv
 from workers.layers.memory import Memory
+from workers.messages import Units
 
 LAYERS, DEVICE_BLOCKS, CPU_BLOCKS = 5, 40, 90
 
@@ -31,7 +32,7 @@ def check_copies(device, seed, staging_bytes, busy=lambda: None):
         patch.setattr(kv, "STAGING_BYTES", staging_bytes)
         cache = kv.KVCache(
             [memory_of(number, device) for number in range(LAYERS)],
-            DEVICE_BLOCKS, CPU_BLOCKS, device,
+            Units(DEVICE_BLOCKS, CPU_BLOCKS), device,
         )  # fmt: skip
     on_device, on_cpu = [0] * DEVICE_BLOCKS, {}
     for layer in cache.layers:

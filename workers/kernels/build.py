@@ -60,6 +60,9 @@ class Library:
             POINTER, I64, I64, POINTER, I64, I64, POINTER, POINTER, I64, INT, POINTER, INT,
         )  # fmt: skip
         self.gemm_pack.restype = self.gemm.restype = None
+        self.delta = library.manta_delta
+        self.delta.argtypes = (POINTER, POINTER, POINTER, POINTER, POINTER, INT)
+        self.delta.restype = None
         self.group_reduce = {
             torch.float32: library.manta_group_reduce_fp32,
             torch.bfloat16: library.manta_group_reduce_bf16,

@@ -1,5 +1,5 @@
 // manta's CPU kernels: matrix products (gemm.h), paged attention, rotary embedding, norms, SiLU,
-// argmax, sums over the ranks of a host (group.h).
+// argmax, gated delta nets (delta.h), sums over the ranks of a host (group.h).
 //
 // Plain C ABI, no headers but the standard library's and the system's. Vectors are GCC/Clang vector extensions, so
 // the same source is right on any CPU; a few primitives have faster forms under #if. The loop over
@@ -39,6 +39,7 @@ namespace {
 #include "vectors.h"
 #include "attention.h"
 #include "rows.h"
+#include "delta.h"
 #include "group.h"
 
 }  // namespace
@@ -107,6 +108,14 @@ namespace {
 
 FOR_TYPE(bf16, BF16)
 FOR_TYPE(fp32, F32)
+
+extern "C" void manta_delta(const DeltaStep* s, const float* qkv, const float* rest, float* state,
+                            float* y, int threads) {
+    parallel_for(threads, int64_t(s->rows) * s->keys, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+            delta_head(*s, int(i / s->keys), int(i % s->keys), qkv, rest, state, y);
+    });
+}
 
 // group points to a GroupMemory whose fields the caller keeps between calls.
 extern "C" void manta_group_reduce_fp32(void* group, float* x, int64_t n) {

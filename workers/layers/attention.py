@@ -11,7 +11,7 @@ from engine.errors import ConfigError
 from workers import kernels
 from workers.attention.base import LayerAttention, Prologue, block_bytes
 from workers.batch import Batch
-from workers.layers.linear import ColumnLinear, Part, RowLinear
+from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head
 from workers.layers.memory import Memory
 from workers.layers.norm import RMSNorm, WideNorm
 from workers.layers.rotary import Rotary, halves
@@ -62,6 +62,8 @@ class Attention:
     ``value_norm``, its eps, values have an RMS norm without weight; where they are ``from_keys``,
     they are what the keys are before theirs (Gemma 4). One that ``shares`` has queries alone, for
     the keys and values in another layer's cache.
+    ``gated``: q's projection
+    has a gate beside each head, whose sigmoid the head's result is multiplied by (Qwen3-Next).
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Attention:
         from_keys: bool = False,
         shares: bool = False,
         sinks: bool = False,
+        gated: bool = False,
     ) -> None:
         mine, shared = heads.split(place.group)
         self._backend = backend
@@ -104,10 +107,13 @@ class Attention:
         self._from_keys = from_keys and not shares
         self._value_norm = None if shares else value_norm
         self._ones = torch.ones(heads.size, dtype=place.dtype, device=place.device)
+        self._gated = gated
+        if gated:
+            parts[0] = part_by_head(f"{name}.q_proj", [heads.size] * 2, heads.count, mine)
         self._query_scales = query_scales
         wide = norm is not None and norm.wide
-        late_bias = not wide and query_scales is None  # else before what is done here
-        late_bias &= value_norm is None
+        # Else before what is done here.
+        late_bias = not wide and query_scales is None and not gated and value_norm is None
         self._qkv = ColumnLinear(place, parts, hidden, qkv_bias, late_bias=late_bias)
         self.output = RowLinear(
             place, f"{name}.{output}", heads.count * heads.size, hidden, output_bias
@@ -147,14 +153,23 @@ class Attention:
         """x [T, hidden] to the heads' [T, heads * size], for ``output``; keys and values go to
         ``cache``."""
         qkv = self._qkv(x)
+        if self._gated:
+            q, gate, kv = qkv.tensor_split([self._width, 2 * self._width], 1)
+            heads = self._backend.attend(batch, cache, torch.cat((q, kv), 1), self._prologue)
+            return heads * gate.sigmoid()
         if self._wide_norm is not None:
             self._wide_norm(qkv)
         if self._query_scales is not None:
             qkv[:, : self._width] *= self._query_scales[batch.positions][:, None]
+        if self._value_norm is not None:
+            qkv = self._normed_values(qkv, self._value_norm)
+        return self._backend.attend(batch, cache, qkv, self._prologue)
+
+    def _normed_values(self, qkv: Tensor, eps: float) -> Tensor:
+        """qkv with the norm of its values, or behind q and k that of the keys."""
         if self._from_keys:
             qkv = torch.cat((qkv, qkv[:, self._width :]), 1)
-        if self._value_norm is not None:
-            heads = qkv.view(len(x), -1, len(self._ones))
-            values = heads[:, (heads.shape[1] + self._width // len(self._ones)) // 2 :]
-            values.copy_(kernels.rms_norm(values, self._ones, self._value_norm))
-        return self._backend.attend(batch, cache, qkv, self._prologue)
+        size = len(self._ones)
+        values = qkv.view(len(qkv), -1, size)[:, (self._width + qkv.shape[1]) // (2 * size) :]
+        values.copy_(kernels.rms_norm(values, self._ones, eps))
+        return qkv

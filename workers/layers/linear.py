@@ -47,6 +47,15 @@ class Part:
         return share
 
 
+def part_by_head(name: str, widths: list[int], heads: int, cut: slice) -> Part:
+    """A linear whose outputs are one head's after the other's, each of several ``widths``: here all
+    heads' outputs of the first width come first. ``cut`` is of the heads."""
+    width = sum(widths)
+    rows = torch.arange((cut.stop - cut.start) * width).view(-1, width)
+    order = torch.cat([part.flatten() for part in rows.split_with_sizes(widths, 1)])
+    return Part(name, heads * width, slice(cut.start * width, cut.stop * width), order)
+
+
 class Packed:
     """y = act(x Wᵀ + b), or x Wᵀ + b + residual: the product itself, whatever splits it.
 

@@ -104,6 +104,11 @@ class Traits:
         return (self.heads,)
 
     @property
+    def recurrent(self) -> bool:
+        """Whether any layer keeps a state of each sequence."""
+        return False
+
+    @property
     def latent(self) -> int | None:
         """See ``AttentionShape``."""
         return None

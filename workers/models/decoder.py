@@ -1,7 +1,7 @@
 """The decoder that Llama's descendants share; families/ says which traits make which of them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -12,6 +12,7 @@ from workers.attention.base import LayerAttention
 from workers.attention.several import Backend, part_of
 from workers.batch import Batch
 from workers.layers.attention import Attention, Heads, QKNorm
+from workers.layers.delta_net import DeltaTraits, GatedDeltaNet
 from workers.layers.embedding import LabelLayer, OutputLayer, VocabEmbedding
 from workers.layers.experts import Experts, ExpertTraits
 from workers.layers.latent_attention import LatentAttention, LatentTraits
@@ -25,6 +26,7 @@ from workers.layers.stream import Stream
 from workers.models.base import Layer, Model, Traits, kept, whole_place
 from workers.models.tensors import decoder_name, decoder_pieces, text_name
 from workers.parallel import Place, Stage
+from workers.sweep import Sweep
 from workers.weights import Parameter, Piece
 
 EMBEDDING = "model.embed_tokens"
@@ -48,12 +50,14 @@ BEHIND = NormNames(None, "post_attention_layernorm", None, "post_feedforward_lay
 @dataclass(frozen=True)
 class LayerTraits:
     """What may differ from layer to layer. Without ``rope`` positions are not encoded; ``experts``
-    take the MLP's place. ``heads`` and ``inner``, the MLP's units, are the model's unless given.
-    A layer attends over the keys and values of the layer that it ``shares``, if it has none."""
+    take the MLP's place, ``delta`` attention's. ``heads`` and ``inner``, the MLP's units, are the
+    model's unless given. A layer attends over the keys and values of the layer that it ``shares``,
+    if it has none."""
 
     rope: Rope | None
     window: int | None = None
     experts: ExpertTraits | None = None
+    delta: DeltaTraits | None = None
     heads: Heads | None = None
     inner: int | None = None
     values_from_keys: bool = False
@@ -90,6 +94,7 @@ class DecoderTraits(Traits):
     norms: NormNames = NormNames()
     norm_offset: float = 0.0
     qk_norm: QKNorm | None = None
+    gated_attention: bool = False
     query_scale: PositionScale | None = None
     sinks: bool = False
     embedding_scale: float = 1.0
@@ -108,7 +113,7 @@ class DecoderTraits(Traits):
 
     @property
     def capturable(self) -> bool:
-        return not self.has_experts
+        return not self.has_experts and not self.recurrent
 
     @property
     def head_kinds(self) -> tuple[Heads, ...]:
@@ -121,6 +126,10 @@ class DecoderTraits(Traits):
     @property
     def latent(self) -> int | None:
         return None if self.latents is None else self.latents.rank
+
+    @property
+    def recurrent(self) -> bool:
+        return any(layer.delta for layer in self.layers)
 
 
 class DecoderLayer:
@@ -209,9 +218,12 @@ def _make_attention(
     backend: LayerAttention,
     rotary: Rotary | None,
     query_scales: Tensor | None,
-) -> Attention | LatentAttention:
+) -> Attention | GatedDeltaNet | LatentAttention:
     """The attention of layer ``name``, whose traits are ``mine``."""
-    name, hidden = f"{name}.self_attn", traits.hidden_size
+    hidden = traits.hidden_size
+    if mine.delta is not None:
+        return GatedDeltaNet(place, f"{name}.linear_attn", hidden, mine.delta, traits.norm_eps)
+    name = f"{name}.self_attn"
     if traits.latents is not None:
         assert rotary is not None
         return LatentAttention(
@@ -236,6 +248,7 @@ def _make_attention(
         window=mine.window,
         rotary=rotary,
         query_scales=query_scales,
+        gated=traits.gated_attention,
         sinks=traits.sinks,
         value_norm=traits.norm_eps if traits.value_norm else None,
         from_keys=mine.values_from_keys,
@@ -275,7 +288,9 @@ class DecoderModel(Model):
             )
             self.parts.append(self._per_layer)
         self._embedding_scale = float(torch.tensor(traits.embedding_scale, dtype=place.dtype))
-        ropes = [layer.rope for layer in traits.layers[stage.start : stage.stop]]
+        mine = traits.layers[stage.start : stage.stop]
+        self._taps = next((layer.delta.taps for layer in mine if layer.delta), 0)
+        ropes = [layer.rope for layer in mine]
         tables = {rope: Rotary(rope, max_length, place) for rope in set(ropes) if rope is not None}
         scale = traits.query_scale
         scales = None if scale is None else scale.table(max_length, place)
@@ -312,6 +327,8 @@ class DecoderModel(Model):
             if self._embedding_scale != 1:
                 hidden *= self._embedding_scale
         assert hidden is not None and len(caches) == len(self._layers)
+        if self._taps:
+            batch = replace(batch, sweep=Sweep(batch, self._taps))
         vectors = None
         if self._per_layer is not None:
             vectors = self._per_layer(batch.tokens, hidden)
@@ -319,8 +336,8 @@ class DecoderModel(Model):
         for i, layer in enumerate(self._layers):
             shares = self._traits.layers[start + i].shares
             cache = caches[i if shares is None else shares - start]
-            mine = None if vectors is None else vectors[:, i]
-            stream = layer(stream, batch, cache, self.keep(layer, batch), mine)
+            own = None if vectors is None else vectors[:, i]
+            stream = layer(stream, batch, cache, self.keep(layer, batch), own)
         return self._norm(stream) if self.stage.last else stream.total()
 
     @torch.inference_mode()

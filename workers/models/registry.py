@@ -30,6 +30,7 @@ from workers.models.families import (
     olmo,
     phi3,
     qwen,
+    qwen_hybrid,
     seed_oss,
     smollm3,
 )
@@ -81,7 +82,11 @@ DECODERS: dict[str, tuple[str, Network]] = {
     "DeepseekV2": ("deepseek_v2", _decoder(deepseek.read_deepseek_v2)),
     "DeepseekV3": ("deepseek_v3", _decoder(deepseek.read_deepseek_v3)),
     "Glm4MoeLite": ("glm4_moe_lite", _decoder(glm4_moe_lite.read_traits)),
+    "Qwen3Next": ("qwen3_next", _decoder(qwen_hybrid.read_qwen3_next)),
+    "Qwen3_5": ("qwen3_5_text", _decoder(qwen_hybrid.read_qwen3_5)),
 }
+# Those whose names of other heads are of models of images and text.
+CONDITIONALS = ("Gemma3", "Gemma4", "Qwen3_5")
 ARCHITECTURES = (
     {f"{family}{GENERATES}": network for family, network in DECODERS.items()}
     | {
@@ -89,17 +94,18 @@ ARCHITECTURES = (
         "BertModel": ("bert", BERT),
         "RobertaModel": ("roberta", BERT),
         "XLMRobertaModel": ("xlm-roberta", BERT),
-        "Gemma3TextModel": DECODERS["Gemma3"],
-        "Gemma3ForConditionalGeneration": DECODERS["Gemma3"],
-        "Gemma4TextModel": DECODERS["Gemma4"],
-        "Gemma4ForConditionalGeneration": DECODERS["Gemma4"],
         "Mistral3ForConditionalGeneration": DECODERS["Ministral3"],
+    }
+    | {
+        f"{family}{head}": DECODERS[family]
+        for family in CONDITIONALS
+        for head in (f"Text{EMBEDS}", CONDITIONAL)
     }
     | {
         f"{family}{head}": network
         for head in (EMBEDS, CLASSIFIES)
         for family, network in DECODERS.items()
-        if family not in ("Gemma3", "Gemma4")
+        if family not in CONDITIONALS
     }
 )
 

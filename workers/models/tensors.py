@@ -1,6 +1,7 @@
 """The names that checkpoints give a decoder's tensors, and tensors that hold several of them."""
 
 import re
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from workers.weights import Piece
@@ -31,6 +32,8 @@ def decoder_name(name: str) -> str | None:
     # Written by old versions of transformers; computed from the config.
     if name.endswith("rotary_emb.inv_freq"):
         return None
+    if name.startswith("mtp."):  # of layers that draft further tokens
+        return None
     name = name.replace(".block_sparse_moe.", ".mlp.")
     name = re.sub(r"(\.experts\.\d+)\.(w[123])\.", _expert_part, name)
     # A checkpoint of the network without a head has no name for the whole.
@@ -55,6 +58,8 @@ def decoder_pieces(name: str, traits: "DecoderTraits") -> list[Piece]:
         names = [module.replace("gate_up_proj", f"{part}_proj") for part in ("gate", "up")]
         widths = [traits.intermediate_size] * 2
         return _stacked([f"{part}.{leaf}" for part in names], widths, traits)
+    if re.fullmatch(r"model\.layers\.\d+\.linear_attn\.(in_proj_qkv|conv1d)\.weight", name):
+        return _delta(module, traits)
     if re.fullmatch(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj(_bias)?", name):
         return _experts(module, leaf, traits)
     return []
@@ -66,6 +71,23 @@ def _stacked(names: list[str], widths: list[int], traits: "DecoderTraits") -> li
     return [
         Piece(name, (slice(start, start + width), slice(None)), shape)
         for name, start, width in zip(names, starts, widths, strict=True)
+    ]
+
+
+def _delta(module: str, traits: "DecoderTraits") -> list[Piece]:
+    """q, k and v of a delta net: projections [all, hidden], or convolutions [all, 1, taps]."""
+    layer = int(module.split(".")[2])
+    delta = traits.layers[layer].delta if layer < len(traits.layers) else None
+    if delta is None:
+        return []
+    stem = module.removesuffix("qkv")
+    if stem != module:
+        names = [f"{stem}{part}.weight" for part in "qkv"]
+        return _stacked(names, list(delta.widths), traits)
+    shape, starts = (sum(delta.widths), 1, delta.taps), accumulate(delta.widths, initial=0)
+    return [
+        Piece(f"{module}_{part}.weight", (slice(start, start + width), 0, slice(None)), shape)
+        for part, width, start in zip("qkv", delta.widths, starts, strict=False)
     ]
 
 

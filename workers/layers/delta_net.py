@@ -1,0 +1,147 @@
+"""The gated delta net (arXiv 2412.06464), linear attention with a state of fixed size: Qwen3-Next.
+
+The state of a sequence is the last inputs of the causal convolution that q, k and v go through, and
+a matrix for each head (see ``kernels.delta``). All of it is float32, and tokens are taken one by
+one in their order: on a CPU no bit depends on how a sequence was cut into steps or on what shares
+them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from workers.batch import Batch
+from workers.kernels import delta
+from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head
+from workers.layers.memory import Memory
+from workers.parallel import Group, Place
+from workers.sweep import Sweep
+from workers.weights import Parameter
+
+
+@dataclass(frozen=True)
+class DeltaTraits:
+    """Heads of keys, each of which serves as many heads of values, and the sizes of both; ``taps``
+    tokens go into the convolution. ``by_head``: the checkpoint's projections have all of a key
+    head's rows together (Qwen3-Next), not all heads' rows of a kind."""
+
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+    taps: int
+    by_head: bool
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Of all q, all k and all v."""
+        keys = self.key_heads * self.key_size
+        return keys, keys, self.value_heads * self.value_size
+
+    def split(self, group: Group) -> tuple[slice, slice]:
+        """This rank's heads of keys and of values. Raises ConfigError, with the allowed sizes, if
+        the group does not divide them."""
+        keys = group.split(self.key_heads, "linear_num_key_heads")
+        return keys, group.split(self.value_heads, "linear_num_value_heads")
+
+
+class GatedDeltaNet:
+    """In attention's place: projections, convolution, and the heads; ``output`` is the last
+    projection. The heads are split over the ranks."""
+
+    def __init__(
+        self, place: Place, name: str, hidden: int, traits: DeltaTraits, eps: float
+    ) -> None:
+        self._traits, self._dtype = traits, place.dtype
+        keys, values = traits.split(place.group)
+        key_cut, value_cut = _scaled(keys, traits.key_size), _scaled(values, traits.value_size)
+        cuts = key_cut, key_cut, value_cut
+        self._widths = [cut.stop - cut.start for cut in cuts]
+        self._in = ColumnLinear(place, self._parts(name, keys, values, cuts), hidden, bias=False)
+        width = traits.value_heads * traits.value_size
+        self.output = RowLinear(place, f"{name}.out_proj", width, hidden, bias=False)
+
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=place.device)
+
+        channels, mine = sum(self._widths), values.stop - values.start
+        self._kernel = floats(channels, traits.taps)
+        self._heads = delta.Heads(
+            keys.stop - keys.start, mine, traits.key_size, traits.value_size,
+            decay=floats(mine), dt=floats(mine), norm=floats(traits.value_size), eps=eps,
+        )  # fmt: skip
+        heads = (traits.value_heads,)
+        self._parameters = [
+            Parameter(f"{name}.norm.weight", (traits.value_size,), self._heads.norm),
+            Parameter(f"{name}.dt_bias", heads, self._heads.dt, (values,)),
+            Parameter(f"{name}.A_log", heads, self._heads.decay, (values,), self._filled),
+        ]
+        targets = self._kernel.split_with_sizes(self._widths)
+        for part, size, target, cut in zip("qkv", traits.widths, targets, cuts, strict=True):
+            shape = size, traits.taps
+            self._parameters.append(
+                Parameter(f"{name}.conv1d_{part}.weight", shape, target, (cut, slice(None)))
+            )
+        past = (traits.taps - 1) * channels
+        self._past = past
+        size = past + mine * traits.key_size * traits.value_size
+        self.memory = Memory(
+            lambda n: torch.zeros(n, size, dtype=torch.float32, device=place.device),
+            4 * size,
+            state=True,
+        )
+
+    def _parts(
+        self, name: str, keys: slice, values: slice, cuts: tuple[slice, slice, slice]
+    ) -> list[Part]:
+        """The projections, whose outputs are q, k, v, z, b and a side by side."""
+        traits = self._traits
+        if not traits.by_head:
+            sizes = *traits.widths, traits.widths[2], traits.value_heads, traits.value_heads
+            parts = zip("qkvzba", sizes, (*cuts, cuts[2], values, values), strict=True)
+            return [Part(f"{name}.in_proj_{part}", size, cut) for part, size, cut in parts]
+        shared = traits.value_heads // traits.key_heads
+        value = shared * traits.value_size
+        return [
+            part_by_head(f"{name}.in_proj_{which}", widths, traits.key_heads, keys)
+            for which, widths in (
+                ("qkvz", [traits.key_size, traits.key_size, value, value]),
+                ("ba", [shared, shared]),
+            )
+        ]
+
+    @staticmethod
+    def _filled(decay: Tensor) -> None:
+        decay.exp_().neg_()
+
+    def parameters(self) -> Iterable[Parameter]:
+        return chain(self._in.parameters(), self._parameters, self.output.parameters())
+
+    def __call__(self, x: Tensor, batch: Batch, cache: Tensor) -> Tensor:
+        """x [T, hidden] to the heads' [T, value heads * value size], for ``output``; the rows'
+        states in ``cache`` go on."""
+        y = self._in(x).float()
+        channels = sum(self._widths)
+        past = cache[:, : self._past].view(-1, self._traits.taps - 1, channels)
+        qkv = self._convolve(y[:, :channels], past, batch.sweep)
+        state = cache[:, self._past :]
+        return delta.recur(qkv, y[:, channels:], state, self._heads, batch.sweep).to(self._dtype)
+
+    def _convolve(self, x: Tensor, past: Tensor, sweep: Sweep) -> Tensor:
+        """The causal convolutions of x [T, channels], each channel's own, behind ``past`` [states,
+        taps - 1, channels], which is moved on."""
+        lines = x.new_empty(len(x) + sweep.past.numel(), x.shape[1])
+        lines[sweep.past] = past[sweep.states]
+        lines[sweep.lines] = x
+        past[sweep.states] = lines[sweep.next_past]
+        y = x * self._kernel[:, -1]
+        for tap in range(1, self._traits.taps):  # in one order, whatever the rows
+            y += lines[sweep.lines - tap] * self._kernel[:, -1 - tap]
+        return y
+
+
+def _scaled(cut: slice, size: int) -> slice:
+    return slice(cut.start * size, cut.stop * size)
