@@ -83,10 +83,6 @@ class DecoderTraits(Traits):
     def has_experts(self) -> bool:
         return any(layer.experts for layer in self.layers)
 
-    @property
-    def capturable(self) -> bool:
-        return not self.has_experts
-
 
 class DecoderLayer:
     """h += attention(h), then h += mlp(h), each with its norms."""
