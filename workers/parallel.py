@@ -125,7 +125,8 @@ class Place:
     """Where a model's parameters live: everything a layer needs to build itself.
 
     ``expert_parallel``: each rank has some of a layer's experts whole, rather than a part of each.
-    ``products`` are the names and weights [N, K] of its matrix products on CUDA."""
+    ``products`` are the names and weights of its matrix products on CUDA: [N, K], or of experts
+    [experts, N, K]."""
 
     device: torch.device
     dtype: torch.dtype

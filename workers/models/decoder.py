@@ -113,7 +113,7 @@ class DecoderTraits(Traits):
 
     @property
     def capturable(self) -> bool:
-        return not self.has_experts and not self.recurrent
+        return not self.recurrent
 
     @property
     def head_kinds(self) -> tuple[Heads, ...]:
