@@ -271,6 +271,7 @@ class _ThreadGroup(Group):
         ("deepseek-v3", 4),
         ("gemma4", 2),
         ("gemma4-alike", 2),
+        ("gemma4-moe", 4),
         ("glm4-moe-dense-front", 2),
         ("gpt-oss", 2),
         ("minimax-m2", 4),

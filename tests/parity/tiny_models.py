@@ -374,6 +374,19 @@ TINY_MODELS = [
         },
         generates="no",
     ),
+    TinyModel(
+        "gemma4-moe",
+        "gemma4",
+        {
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 48,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+        },
+        generates="no",
+    ),
     TinyModel("glm4", "glm4", generates="pressed"),
     TinyModel("glm4-moe", "glm4_moe", generates="pressed"),
     TinyModel(

@@ -104,8 +104,10 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank=None: is missing"),
     ("glm4-moe-lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types=.*hold 3 times dense or"),
     ("gemma4", {"use_bidirectional_attention": "all"}, "attention='all'.*allowed: vision"),
-    ("gemma4", {"num_kv_shared_layers": 6}, "num_kv_shared_layers=6: must be from 0 to 5"),
+    ("gemma4", {"num_kv_shared_layers": 6}, "num_kv_shared_layers=6: leaves no layer"),
     ("gemma4", {"num_kv_shared_layers": 5}, "num_kv_shared_layers=5: leaves no layer of a kind"),
+    ("gemma4-moe", {"top_k_experts": 7}, "top_k_experts=7: must be at most .* from, 6"),
+    ("gemma4-moe", {"num_experts": None}, "num_experts=None: is missing"),
     ("gemma4", {"vocab_size_per_layer_input": 64}, "per_layer_input=64: must be at least 128"),
     ("gemma4", {"per_layer_config": {"0": {"head_dim": 8}}}, r"per_layer_config=.*layers \[1, 3"),
     (

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from workers import kernels
 from workers.layers.linear import ColumnLinear, Part, RowLinear
 from workers.parallel import Group, Place
 from workers.weights import Cut, Parameter
@@ -68,7 +69,7 @@ class LoopedExperts:
     def _inner(self, product: ColumnLinear, x: Tensor) -> Tensor:
         """The inner units of one expert [T, this rank's part]."""
         gate = self._traits.gate
-        return product.gated(x) if gate is None else gate(product(x))
+        return product.gated(x, self._traits.activation) if gate is None else gate(product(x))
 
 
 class StackedExperts:
@@ -131,8 +132,10 @@ class StackedExperts:
             order,
             chosen.shape[1],
             self._gate_up_bias,
-            gated=True,
+            gated=self._traits.activation == "silu",
             clamp=None if gate is None else (gate.alpha, gate.limit),
         )
+        if self._traits.activation == "gelu_tanh":
+            inner = kernels.gelu_mul(inner)
         y = experts.product(inner, self._down, order, 1, self._down_bias)
         return experts.combine(y, weights, chosen, self._mine.start, held, shared)

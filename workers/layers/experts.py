@@ -8,7 +8,7 @@ from torch import Tensor
 
 from workers import kernels
 from workers.layers.expert_products import LoopedExperts, StackedExperts
-from workers.layers.linear import ReplicatedLinear
+from workers.layers.linear import Gate, ReplicatedLinear
 from workers.layers.mlp import GatedMLP
 from workers.layers.routing import Router, Routing
 from workers.layers.stream import Stream
@@ -45,9 +45,9 @@ class ClampedGate:
 class ExpertTraits:
     """``count`` experts of ``inner`` units each, and one that is ``shared``.
 
-    Between an expert's products is its ``gate``, else silu(gate) · up; all of them may have a
-    ``bias``. ``interleaved``: in the checkpoint they are one tensor, whose matrices have gates and
-    ups in turns and are transposed (gpt-oss).
+    Between an expert's products is its ``gate``, else ``activation``(gate) · up; all of them may
+    have a ``bias``. ``interleaved``: in the checkpoint they are one tensor, whose matrices have
+    gates and ups in turns and are transposed (gpt-oss).
     """
 
     count: int
@@ -55,6 +55,7 @@ class ExpertTraits:
     routing: Routing
     shared: SharedExpert | None = None
     gate: ClampedGate | None = None
+    activation: Gate = "silu"
     bias: bool = False
     interleaved: bool = False
 
@@ -80,9 +81,10 @@ class Experts:
     def __call__(self, x: Tensor, residual: Tensor) -> Stream:
         return Stream(residual, self.update(x))
 
-    def update(self, x: Tensor) -> Tensor:
-        """What is added to the residual stream: x [T, hidden] to [T, hidden]."""
-        weights, chosen = self._router(x)
+    def update(self, x: Tensor, routed: Tensor | None = None) -> Tensor:
+        """What is added to the residual stream: x [T, hidden] to [T, hidden]. The router looks at
+        ``routed``, if that is another than x."""
+        weights, chosen = self._router(x if routed is None else routed)
         shared = None if self._shared is None else self._shared.share(x)
         return self._group.all_reduce(self._experts(x, weights, chosen, shared))
 

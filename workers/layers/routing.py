@@ -27,6 +27,7 @@ class Routing:
     ``correction`` is a vector of the checkpoint that is added to the scores for the choice alone.
     Of ``groups`` of experts side by side only those in ``chosen_groups`` of them can be chosen:
     where the ``group_best`` highest scores have the greatest sum (DeepSeek V3, arXiv 2412.19437).
+    ``expert_scales`` is a vector of the checkpoint by which the weights are multiplied (Gemma 4).
     """
 
     chosen: int
@@ -40,6 +41,7 @@ class Routing:
     groups: int = 1
     chosen_groups: int = 1
     group_best: int = 2
+    expert_scales: str | None = None
 
 
 class Router:
@@ -68,11 +70,21 @@ class Router:
             self._parameters.append(
                 Parameter(f"{name}.{routing.correction}", (experts,), self._correction)
             )
+        self._scales: Tensor | None = None
+        if routing.expert_scales is not None:
+            self._scales = torch.empty(experts, dtype=torch.float32, device=place.device)
+            self._parameters.append(
+                Parameter(f"{name}.{routing.expert_scales}", (experts,), self._scales)
+            )
 
     def parameters(self) -> Iterable[Parameter]:
         return self._parameters
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, chosen = self._route(x)
+        return weights if self._scales is None else weights * self._scales[chosen], chosen
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits, rule = self._linear(x.to(self._dtype)), self._routing
         if not self._fused:
             return route(logits.float(), rule, self._correction)

@@ -18,6 +18,7 @@ from workers.layers.experts import Experts, ExpertTraits
 from workers.layers.latent_attention import LatentAttention, LatentTraits
 from workers.layers.linear import Gate
 from workers.layers.mlp import GatedMLP
+from workers.layers.mlp_beside_experts import MLPBesideExperts
 from workers.layers.norm import RMSNorm
 from workers.layers.per_layer import PerLayerBlock, PerLayerEmbedding
 from workers.layers.residual import Residual
@@ -79,7 +80,8 @@ class DecoderTraits(Traits):
 
     ``norm_offset`` is added to the norms' weights. Embeddings and updates of the residual stream
     are multiplied by their scales; logits are divided by ``logits_divisor``, then softly capped at
-    ``logits_cap``. ``value_norm``: values have an RMS norm without weight; ``layer_scales``: what
+    ``logits_cap``. ``experts_beside``: experts stand beside the MLP, not in its place.
+    ``value_norm``: values have an RMS norm without weight; ``layer_scales``: what
     leaves a layer is multiplied by a number of its own. ``draft_layers`` follow the last in the
     checkpoint, to predict further tokens; they are not read.
     """
@@ -102,6 +104,7 @@ class DecoderTraits(Traits):
     logits_divisor: float = 1.0
     logits_cap: float | None = None
     latents: LatentTraits | None = None
+    experts_beside: bool = False
     value_norm: bool = False
     per_layer: PerLayerTraits | None = None
     layer_scales: bool = False
@@ -150,9 +153,20 @@ class DecoderLayer:
         )
         self._attention = _make_attention(traits, place, name, mine, backend, rotary, query_scales)
         self.memory = self._attention.memory
-        self._mlp_residual = self._residual(traits, place, name, names.mlp, names.mlp_output)
-        self._mlp: GatedMLP | Experts
-        if mine.experts is not None:
+        before = None if traits.experts_beside else names.mlp
+        self._mlp_residual = self._residual(traits, place, name, before, names.mlp_output)
+        self._mlp: GatedMLP | Experts | MLPBesideExperts
+        if mine.experts is not None and traits.experts_beside:
+            self._mlp = MLPBesideExperts(
+                place,
+                name,
+                traits.hidden_size,
+                mine.inner or traits.intermediate_size,
+                traits.activation,
+                traits.norm_eps,
+                mine.experts,
+            )
+        elif mine.experts is not None:
             self._mlp = Experts(place, f"{name}.mlp", traits.hidden_size, mine.experts)
         else:
             self._mlp = GatedMLP(

@@ -35,6 +35,7 @@ def decoder_name(name: str) -> str | None:
     if name.startswith("mtp."):  # of layers that draft further tokens
         return None
     name = name.replace(".block_sparse_moe.", ".mlp.")
+    name = name.replace(".router.scale", ".router.norm.weight")
     name = re.sub(r"(\.experts\.\d+)\.(w[123])\.", _expert_part, name)
     # A checkpoint of the network without a head has no name for the whole.
     bare = name.startswith(("embed_tokens.", "layers.", "norm."))
@@ -60,7 +61,7 @@ def decoder_pieces(name: str, traits: "DecoderTraits") -> list[Piece]:
         return _stacked([f"{part}.{leaf}" for part in names], widths, traits)
     if re.fullmatch(r"model\.layers\.\d+\.linear_attn\.(in_proj_qkv|conv1d)\.weight", name):
         return _delta(module, traits)
-    if re.fullmatch(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj(_bias)?", name):
+    if re.fullmatch(r"model\.layers\.\d+\.(mlp\.)?experts\.(gate_up|down)_proj(_bias)?", name):
         return _experts(module, leaf, traits)
     return []
 

@@ -6,15 +6,17 @@ from typing import Any
 
 from workers.checkpoint import Config
 from workers.layers.attention import Heads, QKNorm
+from workers.layers.experts import ExpertTraits
 from workers.layers.rotary import FULL, WINDOW, read_layer_ropes
+from workers.layers.routing import Routing
 from workers.models.decoder import DecoderTraits, LayerTraits, PerLayerTraits
-from workers.models.families.gemma import GEMMA2, LOGITS_CAP, NORMS
+from workers.models.families.gemma import GEMMA3, LOGITS_CAP, NORMS
 from workers.models.families.llama import read_decoder, read_heads, read_kinds
+from workers.models.families.moe import read_chosen
 
-GEMMA4: dict[str, Any] = GEMMA2 | {
+GEMMA4: dict[str, Any] = GEMMA3 | {
     "vocab_size": 262_144,
     "num_hidden_layers": 30,
-    "max_position_embeddings": 131_072,
     "sliding_window": 512,
     "global_head_dim": 512,
     "vocab_size_per_layer_input": 262_144,
@@ -24,39 +26,35 @@ GEMMA4: dict[str, Any] = GEMMA2 | {
         FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
     },
     "query_pre_attn_scalar": None,
-    "attn_logit_softcapping": None,
-    LOGITS_CAP: None,
 }
-HONOURED = {"attention_bias", "sliding_window", "use_bidirectional_attention", LOGITS_CAP}
+HONOURED = {
+    "attention_bias", "sliding_window", "use_bidirectional_attention", "num_experts", LOGITS_CAP,
+}  # fmt: skip
 
 
 def read_traits(config: Config) -> DecoderTraits:
     """See ``llama.read_traits``."""
     config = config.over(GEMMA4)
-    if config.boolean("enable_moe_block", False):
-        raise config.error("enable_moe_block", "is not supported")
     # Images attend to all of themselves, and there are none in a text.
     if config.get("use_bidirectional_attention", "vision") != "vision":
         raise config.error("use_bidirectional_attention", "is not supported; allowed: vision")
     longest = config.integer("max_position_embeddings")
     ropes = read_layer_ropes(config, read_heads(config).size, longest)
+    mixture = config.boolean("enable_moe_block", False)
     traits = read_decoder(config, HONOURED, rope=ropes[WINDOW], activation="hidden_activation")
-    count = traits.num_layers
-    implied = [FULL if i % 6 == 5 else WINDOW for i in range(count)]
+    implied = [FULL if i % 6 == 5 else WINDOW for i in range(traits.num_layers)]
     kinds = [*read_kinds(config, implied, choose=True)[:-1], FULL]
-    full = [i for i, kind in enumerate(kinds) if kind == FULL]
-    wide = _wide_heads(config, traits.heads, full)
+    wide = _wide_heads(config, traits.heads, [i for i, kind in enumerate(kinds) if kind == FULL])
     ropes[FULL] = read_layer_ropes(config, wide.size, longest)[FULL]
     window, alike = config.integer("sliding_window"), config.boolean("attention_k_eq_v", False)
-    layers = [
-        LayerTraits(ropes[kind], window)
-        if kind == WINDOW
-        else LayerTraits(ropes[kind], heads=wide, values_from_keys=alike)
-        for kind in kinds
-    ]
+    experts = _experts(config) if mixture else None
+    of_kind = {
+        WINDOW: LayerTraits(ropes[WINDOW], window, experts),
+        FULL: LayerTraits(ropes[FULL], None, experts, heads=wide, values_from_keys=alike),
+    }
     return replace(
         traits,
-        layers=tuple(_shared(config, traits, kinds, layers)),
+        layers=_shared(config, traits, kinds, [of_kind[kind] for kind in kinds]),
         max_position=longest,
         norms=NORMS,
         qk_norm=QKNorm(traits.norm_eps),
@@ -64,6 +62,7 @@ def read_traits(config: Config) -> DecoderTraits:
         attention_scale=1.0,
         embedding_scale=traits.hidden_size**0.5,
         logits_cap=config.number(LOGITS_CAP) if LOGITS_CAP in config else None,
+        experts_beside=mixture,
         per_layer=_per_layer(config, traits.vocab_size),
         layer_scales=True,
     )
@@ -93,22 +92,18 @@ def _wide_heads(config: Config, heads: Heads, full: list[int]) -> Heads:
 
 def _shared(
     config: Config, traits: DecoderTraits, kinds: list[str], layers: list[LayerTraits]
-) -> list[LayerTraits]:
+) -> tuple[LayerTraits, ...]:
     """``layers``, of which the last ``num_kv_shared_layers`` share the keys and values of the last
     one of their kind before these."""
-    shared = config.get("num_kv_shared_layers", 0)
-    if type(shared) is not int or not 0 <= shared < len(layers):
-        raise config.error("num_kv_shared_layers", f"must be from 0 to {len(layers) - 1}")
-    first = len(layers) - shared
-    if not set(kinds) <= set(kinds[:first]):
+    first = max(0, len(layers) - config.whole("num_kv_shared_layers", 0))
+    owners = {kind: i for i, kind in enumerate(kinds[:first])}
+    if owners.keys() != set(kinds):
         raise config.error("num_kv_shared_layers", "leaves no layer of a kind to share from")
-    wider = 2 if config.boolean("use_double_wide_mlp", False) else 1
-    owners = {kind: max(i for i in range(first) if kinds[i] == kind) for kind in set(kinds)}
-    inner = wider * traits.intermediate_size
-    return layers[:first] + [
-        replace(layer, shares=owners[kind], inner=inner)
-        for layer, kind in zip(layers[first:], kinds[first:], strict=True)
-    ]
+    inner = traits.intermediate_size * (2 if config.boolean("use_double_wide_mlp", False) else 1)
+    return tuple(
+        layer if i < first else replace(layer, shares=owners[kinds[i]], inner=inner)
+        for i, layer in enumerate(layers)
+    )
 
 
 def _per_layer(config: Config, vocab_size: int) -> PerLayerTraits | None:
@@ -118,3 +113,10 @@ def _per_layer(config: Config, vocab_size: int) -> PerLayerTraits | None:
     if known < vocab_size:
         raise config.error("vocab_size_per_layer_input", f"must be at least {vocab_size}")
     return PerLayerTraits(known, config.integer("hidden_size_per_layer_input"))
+
+
+def _experts(config: Config) -> ExpertTraits:
+    count, inner = config.integer("num_experts"), config.integer("moe_intermediate_size")
+    chosen, scales = read_chosen(config, count, "top_k_experts"), "router.per_expert_scale"
+    routing = Routing(chosen, normed=True, name="router.proj", expert_scales=scales)
+    return ExpertTraits(count, inner, routing, activation="gelu_tanh")

@@ -8,14 +8,12 @@ from workers.layers.routing import Routing
 from workers.models.decoder import DecoderTraits
 
 
-def read_chosen(config: Config, count: int) -> int:
+def read_chosen(config: Config, count: int, field: str = "num_experts_per_tok") -> int:
     """How many of ``count`` experts that can be chosen a token gets. Raises CheckpointError for
     more than all."""
-    chosen = config.integer("num_experts_per_tok")
+    chosen = config.integer(field)
     if chosen > count:
-        raise config.error(
-            "num_experts_per_tok", f"must be at most the number of experts to choose from, {count}"
-        )
+        raise config.error(field, f"must be at most the number of experts to choose from, {count}")
     return chosen
 
 
