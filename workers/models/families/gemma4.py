@@ -1,5 +1,4 @@
-"""Gemma 4: two kinds of heads, values with a norm, vectors of each token for each layer; layers
-that share the keys and values of one before them."""
+"""Gemma 4: two kinds of heads, per-layer embeddings, and layers that share keys and values."""
 
 from dataclasses import replace
 from typing import Any
@@ -74,8 +73,7 @@ def _wide_heads(config: Config, heads: Heads, full: list[int]) -> Heads:
     size, kv_count = config.integer("global_head_dim"), heads.kv_count
     if config.boolean("attention_k_eq_v", False):
         kv_count = config.integer("num_global_key_value_heads", kv_count)
-    given = config.get("per_layer_config")
-    if given:
+    if given := config.get("per_layer_config"):
         layers = {str(key).lstrip("0") or "0" for key in given} if isinstance(given, dict) else {}
         values = list(given.values()) if layers == {str(i) for i in full} else []
         alike = all(isinstance(value, dict) and value == values[0] for value in values)
