@@ -207,6 +207,8 @@ class Worker:
         found = products.varying(self.place.products)
         if not isinstance(self.backend, TritonAttention):
             found.append(f"attention ({type(self.backend).__name__})")
+        if self.traits.recurrent:
+            found.append("recurrent layers")
         if found and wanted == "on":
             raise ConfigError(
                 f"batch_invariance must be auto or off on {torch.cuda.get_device_name()}: what"

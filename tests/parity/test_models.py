@@ -78,6 +78,7 @@ IMAGES = {
         ("gemma3", "Gemma3", "siglip_vision_model"),
         ("ministral3", "Mistral3", "pixtral"),
         ("mistral", "Mistral3", "pixtral"),
+        ("qwen3-5", "Qwen3_5", "qwen3_5_vision"),
     ],
 )
 @pytest.mark.parametrize("old", [False, True])
