@@ -17,15 +17,15 @@ class Sweep:
 
     def __init__(self, batch: Batch, taps: int) -> None:
         assert batch.states is not None
-        starts, device = batch.query_starts.long(), batch.query_starts.device
-        lengths, before = starts.diff(), taps - 1
-        rows = torch.arange(len(lengths), device=device)
+        starts, before = batch.query_starts.long(), taps - 1
+        rows = torch.arange(len(starts) - 1, device=starts.device)
+        tokens = torch.arange(len(batch.tokens), device=starts.device)
         self.states = batch.states.long()  # [R]
-        row_of = rows.repeat_interleave(lengths)
-        self.lines = torch.arange(len(row_of), device=device) + (row_of + 1) * before  # [T]
+        row_of = torch.bucketize(tokens, starts[1:], right=True)  # R of tokens that are padding
+        self.lines = tokens + (row_of + 1).clamp(max=len(rows)) * before  # [T]
         firsts = (starts[:-1] + rows * before)[:, None]
-        self.past = firsts + torch.arange(before, device=device)  # [R, taps - 1]
-        self.next_past = self.past + lengths[:, None]
+        self.past = firsts + torch.arange(before, device=starts.device)  # [R, taps - 1]
+        self.next_past = self.past + starts.diff()[:, None]
         self.starts = batch.query_starts.int()  # [R + 1]
 
     @cached_property

@@ -211,6 +211,8 @@ class Worker:
         found = products.varying(self.place.products)
         if not self._on_triton:
             found.append(f"attention ({self._attention_name})")
+        if self.traits.recurrent:
+            found.append("recurrent layers")
         if found and wanted == "on":
             raise ConfigError(
                 f"batch_invariance must be auto or off on {torch.cuda.get_device_name()}: what"

@@ -10,6 +10,7 @@ from engine.continuation import begin
 from engine.sampling_params import SamplingParams
 from manta import LLM
 from tests.parity.tiny_models import TINY_MODELS
+from tests.support.tiny_llm import assert_idle
 from tests.support.tiny_tokenizer import save_tokenizer
 
 GENERATING = [tiny for tiny in TINY_MODELS if tiny.generates != "no"]
@@ -128,13 +129,6 @@ def run_staggered(llm: LLM, reference: Reference, rng: random.Random) -> None:
         assert got == (expected[: len(got)] if request_id in cancelled else expected)
 
 
-def assert_blocks_free(llm: LLM) -> None:
-    kv = llm.engine.scheduler.kv
-    assert kv.device.num_held == kv.cpu.num_held == 0
-    kv.device.check()
-    kv.cpu.check()
-
-
 def check_model(path, model, tokenizer, preemption: str, longest: int = 100, **base) -> None:
     """All the ways to run a model give transformers' tokens. ``base`` are options of every run."""
     reference = refer(model, make_prompts(model.config.vocab_size, longest))
@@ -153,7 +147,7 @@ def check_batches(path, tokenizer, reference: Reference, **base) -> None:
     again = ask(llm, reference, everything)  # from the prefix cache
     check(reference, everything, again)
     assert sum(o.num_cached_tokens for o in again) > 500
-    assert_blocks_free(llm)
+    assert_idle(llm)
 
     # Prompts in chunks of a few tokens among the decodes, blocks of another size, no cache.
     options = {"max_num_seqs": 11, "max_num_batched_tokens": 13, "block_size": 32}
@@ -172,7 +166,7 @@ def check_pressed(
     run_staggered(llm, reference, random.Random(1))
     stats = llm.engine.scheduler.stats
     assert stats.preemptions_swap + stats.preemptions_recompute > 0
-    assert_blocks_free(llm)
+    assert_idle(llm)
 
 
 @pytest.mark.parametrize("number", range(len(GENERATING)), ids=[t.name for t in GENERATING])

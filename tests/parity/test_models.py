@@ -80,6 +80,7 @@ IMAGES = {
         ("gemma4", "Gemma4", "gemma4_vision"),
         ("ministral3", "Mistral3", "pixtral"),
         ("mistral", "Mistral3", "pixtral"),
+        ("qwen3-5", "Qwen3_5", "qwen3_5_vision"),
     ],
 )
 @pytest.mark.parametrize("old", [False, True])

@@ -49,6 +49,8 @@ CASES = [
     ("qwen3-moe", 2, 2),
     ("deepseek-v3", 2, 2),
     ("gpt-oss", 2, 2),
+    ("qwen3-5", 2, 1),
+    ("qwen3-5", 1, 3),  # one stage has blocks, the others states
 ]
 EXPERT_PARALLEL = ["gpt-oss"]
 POOLS = [("llama", 2, 1), ("qwen3", 2, 2), ("opt", 1, 3)]  # where vectors are asked for, too

@@ -22,9 +22,12 @@ def start_llm(path: Path, tokenizer: Path | None = None, **options: Any) -> LLM:
 
 
 def assert_idle(llm: LLM) -> None:
-    """No request and no block is left."""
+    """No request, no block and no state is left."""
     engine, kv = llm.engine, llm.engine.scheduler.kv
     assert not engine.has_work and not engine.scheduler.has_work and engine.num_unfinished == 0
-    assert kv.device.num_held == kv.cpu.num_held == 0
-    kv.device.check()
-    kv.cpu.check()
+    pools = [kv.device, kv.cpu]
+    if kv.states is not None:
+        pools += [kv.states.tiers.device, kv.states.tiers.cpu]
+    for pool in pools:
+        assert pool.num_held == 0
+        pool.check()

@@ -36,6 +36,16 @@ def test_random_load_with_deaths_and_moves(seed):
     assert tally.deaths > 3 and tally.moves > 30 and tally.moved_tokens > 1000
 
 
+@pytest.mark.parametrize("seed", range(9))
+def test_random_load_of_a_model_with_states(seed):
+    """Each kind of trouble in turn: slots for states are few, results are not finite, the workers
+    die and requests move."""
+    trouble = [{}, {"spoilt": 0.01}, {"deaths": 0.02, "moves": 0.05}][seed % 3]
+    tally = Load(4000 + seed, 150, states=True, **trouble).run()
+    assert tally.requests == 150 and tally.finished > 40
+    assert tally.kept_states > 100 or not tally.prefix_hits
+
+
 def add(engine, request_id, prompt, max_tokens, **options):
     n, moves = options.pop("n", 1), options.pop("moves", 0)
     sampling = SamplingParams(max_tokens=max_tokens, seed=0, n=n)
