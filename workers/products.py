@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workers import kernels
+from workers.quantization.codes import Coded
 
 ROWS = (1, 3, 16, 33, 64, 129, 256, 777)  # of which a product is compared with the whole of 1024
 
@@ -32,15 +33,16 @@ def set_up(invariant: bool) -> None:
 
 
 @torch.inference_mode()
-def varying(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+def varying(weights: Iterable[tuple[str, Tensor | Coded]]) -> list[str]:
     """Which of the named weights [N, K] have products whose bits depend on the number of rows, as
-    "name (N × K)"; of weights of one shape the first is tried."""
-    seen: set[tuple[int, ...]] = set()
+    "name (N × K)"; of weights of one kind and shape the first is tried."""
+    seen: set[tuple[object, ...]] = set()
     found: list[str] = []
     for name, weight in weights:
-        if weight.shape in seen:
+        sort = (weight.kind if isinstance(weight, Coded) else None, *weight.shape)
+        if sort in seen:
             continue
-        seen.add(weight.shape)
+        seen.add(sort)
         generator = torch.Generator(weight.device).manual_seed(0)
         shape = max(ROWS) + 247, weight.shape[1]
         x = torch.randn(shape, generator=generator, device=weight.device).to(weight.dtype)

@@ -1,6 +1,5 @@
 """One rank: a shard of the model, its tables and its KV blocks. It carries plans out."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -182,7 +181,7 @@ class Worker:
             architecture=str(checkpoint.get("architectures", [checkpoint.get("model_type")])[0]),
             vocab_size=traits.vocab_size,
             max_model_len=self.max_model_len,
-            num_parameters=sum(math.prod(p.shape) for p in self.model.whole().parameters()),
+            num_parameters=sum(p.count for p in self.model.whole().parameters()),
             weight_bytes=loaded.bytes,
             load_seconds=loaded.seconds,
             dtype=str(dtype).removeprefix("torch."),
