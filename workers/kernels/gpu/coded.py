@@ -70,7 +70,8 @@ def _two_halves(
         width = tl.cdiv(K, 2 * _HALF) * _HALF
         at = n.to(tl.int64)[:, None] * width + start // 2 + tl.arange(0, _HALF)[None, :]
         both = tl.load(codes + at, mask=there[:, None], other=0)
-        low, high = both & 15, both >> 4
+        low = both & 15
+        high = both >> 4
     else:
         at = n.to(tl.int64)[:, None] * K + k[None, :]
         low = tl.load(codes + at, mask=there[:, None] & (k < K)[None, :], other=0)
@@ -98,7 +99,8 @@ def _product(
     wait_for_previous(CHAINED)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    there, asked = n < N, m < rows
+    there = n < N
+    asked = m < rows
     k = tl.arange(0, _HALF)
     line = x + m.to(tl.int64)[:, None] * x_stride + k[None, :]
     dtype = y.dtype.element_ty
@@ -108,9 +110,9 @@ def _product(
             codes, n, there, i, K, scales, zeros, groups, num_groups, group_size, offset,
             KIND, BITS, MIDDLE, ZEROS, BY_COLUMN,
         )  # fmt: skip
-        a = tl.load(line + i, mask=asked[:, None] & (i + k < K)[None, :], other=0.0)
-        far = asked[:, None] & (i + _HALF + k < K)[None, :]
-        b = tl.load(line + i + _HALF, mask=far, other=0.0)
+        a = tl.load(line + i, mask=asked[:, None] & (k + i < K)[None, :], other=0.0)
+        far = asked[:, None] & (k + i + _HALF < K)[None, :]
+        b = tl.load(line + _HALF + i, mask=far, other=0.0)
         acc = tl.dot(first.to(dtype), tl.trans(a), acc)
         acc = tl.dot(second.to(dtype), tl.trans(b), acc)
     to = y + m[None, :].to(tl.int64) * N + n[:, None]
@@ -127,13 +129,15 @@ def _decode(
     let_next_start(CHAINED)
     wait_for_previous(CHAINED)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    there, start = n < N, tl.program_id(1) * 2 * _HALF
+    there = n < N
+    start = tl.program_id(1) * 2 * _HALF
     first, second = _two_halves(
         codes, n, there, start, K, scales, zeros, groups, num_groups, group_size, offset,
         KIND, BITS, MIDDLE, ZEROS, BY_COLUMN,
     )  # fmt: skip
     k = start + tl.arange(0, _HALF)
-    to, dtype = y + n.to(tl.int64)[:, None] * K + k[None, :], y.dtype.element_ty
+    to = y + n.to(tl.int64)[:, None] * K + k[None, :]
+    dtype = y.dtype.element_ty
     tl.store(to, first.to(dtype), mask=there[:, None] & (k < K)[None, :])
     far = there[:, None] & (k + _HALF < K)[None, :]
     tl.store(to + _HALF, second.to(dtype), mask=far)
