@@ -54,3 +54,18 @@ def test_log_probabilities_are_those_of_transformers(
             expected = theirs(torch.tensor([tokens])).logits[0].float()
         error = (ours.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
         assert error < 1e-4
+
+
+@pytest.mark.parametrize(
+    "format",
+    ["fp8 blocks", "fp8 tensor", "compressed fp8 outputs", "gptq desc_act", "awq",
+     "pack-quantized asymmetric", "pack-quantized actorder", "mxfp4"],
+)  # fmt: skip
+def test_ranks_have_their_part_of_codes_and_scales(
+    format: str, made: Callable[[str, str], tuple[Path, Path]]
+) -> None:
+    """Also where they cut through blocks of scales."""
+    quantized, _ = made("llama", format)
+    ranks = _Ranks(2).run(lambda group: logits_of(quantized, group))
+    for ours, whole in zip(ranks[0], logits_of(quantized), strict=True):
+        torch.testing.assert_close(ours, whole, rtol=0, atol=1e-4)

@@ -1,12 +1,13 @@
 """Products with weights in codes, against the same weights as numbers: by Triton's interpreter
 where there is no GPU, compiled where there is one."""
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.support.triton_launches import Launch, launches, where_triton_compiles
+from engine.errors import CheckpointError
+from tests.support.triton_launches import launches, where_triton_compiles
 from workers.kernels.gpu import coded
 from workers.quantization.codes import Coded, Codes, Grouping, Kind
 
@@ -62,34 +63,27 @@ def test_products_are_those_of_the_numbers(case: str) -> None:
         found = coded.few_rows(x[:rows].to(DEVICE, DTYPE), weight).cpu()
         expected = x[:rows].to(DTYPE).double() @ part.values(DTYPE).double().t()
         error = (found.double() - expected).norm() / expected.norm()
-        assert error < (1e-6 if DTYPE == torch.float32 else 4e-3)
+        assert error < (1e-6 if torch.float32 == DTYPE else 4e-3)
 
 
 def test_outputs_that_disagree_on_the_order_of_columns_are_refused() -> None:
     part, weight = make("4 bits, in another order")
-    other = Grouping(5, 64, of=torch.arange(320) // 64)
-    with pytest.raises(Exception, match="computed with w must have the same g_idx"):
-        weight[:30].copy_(Codes(part.kind, part.codes[:30], part.scales[:30], other, part.zeros))
+    other = replace(part, grouping=Grouping(5, 64, of=torch.arange(320) // 64))
+    with pytest.raises(CheckpointError, match="computed with w must have the same g_idx"):
+        weight.copy_(other)
 
 
-def _compile(found: list[Launch]) -> list[str]:
-    return [launch.compile(90).asm["ptx"][:40] for launch in found]
-
-
-def launched(case: str, rows: int) -> list[Launch]:
-    _, weight = make(case)
-    weight.dtype = torch.bfloat16
+def compiled() -> int:
+    """The kernels for a GPU of compute capability 9.0, in which some of the cases differ most."""
     with launches() as found:
-        coded.few_rows(torch.zeros(rows, weight.shape[1], dtype=torch.bfloat16), weight)
+        for case in ("fp8, blocks", "4 bits, in another order"):
+            _, weight = make(case)
+            weight.dtype = torch.bfloat16
+            coded.few_rows(torch.zeros(1, weight.shape[1], dtype=torch.bfloat16), weight)
         coded.decoded(weight)
-    return found
-
-
-def compiled_everywhere(cases: list[str]) -> int:
-    return sum(len(_compile(launched(case, rows))) for case in cases for rows in (1, 64))
+    return sum(".target sm_90" in launch.compile(90).asm["ptx"] for launch in found)
 
 
 def test_kernels_compile_for_hopper() -> None:
-    cases: Any = ["fp8, blocks", "4 bits", "4 bits, in another order", "mxfp4"]
     with where_triton_compiles() as call:
-        assert call(compiled_everywhere, cases) == 4 * len(cases)
+        assert call(compiled) == 3

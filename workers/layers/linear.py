@@ -73,7 +73,7 @@ class Packed:
         self._gemm: PackedGemm | None = None
         self._packed: Tensor | None = None
         self._never_alone = False
-        on_cpu = weight.device.type == "cpu"
+        on_cpu = weight.device.type == "cpu" and isinstance(weight, Tensor)
         self._has_gemm = on_cpu and activation != "gelu" and has_gemm(weight.dtype, weight.shape[1])
         self.packs = self._has_gemm or (on_cpu and onednn_packs(weight.dtype))
 

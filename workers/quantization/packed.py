@@ -21,7 +21,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """The codes [..., n · 32 / bits] uint8 in words [..., n] int32, from the lowest bits on."""
-    codes = words.contiguous().view(torch.uint8)
+    codes = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 8:
         return codes
     return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
