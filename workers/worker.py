@@ -37,6 +37,7 @@ from workers.models import attention_shape, build_model, read_traits
 from workers.parallel import Group, Place, Ranks, Stage
 from workers.pooling import longest_text, read_pooling, served_config
 from workers.pooling_table import PoolingTable
+from workers.quantization.config import with_quantization
 from workers.sampler import HostCopy, HostSampled, Sampled, Sampler, SamplingTable
 from workers.slot_tables import Learn, LogitsTable, SlotTable
 from workers.slots import HostRows, Slots
@@ -67,6 +68,7 @@ def check_split(config: EngineConfig, path: Path) -> None:
     """Raise ConfigError, with the allowed sizes, if the model does not split as ``config`` asks."""
     parallel = config.parallel
     checkpoint = served_config(path, config.model.pooling)
+    checkpoint = with_quantization(checkpoint, config.model.quantization)
     traits = read_traits(checkpoint)
     block_size = config.cache.block_size or DEFAULT_BLOCK_SIZE
     meta = torch.device("meta")
@@ -158,6 +160,7 @@ class Worker:
         """Build the model and fill its weights. Raises CheckpointError or ConfigError."""
         options = self.config.model
         checkpoint = served_config(self.path, options.pooling)
+        checkpoint = with_quantization(checkpoint, options.quantization)
         traits = self.traits = read_traits(checkpoint)
         self.pooling = read_pooling(self.path, checkpoint, traits, options.pooling, self._token_ids)
         dtype = resolve_dtype(options.dtype, checkpoint, self.device)
@@ -191,6 +194,7 @@ class Worker:
             pooling=self.pooling,
             vector_size=traits.hidden_size,
             causal=traits.causal,
+            quantization=self.model.place.quantization.in_words(dtype),
         )
 
     def _is_invariant(self) -> bool:

@@ -26,6 +26,13 @@ class Quantization:
     beside: frozenset[str] = frozenset()
     keeps: bool = False
 
+    def in_words(self, dtype: torch.dtype) -> str:
+        """For people: what is stored, and where it becomes numbers of ``dtype``."""
+        if not self.description:
+            return ""
+        when = "in products" if self.keeps else "while loaded, and kept as such"
+        return f"{self.description}, made {str(dtype).removeprefix('torch.')} {when}"
+
     def weight(
         self, part: Part, names: Sequence[str], device: torch.device, dtype: torch.dtype
     ) -> Tensor | Coded:
