@@ -75,8 +75,8 @@ class ModelConfig:
     )
     quantization: str | None = option(
         None,
-        "fp8 makes the weights of linear layers 8-bit floats while they are loaded, with a scale for"
-        " each output; a quantized checkpoint needs no option, and takes only its own method's name",
+        "fp8 makes the weights of linear layers 8-bit floats while they are loaded, with a scale"
+        " for each output; a quantized checkpoint needs no option, and takes its own method alone",
         choices=("fp8", "gptq", "awq", "compressed-tensors"),
     )
     load_format: str = option(

@@ -69,3 +69,12 @@ def test_ranks_have_their_part_of_codes_and_scales(
     ranks = _Ranks(2).run(lambda group: logits_of(quantized, group))
     for ours, whole in zip(ranks[0], logits_of(quantized), strict=True):
         torch.testing.assert_close(ours, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["fp8 blocks", "gptq desc_act", "awq", "nvfp4"])
+def test_dummy_codes_are_numbers(
+    format: str, made: Callable[[str, str], tuple[Path, Path]]
+) -> None:
+    quantized, _ = made("llama", format)
+    model = build(quantized, load_format="dummy")
+    assert all(rows.isfinite().all() for rows in Paged([model], SEQUENCES).logits(RAGGED))

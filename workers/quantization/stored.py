@@ -1,6 +1,5 @@
 """How a weight is stored: the checkpoint's tensors that together are its codes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -90,37 +89,35 @@ class Format(Protocol):
 
 
 class StoredTensor(Parameter):
-    """One of the tensors of a weight; ``weight`` is what they fill, with the first of them."""
+    """One of the tensors of ``weight``; the ``first`` of them counts for it."""
 
-    def __init__(
-        self, name: str, stored: Stored, weight: Parameter | None, take: Callable[[Any], None]
-    ) -> None:
+    def __init__(self, stored: Stored, assembly: "_Assembly", first: bool) -> None:
         super().__init__(
-            name,
+            f"{assembly.part.name}.{stored.leaf}",
             stored.shape,
-            torch.empty(0),
+            torch.empty(0, device=assembly.weight.device),
             stored.cut,
             dtypes=stored.dtypes,
             optional=stored.optional,
         )
-        self._weight = weight
-        self._take = take
+        self._leaf, self._assembly, self._first = stored.leaf, assembly, first
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._weight is None else self._weight.nbytes
+        return self._assembly.weight.nbytes if self._first else 0
 
     @property
     def count(self) -> int:
-        return 0 if self._weight is None else self._weight.count
+        return self._assembly.weight.count if self._first else 0
 
     def absent(self) -> None:
         super().absent()
-        self._take(None)
+        self._assembly.take(self._leaf, None)
 
     def fill(self, part: Any) -> None:
         self._let_go()
-        self._take(part if part.dtype in self.dtypes else part.to(self.dtypes[0]))
+        tensor = part if part.dtype in self.dtypes else part.to(self.dtypes[0])
+        self._assembly.take(self._leaf, tensor)
 
 
 @dataclass
@@ -150,13 +147,4 @@ def stored_as(format: Format, weight: Parameter) -> list[Parameter]:
     part = Part.of(weight)
     tensors = format.tensors(part)
     assembly = _Assembly(format, part, weight, {stored.leaf for stored in tensors})
-
-    def taker(leaf: str) -> Callable[[Any], None]:
-        return lambda tensor: assembly.take(leaf, tensor)
-
-    return [
-        StoredTensor(
-            f"{part.name}.{stored.leaf}", stored, None if i else weight, taker(stored.leaf)
-        )
-        for i, stored in enumerate(tensors)
-    ]
+    return [StoredTensor(stored, assembly, first=not i) for i, stored in enumerate(tensors)]
