@@ -215,12 +215,14 @@ _TABLE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "cp_kv_cache_interleave_size": (1,), "disable_nccl_for_dp_synchronization": _ON_OR_OFF,
     },
     "a server has num_ingress_replicas": {"api_server_count": (1,), "renderer_num_workers": (1,)},
-    "there are no models of experts, and none with states": {
-        "enable_expert_parallel": (False,), "enable_ep_weight_filter": (False,),
-        "enable_elastic_ep": (False,), "enable_eplb": (False,), "eplb_config": (),
+    "enable_expert_parallel says how the ranks of a layer share its experts": {
+        "enable_ep_weight_filter": _ON_OR_OFF, "enable_elastic_ep": (False,),
+        "enable_eplb": (False,), "eplb_config": (),
         "expert_placement_strategy": ("linear",), "moe_backend": ("auto",), "all2all_backend": (),
         "enable_dbo": (False,), "ubatch_size": (0,), "dbo_decode_token_threshold": (32,),
         "dbo_prefill_token_threshold": (512,), "enable_return_routed_experts": (False,),
+    },
+    "there are no models with states": {
         "mamba_backend": (), "mamba_cache_dtype": ("auto",), "mamba_ssm_cache_dtype": ("auto",),
         "mamba_block_size": (), "mamba_cache_mode": ("none",), "gdn_prefill_backend": (),
     },

@@ -128,12 +128,14 @@ class Ranks:
 class Place:
     """Where a model's parameters live: everything a layer needs to build itself.
 
+    ``expert_parallel``: each rank has some of a layer's experts whole, rather than a part of each.
     ``products`` are the names and weights [N, K] of its matrix products on CUDA. ``quantization``
     says how the checkpoint stores the weights of linears."""
 
     device: torch.device
     dtype: torch.dtype
     group: Group = Group()
+    expert_parallel: bool = False
     products: list[tuple[str, Tensor | Coded]] = field(default_factory=list)
     quantization: Quantization = PLAIN
 

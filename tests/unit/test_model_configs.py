@@ -87,6 +87,15 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3", {"sliding_window": None}, "sliding_window=None: is missing"),
     ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok=5: must be at most .* 4"),
     ("qwen3-moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers=.*list of layers' numbers"),
+    ("glm4-moe", {"n_group": 3}, r"n_group=3: must cut n_routed_experts \(8\) into groups of 2"),
+    ("glm4-moe", {"n_group": 8}, r"n_group=8: must cut n_routed_experts \(8\) into groups of 2"),
+    ("glm4-moe", {"topk_group": 5}, r"topk_group=5: must be at most n_group \(4\)"),
+    ("glm4-moe", {"topk_group": 1}, "num_experts_per_tok=3: must be at most .* 2"),
+    (
+        "glm4-moe",
+        {"first_k_dense_replace": -1},
+        "first_k_dense_replace=-1: must be an integer from",
+    ),
     ("qwen3-moe", {"num_local_experts": 0}, "num_local_experts=0: must be a positive integer"),
 ]
 

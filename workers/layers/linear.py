@@ -277,7 +277,9 @@ class RowLinear:
 
 
 class ReplicatedLinear(ColumnLinear):
-    """A small linear without bias that every rank computes whole."""
+    """A small linear that every rank computes whole."""
 
-    def __init__(self, place: Place, name: str, inputs: int, outputs: int) -> None:
-        super().__init__(place, [Part(name, outputs, slice(0, outputs))], inputs, bias=False)
+    def __init__(
+        self, place: Place, name: str, inputs: int, outputs: int, bias: bool = False
+    ) -> None:
+        super().__init__(place, [Part(name, outputs, slice(0, outputs))], inputs, bias)

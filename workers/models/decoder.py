@@ -57,7 +57,8 @@ class DecoderTraits(Traits):
 
     ``norm_offset`` is added to the norms' weights. Embeddings and updates of the residual stream
     are multiplied by their scales; logits are divided by ``logits_divisor``, then softly capped at
-    ``logits_cap``.
+    ``logits_cap``. ``draft_layers`` follow the last in the checkpoint, to predict further tokens;
+    they are not read.
     """
 
     intermediate_size: int
@@ -71,14 +72,20 @@ class DecoderTraits(Traits):
     norm_offset: float = 0.0
     qk_norm: QKNorm | None = None
     query_scale: PositionScale | None = None
+    sinks: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
     logits_cap: float | None = None
+    draft_layers: int = 0
+
+    @property
+    def has_experts(self) -> bool:
+        return any(layer.experts for layer in self.layers)
 
     @property
     def capturable(self) -> bool:
-        return not any(layer.experts for layer in self.layers)
+        return not self.has_experts
 
 
 class DecoderLayer:
@@ -109,6 +116,7 @@ class DecoderLayer:
             window=mine.window,
             rotary=rotary,
             query_scales=query_scales,
+            sinks=traits.sinks,
         )
         self._mlp_residual = self._residual(traits, place, name, names.mlp, names.mlp_output)
         self._mlp: GatedMLP | Experts
@@ -225,6 +233,9 @@ class DecoderModel(Model):
                 return None
             name = text
         if name.startswith(f"{HEAD}.") and not self._traits.generates:
+            return None
+        first, count = self._traits.num_layers, self._traits.draft_layers
+        if name.startswith(tuple(f"model.layers.{first + i}." for i in range(count))):
             return None
         return decoder_name(name)
 

@@ -55,7 +55,7 @@ def decoder_pieces(name: str, traits: "DecoderTraits") -> list[Piece]:
         names = [module.replace("gate_up_proj", f"{part}_proj") for part in ("gate", "up")]
         widths = [traits.intermediate_size] * 2
         return _stacked([f"{part}.{leaf}" for part in names], widths, traits)
-    if re.fullmatch(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)", name):
+    if re.fullmatch(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj(_bias)?", name):
         return _experts(module, leaf, traits)
     return []
 
@@ -70,20 +70,30 @@ def _stacked(names: list[str], widths: list[int], traits: "DecoderTraits") -> li
 
 
 def _experts(module: str, leaf: str, traits: "DecoderTraits") -> list[Piece]:
-    """[experts, 2 · inner, hidden] of gates and ups, or [experts, hidden, inner]."""
+    """[experts, 2 · inner, hidden] of gates and ups, or [experts, hidden, inner]; interleaved they
+    are [experts, hidden, 2 · inner] and [experts, inner, hidden], beside biases [experts, ...]."""
     layer = int(module.split(".")[2])
     experts = traits.layers[layer].experts if layer < len(traits.layers) else None
     if experts is None:
         return []
-    inner, hidden, whole = experts.inner, traits.hidden_size, slice(None)
-    if leaf == "down_proj":
-        shape = (experts.count, hidden, inner)
-        rows = {"down_proj": whole}
-    else:
-        shape = (experts.count, 2 * inner, hidden)
-        rows = {"gate_proj": slice(0, inner), "up_proj": slice(inner, 2 * inner)}
+    count, inner, turned = experts.count, experts.inner, experts.interleaved
+    gates = slice(0, 2 * inner, 2) if turned else slice(0, inner)
+    ups = slice(1, 2 * inner, 2) if turned else slice(inner, 2 * inner)
+    outputs, inputs, parts = {
+        "gate_up_proj": (2 * inner, traits.hidden_size, {"gate_proj": gates, "up_proj": ups}),
+        "down_proj": (traits.hidden_size, inner, {"down_proj": slice(None)}),
+    }[leaf.removesuffix("_bias")]
+
+    def piece(name: str, expert: int, cut: slice) -> Piece:
+        if leaf.endswith("_bias"):
+            return Piece(f"{name}.bias", (expert, cut), (count, outputs))
+        if turned:
+            shape = (count, inputs, outputs)
+            return Piece(f"{name}.weight", (expert, slice(None), cut), shape, transposed=True)
+        return Piece(f"{name}.weight", (expert, cut, slice(None)), (count, outputs, inputs))
+
     return [
-        Piece(f"{module}.{expert}.{part}.weight", (expert, cut, whole), shape)
-        for expert in range(experts.count)
-        for part, cut in rows.items()
+        piece(f"{module}.{expert}.{part}", expert, cut)
+        for expert in range(count)
+        for part, cut in parts.items()
     ]
