@@ -77,7 +77,7 @@ class ModelConfig:
         None,
         "fp8 makes the weights of linear layers 8-bit floats while they are loaded, with a scale"
         " for each output; a quantized checkpoint needs no option, and takes its own method alone",
-        choices=("fp8", "gptq", "awq", "compressed-tensors"),
+        choices=("fp8", "gptq", "awq", "compressed-tensors", "mxfp4"),
     )
     load_format: str = option(
         "auto",

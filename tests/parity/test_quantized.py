@@ -18,6 +18,7 @@ CASES = [
     ("opt", "gptq desc_act"),
     ("qwen3-moe", "fp8 blocks"),
     ("mixtral", "awq"),
+    ("gpt-oss", "mxfp4 experts"),
 ]
 
 
@@ -57,15 +58,21 @@ def test_log_probabilities_are_those_of_transformers(
 
 
 @pytest.mark.parametrize(
-    "format",
-    ["fp8 blocks", "fp8 tensor", "compressed fp8 outputs", "gptq desc_act", "awq",
-     "pack-quantized asymmetric", "pack-quantized actorder", "mxfp4"],
+    ("name", "format"),
+    [
+        *(
+            ("llama", format)
+            for format in ("fp8 blocks", "fp8 tensor", "compressed fp8 outputs", "gptq desc_act",
+                           "awq", "pack-quantized asymmetric", "pack-quantized actorder", "mxfp4")
+        ),
+        ("gpt-oss", "mxfp4 experts"),
+    ],
 )  # fmt: skip
 def test_ranks_have_their_part_of_codes_and_scales(
-    format: str, made: Callable[[str, str], tuple[Path, Path]]
+    name: str, format: str, made: Callable[[str, str], tuple[Path, Path]]
 ) -> None:
     """Also where they cut through blocks of scales."""
-    quantized, _ = made("llama", format)
+    quantized, _ = made(name, format)
     ranks = _Ranks(2).run(lambda group: logits_of(quantized, group))
     for ours, whole in zip(ranks[0], logits_of(quantized), strict=True):
         torch.testing.assert_close(ours, whole, rtol=0, atol=1e-4)

@@ -175,6 +175,16 @@ class Fp4:
         return stored, values
 
 
+def mx_experts(weights: Tensor) -> Quantized:
+    """gpt-oss' experts [E, K, N] in MXFP4: blocks and scales of the transposed ones."""
+    stored, values = Fp4(32, powers=True)(weights.transpose(1, 2).flatten(0, 1))
+    experts, inputs, outputs = weights.shape
+    blocks = stored["weight_packed"].view(experts, outputs, inputs // 32, 16)
+    scales = stored["weight_scale"].view(experts, outputs, inputs // 32)
+    values = values.view(experts, outputs, inputs).transpose(1, 2).contiguous()
+    return {"blocks": blocks, "scales": scales}, values
+
+
 def order(columns: int, group: int, mixed: bool = False) -> Tensor:
     """Each column's group."""
     at = torch.arange(columns)
@@ -294,10 +304,27 @@ FORMATS: dict[str, tuple[Callable[[Tensor], Quantized], dict[str, Any]]] = {
 }
 
 
+EXPERTS: dict[str, tuple[Callable[[Tensor], Quantized], dict[str, Any]]] = {
+    "mxfp4 experts": (
+        mx_experts,
+        {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        },
+    )
+}
+
+
 def quantize(plain: Path, folder: Path, format: str) -> tuple[Path, Path]:
     """Of the checkpoint ``plain`` with one file: one whose layers' linears are in a format of
-    ``FORMATS``, and one with the weights that it stands for."""
-    to_codes, settings = FORMATS[format]
+    ``FORMATS``, or whose experts in one of ``EXPERTS``, and one with the weights that it stands
+    for."""
+    to_codes, settings = (FORMATS | EXPERTS)[format]
     quantized, reference = folder / "quantized", folder / "reference"
     for path in (quantized, reference):
         shutil.copytree(plain, path)
@@ -305,17 +332,13 @@ def quantize(plain: Path, folder: Path, format: str) -> tuple[Path, Path]:
     (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     codes, values = {}, {}
     for name, tensor in load_file(plain / "model.safetensors").items():
-        module, _, leaf = name.rpartition(".")
-        codes[name] = values[name] = tensor
-        if (
-            leaf == "weight"
-            and tensor.dim() == 2
-            and ".layers." in name
-            and ".gate" not in name[-12:]
-        ):
-            del codes[name]
-            stored, values[name] = to_codes(tensor)
-            codes |= {f"{module}.{leaf}": stored[leaf] for leaf in stored} | codes
+        linear = tensor.dim() == 2 and ".layers." in name and not name.endswith(".gate.weight")
+        if tensor.dim() != 3 if format in EXPERTS else not linear:
+            codes[name] = values[name] = tensor
+            continue
+        stored, values[name] = to_codes(tensor)
+        stem = f"{name}_" if format in EXPERTS else name.removesuffix("weight")
+        codes = {stem + leaf: stored[leaf] for leaf in stored} | codes
     save_file(codes, quantized / "model.safetensors")
     save_file(values, reference / "model.safetensors")
     return quantized, reference

@@ -11,7 +11,7 @@ from workers.checkpoint import Config
 from workers.quantization.compressed import read_compressed
 from workers.quantization.fp8 import read_fp8
 from workers.quantization.names import HEADS, is_router, skipped
-from workers.quantization.packed import Awq, Gptq
+from workers.quantization.packed import Awq, Gptq, MxBlocks
 from workers.quantization.quantization import PLAIN, Quantization
 from workers.quantization.stored import Format
 
@@ -65,11 +65,22 @@ def _of_layers(config: Config, what: str, format: Format) -> Quantization:
     return Quantization(what, format_of)
 
 
+def _read_mxfp4(config: Config) -> Quantization:
+    """Of the experts of gpt-oss; its other linears are not quantized."""
+    skips = skipped(config, "modules_to_not_convert")
+
+    def format_of(name: str) -> Format | None:
+        return MxBlocks() if ".experts." in name and not skips(name) else None
+
+    return Quantization("mxfp4 experts", format_of)
+
+
 METHODS: dict[str, Callable[[Config], Quantization]] = {
     "fp8": read_fp8,
     "gptq": _read_gptq,
     "awq": _read_awq,
     "compressed-tensors": read_compressed,
+    "mxfp4": _read_mxfp4,
 }
 
 

@@ -17,6 +17,7 @@ from workers.quantization.stored import Part, Stored
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 WORDS = (torch.int32,)
 INTEGERS = (torch.int32, torch.int64)
+MX_GROUP = 32  # inputs that share a scale in OCP's MX formats
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -25,6 +26,11 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+
+
+def e8m0(scales: Tensor) -> Tensor:
+    """What exponents [...] uint8 stand for, float32: powers of two."""
+    return scales.view(torch.float8_e8m0fnu).float()
 
 
 @dataclass(frozen=True)
@@ -209,5 +215,32 @@ class PackedFloats:
         if self.has_global:
             scales = scales.float() / tensors["weight_global_scale"].float().reshape(())
         else:
-            scales = torch.exp2(scales.float() - 127)
+            scales = e8m0(scales)
         return Codes(self.kind, codes, scales, self.grouping(part))
+
+
+@dataclass(frozen=True)
+class MxBlocks:
+    """gpt-oss' MXFP4: ``blocks`` [N, K / 32, 16] uint8 of floats of 4 bits, the lower half first,
+    and ``scales`` [N, K / 32], powers of two in E8M0."""
+
+    kind: Kind = Kind.E2M1
+    has_zeros: bool = False
+
+    def grouping(self, part: Part) -> Grouping:
+        return part.grouping(MX_GROUP)[1]
+
+    def tensors(self, part: Part) -> list[Stored]:
+        check_words(part, MX_GROUP, 1)
+        cut = (part.rows, part.grouping(MX_GROUP)[0])
+        shape = (part.shape[0], part.shape[1] // MX_GROUP)
+        return [
+            Stored("blocks", (*shape, MX_GROUP // 2), (*cut, slice(None)), (torch.uint8,)),
+            Stored("scales", shape, cut, (torch.uint8,)),
+        ]
+
+    def decode(self, part: Part, tensors: dict[str, Tensor]) -> Codes:
+        grouping, columns = self.grouping(part), part.columns.stop - part.columns.start
+        codes = unpack(tensors["blocks"].flatten(1), 4)
+        codes = codes[:, grouping.offset : grouping.offset + columns]
+        return Codes(self.kind, codes, e8m0(tensors["scales"]), grouping)
