@@ -253,7 +253,7 @@ def test_ranks_do_not_share_a_word_of_codes() -> None:
         (
             _packed() | {"ignore": ["re:.*self_attn", "lm_head"]},
             ["model.layers.0.mlp.up_proj"],
-            ["model.layers.0.self_attn.q_proj", "lm_head"],
+            ["model.layers.0.self_attn.q_proj", "lm_head", "model.embed_tokens"],
         ),
     ],
 )  # fmt: skip

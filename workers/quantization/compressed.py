@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from workers.checkpoint import Config
 from workers.quantization.codes import Kind
 from workers.quantization.fp8 import Scaled, read_block
-from workers.quantization.names import is_router, matches, read_names
+from workers.quantization.names import is_plain, matches, read_names
 from workers.quantization.packed import PackedFloats, PackQuantized
 from workers.quantization.quantization import Quantization
 from workers.quantization.stored import Format
@@ -50,7 +50,7 @@ def read_compressed(config: Config) -> Quantization:
     ignored = read_names(config, "ignore")
 
     def format_of(name: str) -> Format | None:
-        if is_router(name) or matches(name, ignored):
+        if is_plain(name) or matches(name, ignored):
             return None
         best = max(groups, key=lambda group: matches(name, group.targets), default=None)
         return best.format if best and matches(name, best.targets) else None

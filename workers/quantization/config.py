@@ -10,7 +10,7 @@ from workers import kernels
 from workers.checkpoint import Config
 from workers.quantization.compressed import read_compressed
 from workers.quantization.fp8 import read_fp8
-from workers.quantization.names import HEADS, is_router, skipped
+from workers.quantization.names import HEADS, is_plain, skipped
 from workers.quantization.packed import Awq, Gptq, MxBlocks
 from workers.quantization.quantization import PLAIN, Quantization
 from workers.quantization.stored import Format
@@ -60,7 +60,7 @@ def _of_layers(config: Config, what: str, format: Format) -> Quantization:
     def format_of(name: str) -> Format | None:
         if name in HEADS:
             return format if head else None
-        return None if is_router(name) or ".layer" not in name or skips(name) else format
+        return None if is_plain(name) or ".layer" not in name or skips(name) else format
 
     return Quantization(what, format_of)
 

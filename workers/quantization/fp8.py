@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workers.checkpoint import Config
 from workers.quantization.codes import Codes, Grouping, Kind
-from workers.quantization.names import HEADS, is_router, skipped
+from workers.quantization.names import HEADS, is_plain, skipped
 from workers.quantization.quantization import Quantization
 from workers.quantization.stored import Part, Stored
 from workers.weights import FLOATS
@@ -99,7 +99,7 @@ def read_fp8(config: Config) -> Quantization:
         what = f"fp8 in blocks of {block[0]} × {block[1]}"
 
     def format_of(name: str) -> Scaled | OnTheFly | None:
-        return None if name in HEADS or is_router(name) or skips(name) else format
+        return None if name in HEADS or is_plain(name) or skips(name) else format
 
     return Quantization(
         what,

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 
 from workers.checkpoint import Config
 
-# Small layers that no tool quantizes, and of which some checkpoints do not say so.
-ROUTERS = ("gate", "router", "shared_expert_gate")
+# What no tool quantizes, and of which some checkpoints do not say so: what chooses experts, and
+# embeddings, which as an output layer may be a linear here.
+PLAIN = ("gate", "router", "shared_expert_gate", "embed_tokens")
 HEADS = ("lm_head", "score")
 
 
@@ -16,9 +17,9 @@ def spellings(name: str) -> tuple[str, ...]:
     return name, f"model.language_model.{inner}", f"language_model.{name}"
 
 
-def is_router(name: str) -> bool:
-    """Whether linear ``name`` chooses experts."""
-    return name.rpartition(".")[2] in ROUTERS
+def is_plain(name: str) -> bool:
+    """Whether linear ``name`` is none that is ever quantized."""
+    return name.rpartition(".")[2] in PLAIN
 
 
 def read_names(config: Config, key: str) -> list[str]:
