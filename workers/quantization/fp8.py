@@ -91,7 +91,7 @@ def read_fp8(config: Config) -> Quantization:
     block = config.get("weight_block_size")
     if not config.boolean("is_checkpoint_fp8_serialized", True):
         format: Scaled | OnTheFly = OnTheFly()
-        what = "fp8, made of the checkpoint's weights, a scale for each output"
+        what = "fp8 made of other weights, a scale for each output"
     elif block is None:
         format, what = Scaled("weight_scale_inv", (None, None)), "fp8, a scale for each tensor"
     else:

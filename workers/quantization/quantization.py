@@ -27,11 +27,11 @@ class Quantization:
     keeps: bool = False
 
     def in_words(self, dtype: torch.dtype) -> str:
-        """For people: what is stored, and where it becomes numbers of ``dtype``."""
+        """For people: what is stored, and what of it is kept in memory."""
         if not self.description:
             return ""
-        when = "in products" if self.keeps else "while loaded, and kept as such"
-        return f"{self.description}, made {str(dtype).removeprefix('torch.')} {when}"
+        kept = "codes" if self.keeps else str(dtype).removeprefix("torch.")
+        return f"{self.description}, kept as {kept}"
 
     def weight(
         self, part: Part, names: Sequence[str], device: torch.device, dtype: torch.dtype
