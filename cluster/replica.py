@@ -90,13 +90,14 @@ def start_replica(
         executor = _make_executor(config, checkpoint, bar, launcher)
         facts = executor.load()
     log.info(
-        "Loaded %s (%s, %s parameters, %s on %s): %.2f GiB of weights read in %.2f s,"
+        "Loaded %s (%s, %s parameters, %s on %s%s): %.2f GiB of weights read in %.2f s,"
         " %.2f s in all",
         config.model.model,
         facts.architecture,
         _count(facts.num_parameters),
         facts.dtype,
         facts.device,
+        f"; {facts.quantization}" if facts.quantization else "",
         facts.weight_bytes / 2**30,
         facts.load_seconds,
         time.perf_counter() - started,

@@ -73,6 +73,12 @@ class ModelConfig:
         " CPU)",
         choices=("auto", "bfloat16", "bf16", "float16", "half", "float32", "float"),
     )
+    quantization: str | None = option(
+        None,
+        "fp8 makes the weights of linear layers 8-bit floats while they are loaded, with a scale"
+        " for each output; a quantized checkpoint needs no option, and takes its own method alone",
+        choices=("fp8", "gptq", "awq", "compressed-tensors", "mxfp4"),
+    )
     load_format: str = option(
         "auto",
         "auto prefers safetensors to pytorch_model.bin; dummy makes random weights",

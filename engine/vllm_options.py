@@ -146,8 +146,10 @@ _TABLE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "num_lookahead_slots": (0,), "ngram_prompt_lookup_max": (), "ngram_prompt_lookup_min": (),
         "speculative_draft_tensor_parallel_size": (),
     },
-    "weights and KV blocks are float32, float16 or bfloat16 (dtype)": {
-        "quantization": (), "quantization_config": (), "allow_deprecated_quantization": (False,),
+    "the checkpoint's quantization_config says it, or the option quantization": {
+        "quantization_config": (), "allow_deprecated_quantization": (False,),
+    },
+    "KV blocks are float32, float16 or bfloat16 (dtype)": {
         "kv_cache_dtype": ("auto",), "kv_cache_dtype_skip_layers": (),
         "calculate_kv_scales": (False,), "override_attention_dtype": (),
         "quantization_param_path": (),

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
+from workers.quantization.codes import Coded
+from workers.quantization.quantization import PLAIN, Quantization
+from workers.quantization.stored import Part
+from workers.weights import Parameter
 
 
 @dataclass(frozen=True)
@@ -126,13 +130,30 @@ class Place:
 
     ``expert_parallel``: each rank has some of a layer's experts whole, rather than a part of each.
     ``products`` are the names and weights of its matrix products on CUDA: [N, K], or of experts
-    [experts, N, K]."""
+    [experts, N, K]. ``quantization`` says how the checkpoint stores the weights of linears."""
 
     device: torch.device
     dtype: torch.dtype
     group: Group = Group()
     expert_parallel: bool = False
-    products: list[tuple[str, Tensor]] = field(default_factory=list)
+    products: list[tuple[str, Tensor | Coded]] = field(default_factory=list)
+    quantization: Quantization = PLAIN
+
+    def weight(
+        self, names: Sequence[str], outputs: int, inputs: int, cut: slice | None = None
+    ) -> Tensor | Coded:
+        """The weight of linears ``names`` of the same ``inputs``, of which this rank has ``cut``,
+        with ``outputs`` here, to be filled and multiplied by."""
+        columns = cut or slice(0, inputs)
+        part = Part(names[0], (outputs, inputs), slice(0, outputs), columns)
+        weight = self.quantization.weight(part, names, self.device, self.dtype)
+        if self.device.type == "cuda":  # where it has to be tried
+            self.products.append((names[0], weight))
+        return weight
+
+    def stored(self, weight: Parameter) -> list[Parameter]:
+        """What the checkpoint has for the weight of a linear: itself, unless it is quantized."""
+        return self.quantization.stored(weight)
 
     def add_product(self, name: str, weight: Tensor) -> None:
         """A layer multiplies by ``weight``; kept of those on CUDA, where it has to be tried."""

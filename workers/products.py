@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workers import kernels
+from workers.quantization.codes import Coded
 
 ROWS = (1, 3, 16, 33, 64, 129, 256, 777)  # of which a product is compared with the whole of 1024
 
@@ -32,28 +33,30 @@ def set_up(invariant: bool) -> None:
 
 
 @torch.inference_mode()
-def varying(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+def varying(weights: Iterable[tuple[str, Tensor | Coded]]) -> list[str]:
     """Which of the named weights have products whose bits depend on the number of rows, as
-    "name (N × K)"; of weights of one shape the first is tried. They are [N, K], or of experts
-    [experts, N, K], of which the first one is tried."""
-    seen: set[tuple[int, ...]] = set()
+    "name (N × K)"; of weights of one kind and shape the first is tried. They are [N, K], or of
+    experts [experts, N, K], of which the first one is tried."""
+    seen: set[tuple[object, ...]] = set()
     found: list[str] = []
     for name, weight in weights:
-        if weight.shape in seen:
+        sort = (weight.kind if isinstance(weight, Coded) else None, *weight.shape)
+        if sort in seen:
             continue
-        seen.add(weight.shape)
+        seen.add(sort)
         generator = torch.Generator(weight.device).manual_seed(0)
         shape = max(ROWS) + 247, weight.shape[-1]
         x = torch.randn(shape, generator=generator, device=weight.device).to(weight.dtype)
-        product = kernels.product if weight.dim() == 2 else _first_experts
-        whole = product(x, weight)
-        if not all(torch.equal(product(x[:n], weight), whole[:n]) for n in ROWS):
+        whole = _product(x, weight)
+        if not all(torch.equal(_product(x[:n], weight), whole[:n]) for n in ROWS):
             found.append(f"{name} ({weight.shape[-2]} × {weight.shape[-1]})")
     return found
 
 
-def _first_experts(x: Tensor, weight: Tensor) -> Tensor:
-    """All rows of x [T, K] by the first of [experts, N, K], in tiles of so many rows."""
+def _product(x: Tensor, weight: Tensor | Coded) -> Tensor:
+    """All rows of x [T, K] by the weight, or by the first of experts, in tiles of so many rows."""
+    if isinstance(weight, Coded) or weight.dim() == 2:
+        return kernels.product(x, weight)
     from workers.kernels.gpu import experts
 
     chosen = torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)

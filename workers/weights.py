@@ -25,32 +25,56 @@ LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
 Cut = tuple[slice, ...]
 Progress = Callable[[str, int], None]  # a tensor's name, and its bytes that this rank has read
 DUMMY_VALUES = 1_000_003  # a prime, so that the rows of a matrix do not repeat
+FLOATS = tuple(dict.fromkeys(DTYPES.values()))
+
+
+class Target(Protocol):
+    """What a parameter fills: a tensor, or a weight in codes (workers/quantization/codes.py)."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def copy_(self, part: Any, /) -> Any: ...
 
 
 class Parameter:
     """The part of one checkpoint tensor that this rank holds, and where it goes.
 
-    ``shape`` is the whole tensor's in the checkpoint, ``cut`` this rank's part of it, ``target``
-    the tensor (often a view of a merged one) that the part fills. ``filled`` is called once after,
-    with what was filled: with ``adopt`` this may be the part as it was read, which is a piece of a
-    mapped file and so must be copied or packed there and then. ``order`` are the rows of the part
-    in the order in which the target holds them.
+    ``shape`` is the whole tensor's in the checkpoint, () for a single value of any shape; ``cut``
+    is this rank's part of it, ``target`` the tensor (often a view of a merged one) that the part
+    fills. ``filled`` is called once after, with what was filled: with ``adopt`` this may be the
+    part as it was read, which is a piece of a mapped file and so must be copied or packed there and
+    then. ``order`` are the rows of the part in the order in which the target holds them. ``dtypes``
+    are the types that the tensor may have; one that is ``optional`` may be missing.
     """
 
     def __init__(
         self,
         name: str,
         shape: tuple[int, ...],
-        target: Tensor,
+        target: Target,
         cut: Cut = (),
-        filled: Callable[[Tensor], None] = lambda tensor: None,
+        filled: Callable[[Any], None] = lambda tensor: None,
         adopt: bool = False,
         order: Tensor | None = None,
+        dtypes: tuple[torch.dtype, ...] = FLOATS,
+        optional: bool = False,
     ) -> None:
         self.name = name
         self.shape = shape
         self.cut = cut or (slice(None),) * len(shape)
-        self._target: Tensor | None = target
+        self.dtypes = dtypes
+        self.optional = optional
+        self._target: Target | None = target
         self._filled = filled
         self._adopt = adopt
         self._order = order
@@ -69,11 +93,31 @@ class Parameter:
         """The bytes of what is to be filled; 0 once it is."""
         return 0 if self._target is None else self._target.nbytes
 
-    def fill(self, part: Tensor) -> None:
-        """Copy ``part``, converted to the target's type and device, and let the target go."""
+    @property
+    def count(self) -> int:
+        """How many numbers of the model it stands for."""
+        return math.prod(self.shape)
+
+    @property
+    def target(self) -> Target:
+        """What is to be filled; it is let go once that is done."""
+        assert self._target is not None
+        return self._target
+
+    def absent(self) -> None:
+        """Told of an optional one that the checkpoint lacks."""
+        self._target = None
+
+    def _let_go(self) -> Target:
+        """The target, which is taken once: a packed weight is then freed at once."""
         if self._target is None:
             raise CheckpointError(f"the checkpoint holds tensor {self.name} more than once")
-        target, self._target = self._target, None  # a packed weight is then freed at once
+        target, self._target = self._target, None
+        return target
+
+    def fill(self, part: Any) -> None:
+        """Copy ``part``, converted to the target's type and device, and let the target go."""
+        target = self._let_go()
         if self._order is not None:
             part = part[self._order]
         if self._adopt and part.dtype == target.dtype:
@@ -102,11 +146,12 @@ class Loadable(Protocol):
         """Every parameter that this rank holds."""
         ...
 
-    def names(self) -> set[str]:
-        """The checkpoint names of the whole model, on whichever rank and stage they live."""
+    def names(self) -> dict[str, bool]:
+        """The checkpoint names of the whole model, on whichever rank and stage they live, and
+        whether each is optional."""
         ...
 
-    def canonical(self, name: str) -> str | None:
+    def parameter_name(self, name: str) -> str | None:
         """The parameter name of a checkpoint tensor; None for one known to mean nothing."""
         ...
 
@@ -180,7 +225,13 @@ class _Found:
         """What is wrong with the tensor's shape, if something is."""
         expected = self.piece.shape if self.piece else parameter.shape
         shape = self.source.shape(self.raw)
-        return None if shape == expected else f"{self.raw} {list(shape)}, not {list(expected)}"
+        if shape == expected or (expected == () and math.prod(shape) == 1):
+            return None
+        return f"{self.raw} {list(shape)}, not {list(expected)}"
+
+    def adds_nothing(self) -> bool:
+        """Whether it is a bias of zeros, which GPTQ's tools write where the network has none."""
+        return self.raw.endswith(".bias") and not self.read().any()
 
     def read(self, cut: Cut = ()) -> Tensor:
         """The parameter, or the ``cut`` of it."""
@@ -281,19 +332,22 @@ def _fill_from_files(model: Loadable, files: list[Path], progress: Progress | No
     with ExitStack() as stack:
         where = _locate(model, [stack.enter_context(_open(file)) for file in files])
         known = model.names()
-        extra = [found.raw for name, found in where.items() if name not in known]
-        _complain("the model does not know", extra)
-        _complain("the model needs but the checkpoint lacks", sorted(known - where.keys()))
+        extra = [found for name, found in where.items() if name not in known]
+        _complain("the model does not know", [f.raw for f in extra if not f.adds_nothing()])
+        lacks = [name for name, optional in known.items() if name not in where and not optional]
+        _complain("the model needs but the checkpoint lacks", sorted(lacks))
         mine = {p.name: p for p in model.parameters()}
-        wrong = (where[name].misshapen(parameter) for name, parameter in mine.items())
+        wrong = (where[name].misshapen(p) for name, p in mine.items() if name in where)
         _complain("have the wrong shape", list(filter(None, wrong)))
+        for name in mine.keys() - where.keys():
+            mine[name].absent()
         read = []
         for name, found in where.items():
             if name not in mine:
                 continue
             part = found.read(mine[name].cut)
-            if part.dtype not in DTYPES.values():
-                allowed = ", ".join(DTYPES)
+            if part.dtype not in mine[name].dtypes:
+                allowed = ", ".join(str(t).removeprefix("torch.") for t in mine[name].dtypes)
                 raise CheckpointError(f"tensor {found.raw} is {part.dtype}; allowed: {allowed}")
             mine[name].fill(part)
             read.append(part.numel() * part.element_size())
@@ -307,7 +361,7 @@ def _locate(model: Loadable, sources: list[_Source]) -> dict[str, _Found]:
     where: dict[str, _Found] = {}
     for source in sources:
         for raw in source.names():
-            name = model.canonical(raw)
+            name = model.parameter_name(raw)
             if name is None:
                 continue
             pieces = {piece.name: _Found(raw, source, piece) for piece in model.pieces(name)}
@@ -336,6 +390,9 @@ def _fill_dummy(model: Loadable, progress: Progress | None) -> list[int]:
     values = torch.empty(DUMMY_VALUES).uniform_(-0.03, 0.03, generator=generator)
     read = []
     for parameter in model.parameters():
+        if parameter.optional:
+            parameter.absent()
+            continue
         values = values.to(parameter.device)  # a card repeats them faster
         count = math.prod(parameter.shape)
         start = zlib.crc32(parameter.name.encode()) % DUMMY_VALUES

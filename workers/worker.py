@@ -1,6 +1,5 @@
 """One rank: a shard of the model, its tables and its KV blocks. It carries plans out."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from workers.models import attention_shapes, build_model, read_traits
 from workers.parallel import Group, Place, Ranks, Stage
 from workers.pooling import longest_text, read_pooling, served_config
 from workers.pooling_table import PoolingTable
+from workers.quantization.config import with_quantization
 from workers.sampler import HostCopy, HostSampled, Sampled, Sampler, SamplingTable
 from workers.sizes import GIB, fit, unit_bytes
 from workers.slot_tables import Learn, LogitsTable, SlotTable
@@ -69,6 +69,7 @@ def check_split(config: EngineConfig, path: Path) -> None:
     """Raise ConfigError, with the allowed sizes, if the model does not split as ``config`` asks."""
     parallel = config.parallel
     checkpoint = served_config(path, config.model.pooling)
+    checkpoint = with_quantization(checkpoint, config.model.quantization)
     traits = read_traits(checkpoint)
     block_size = config.cache.block_size or DEFAULT_BLOCK_SIZE
     meta = torch.device("meta")
@@ -161,6 +162,7 @@ class Worker:
         """Build the model and fill its weights. Raises CheckpointError or ConfigError."""
         options = self.config.model
         checkpoint = served_config(self.path, options.pooling)
+        checkpoint = with_quantization(checkpoint, options.quantization)
         traits = self.traits = read_traits(checkpoint)
         self.pooling = read_pooling(self.path, checkpoint, traits, options.pooling, self._token_ids)
         dtype = resolve_dtype(options.dtype, checkpoint, self.device)
@@ -186,7 +188,7 @@ class Worker:
             architecture=str(checkpoint.get("architectures", [checkpoint.get("model_type")])[0]),
             vocab_size=traits.vocab_size,
             max_model_len=self.max_model_len,
-            num_parameters=sum(math.prod(p.shape) for p in self.model.whole().parameters()),
+            num_parameters=sum(p.count for p in self.model.whole().parameters()),
             weight_bytes=loaded.bytes,
             load_seconds=loaded.seconds,
             dtype=str(dtype).removeprefix("torch."),
@@ -196,6 +198,7 @@ class Worker:
             pooling=self.pooling,
             vector_size=traits.hidden_size,
             causal=traits.causal,
+            quantization=self.model.place.quantization.in_words(dtype),
         )
 
     def _is_invariant(self) -> bool:

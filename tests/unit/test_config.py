@@ -22,7 +22,7 @@ BY_NAME = {f.name: f for f in OPTIONS}
 # The name and the default of each option that users of vLLM know, where manta means the same.
 VLLM = {
     "model", "tokenizer", "revision", "dtype", "load_format", "max_model_len", "chat_template",
-    "chat_template_content_format",
+    "chat_template_content_format", "quantization",
     "max_logprobs", "generation_config", "seed", "block_size", "gpu_memory_utilization",
     "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "enable_prefix_caching",
     "max_cudagraph_capture_size",

@@ -41,6 +41,7 @@ def error(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("--api-key a --api-key b c", {"api_key": ["a", "b", "c"]}),
         ('--allowed-origins ["x","y"]', {"allowed_origins": ["x", "y"]}),
         ("--no_enable_prefix_caching", {"enable_prefix_caching": False}),
+        ("-q fp8", {"quantization": "fp8"}),
     ],
 )
 def test_vllms_spellings(
@@ -110,8 +111,8 @@ def test_what_asks_for_nothing_is_accepted(name: str, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--quantization awq", "quantization='awq' is not supported: weights and KV blocks are"),
-        ("-q fp8", "quantization='fp8' is not supported"),
+        ("-q bitsandbytes", "quantization must be one of fp8, gptq, awq, compressed-tensors"),
+        ("--kv-cache-dtype fp8", "kv_cache_dtype='fp8' is not supported: KV blocks are float32"),
         ("--tool-server demo", "tool_server='demo' is not supported: output is"),
         ("--tool-call-parser hermse", "tool_call_parser must be one of auto, none, cohere"),
         ("--cudagraph-capture-sizes 1 2 4", "cudagraph_capture_sizes=1 is not supported"),

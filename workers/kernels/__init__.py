@@ -21,6 +21,7 @@ from engine.folders import cache_folder
 from workers.kernels import plain
 from workers.kernels.build import library
 from workers.kernels.memory import result_tensor
+from workers.quantization.codes import Coded
 
 __all__ = [
     "argmax_lse",
@@ -214,18 +215,22 @@ def look_up(
     return plain.look_up(tokens, tables, slots, positions, block_size)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def product(x: Tensor, weight: Tensor | Coded) -> Tensor:
     """x [T, K] times weight [N, K] transposed, on an NVIDIA GPU: the same bits for any T where
     cuBLASLt does not split sums (see workers/products.py)."""
-    from workers.kernels.gpu import product
+    from workers.kernels.gpu import coded, product
 
+    if isinstance(weight, Coded):
+        return coded.product(x, weight)
     return product.product(x, weight) if product.serves(x) else F.linear(x, weight)
 
 
-def gated_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def gated_product(x: Tensor, weight: Tensor | Coded, bias: Tensor | None) -> Tensor:
     """silu(gate) * up [T, N / 2] of ``product`` + bias = [gate, up] [T, N]."""
-    from workers.kernels.gpu import product
+    from workers.kernels.gpu import coded, product
 
+    if isinstance(weight, Coded):
+        return silu_mul(coded.product(x, weight), bias)
     if product.serves(x):
         return product.product(x, weight, bias, gated=True)
     return silu_mul(F.linear(x, weight), bias)

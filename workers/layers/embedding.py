@@ -71,10 +71,9 @@ class OutputLayer:
             place.add_product(name, tied.weight)
             return
         rows = place.group.split(vocab_size, "vocab_size")
-        weight = torch.empty(rows.stop - rows.start, size, dtype=place.dtype, device=place.device)
+        weight = place.weight([name], rows.stop - rows.start, size)
         self._product = Packed(weight, None)
-        place.add_product(name, weight)
-        self._parameters = [
+        self._parameters = place.stored(
             Parameter(
                 f"{name}.weight",
                 (vocab_size, size),
@@ -83,7 +82,7 @@ class OutputLayer:
                 self._product.ready,
                 self._product.packs,
             )
-        ]
+        )
 
     def parameters(self) -> Iterable[Parameter]:
         return self._parameters

@@ -78,7 +78,8 @@ class StackedExperts:
 
     def __init__(self, place: Place, name: str, hidden: int, traits: "ExpertTraits") -> None:
         self._traits, self._name = traits, name
-        self._mine, place = split(place, traits)
+        self._mine, self._place = split(place, traits)
+        place = self._place
         cut = place.group.split(traits.inner, "the experts' intermediate size")
         share, held = cut.stop - cut.start, self._mine.stop - self._mine.start
 
@@ -114,7 +115,7 @@ class StackedExperts:
         """The parameters that fill the ``cut`` of a linear layer of every expert."""
         for i, expert in enumerate(range(self._mine.start, self._mine.stop)):
             name = f"{self._name}.{expert}.{part}"
-            yield Parameter(f"{name}.weight", shape, weights[i], cut)
+            yield from self._place.stored(Parameter(f"{name}.weight", shape, weights[i], cut))
             if biases is not None:
                 yield Parameter(f"{name}.bias", shape[:1], biases[i, at], cut[:1])
 

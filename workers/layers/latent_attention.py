@@ -91,14 +91,14 @@ class LatentAttention:
             keys, values = both.split_with_sizes([self._traits.nope, self._traits.value], 1)
             self._absorb, self._expand = HeadLinear(keys.transpose(1, 2)), HeadLinear(values)
 
-        self._of_heads = Parameter(
-            f"{name}.weight", (heads * each, rank), weight, (rows, slice(None)), fill
+        self._of_heads = place.stored(
+            Parameter(f"{name}.weight", (heads * each, rank), weight, (rows, slice(None)), fill)
         )
 
     def parameters(self) -> Iterable[Parameter]:
         parts = (self._down, self._query_norm, self._queries, self._latent_norm, self.output)
         found = (part.parameters() for part in parts if part is not None)
-        return chain([self._of_heads], *found)
+        return chain(self._of_heads, *found)
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         """x [T, hidden] to the heads' [T, heads * value], for ``output``; the latents go to

@@ -20,6 +20,7 @@ from workers import kernels
 from workers.kernels.gemm import PackedGemm, has_gemm
 from workers.layers.stream import Stream
 from workers.parallel import Place
+from workers.quantization.codes import Coded
 from workers.weights import Parameter
 
 Activation = Literal["none", "relu", "gelu"]
@@ -59,7 +60,7 @@ def part_by_head(name: str, widths: list[int], heads: int, cut: slice) -> Part:
 class Packed:
     """y = act(x Wᵀ + b), or x Wᵀ + b + residual: the product itself, whatever splits it.
 
-    On a GPU it is cuBLAS' product alone, with Triton's kernel for bias and activation behind it;
+    On a GPU it is the product alone, with Triton's kernel for bias and activation behind it;
     whoever asks for ``late_bias`` adds the bias itself, and the residual is the next norm's.
 
     ``ready`` is to be called once the weight [N, K] is filled; where it ``packs``, the weight is
@@ -68,12 +69,12 @@ class Packed:
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | Coded,
         bias: Tensor | None,
         activation: Activation = "none",
         late_bias: bool = False,
     ) -> None:
-        self.weight: Tensor | None = weight
+        self.weight: Tensor | Coded | None = weight
         self._fused = kernels.has_triton(weight.device)
         self.late_bias = bias if late_bias and self._fused else None
         self.bias = None if self.late_bias is not None else bias
@@ -81,14 +82,15 @@ class Packed:
         self._gemm: PackedGemm | None = None
         self._packed: Tensor | None = None
         self._never_alone = False
-        on_cpu = weight.device.type == "cpu"
+        on_cpu = weight.device.type == "cpu" and isinstance(weight, Tensor)
         self._has_gemm = on_cpu and activation != "gelu" and has_gemm(weight.dtype, weight.shape[1])
         self.packs = self._has_gemm or (on_cpu and onednn_packs(weight.dtype))
 
-    def ready(self, weight: Tensor, keep: bool = False) -> None:
+    def ready(self, weight: Tensor | Coded | None, keep: bool = False) -> None:
         """Take ``weight``, which is the constructor's or, where it packs, one like it."""
         if not self.packs:
             return
+        assert isinstance(weight, Tensor)
         if self._has_gemm:
             self._gemm = PackedGemm(weight.contiguous())
         else:
@@ -125,6 +127,7 @@ class Packed:
             if self.bias is not None or self.activation != "none":
                 y = kernels.bias_act(y, self.bias, self.activation)
             return y
+        assert isinstance(self.weight, Tensor)  # codes are multiplied by Triton's kernels
         if residual is not None:
             if self.bias is not None:
                 residual = residual + self.bias
@@ -188,10 +191,9 @@ class ColumnLinear:
         late_bias: bool = False,
     ) -> None:
         outputs = sum(part.share for part in parts)
-        weight = torch.empty(outputs, inputs, dtype=place.dtype, device=place.device)
+        weight = place.weight([part.name for part in parts], outputs, inputs)
         biases = torch.empty(outputs, dtype=place.dtype, device=place.device) if bias else None
         self._product = product = Packed(weight, biases, activation, late_bias)
-        place.add_product(parts[0].name, weight)
         self._unfilled = len(parts)
         self._parameters: list[Parameter] = []
         alone = len(parts) == 1
@@ -200,17 +202,16 @@ class ColumnLinear:
             rows = slice(at, at + part.share)
             at += part.share
             cut = (part.cut, slice(None))
-            self._parameters.append(
-                Parameter(
-                    f"{part.name}.weight",
-                    (part.size, inputs),
-                    weight[rows],
-                    cut,
-                    product.ready if alone else self._filled,
-                    adopt=alone and product.packs,
-                    order=part.order,
-                )
+            filling = Parameter(
+                f"{part.name}.weight",
+                (part.size, inputs),
+                weight[rows],
+                cut,
+                product.ready if alone else self._filled,
+                adopt=alone and product.packs,
+                order=part.order,
             )
+            self._parameters += place.stored(filling)
             if biases is not None:
                 self._parameters.append(
                     Parameter(
@@ -221,7 +222,6 @@ class ColumnLinear:
     def _filled(self, _: Tensor) -> None:
         self._unfilled -= 1
         if not self._unfilled:
-            assert self._product.weight is not None
             self._product.ready(self._product.weight)
 
     def parameters(self) -> Iterable[Parameter]:
@@ -251,17 +251,16 @@ class RowLinear:
         group = place.group
         self._group = group
         cut = group.split(inputs, f"the inputs of {name}")
-        weight = torch.empty(outputs, cut.stop - cut.start, dtype=place.dtype, device=place.device)
+        weight = place.weight([name], outputs, inputs, cut)
         self._late = kernels.has_triton(place.device)
         held = outputs if group.rank == 0 or self._late else 0
         biases = torch.empty(held, dtype=place.dtype, device=place.device)
         self._product = product = Packed(weight, biases if bias and held else None, late_bias=True)
-        place.add_product(name, weight)
         shape = (outputs, inputs)
         both = (slice(None), cut)
-        self._parameters = [
+        self._parameters = place.stored(
             Parameter(f"{name}.weight", shape, weight, both, product.ready, product.packs)
-        ]
+        )
         if bias:
             self._parameters.append(Parameter(f"{name}.bias", shape[:1], biases, (slice(0, held),)))
 

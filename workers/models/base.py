@@ -18,8 +18,6 @@ from workers.weights import Parameter, Piece
 
 # Fields of other networks that change the mathematics, and the values that leave it alone.
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "quantization_config": (),
-    "compression_config": (),
     "partial_rotary_factor": (1,),
     "rotary_pct": (1,),
     "rope_interleaved": (False,),
@@ -200,13 +198,19 @@ class Model(ABC):
         """Every parameter that this rank holds."""
         return [parameter for part in self.parts for parameter in part.parameters()]
 
-    def names(self) -> set[str]:
-        """The checkpoint names of the whole network, on whichever rank and stage they live."""
-        return {parameter.name for parameter in self.whole().parameters()}
+    def names(self) -> dict[str, bool]:
+        """The checkpoint names of the whole network, on whichever rank and stage they live, and
+        whether each is optional."""
+        return {parameter.name: parameter.optional for parameter in self.whole().parameters()}
 
     @abstractmethod
     def canonical(self, name: str) -> str | None:
         """The parameter name of a checkpoint tensor; None for one known to mean nothing."""
+
+    def parameter_name(self, name: str) -> str | None:
+        """The same, with what the weights' quantization says of it."""
+        canonical = self.canonical(name)
+        return None if canonical is None else self.place.quantization.canonical(canonical)
 
     def pieces(self, name: str) -> list[Piece]:
         """The parameters that a checkpoint tensor holds, if it is not one parameter itself."""
@@ -225,4 +229,4 @@ def kept(y: Tensor, hidden: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor
 
 def whole_place(place: Place) -> Place:
     """Where ``Model.whole`` lives."""
-    return Place(torch.device("meta"), place.dtype)
+    return Place(torch.device("meta"), place.dtype, quantization=place.quantization)

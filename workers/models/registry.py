@@ -35,6 +35,7 @@ from workers.models.families import (
     smollm3,
 )
 from workers.parallel import Place, Stage
+from workers.quantization.config import quantization_on, read_quantization
 
 log = get_logger("worker")
 
@@ -149,6 +150,7 @@ def _architecture(config: Config) -> str | None:
 def read_traits(config: Config) -> Traits:
     """The traits of a checkpoint. Raises CheckpointError, naming an unsupported field."""
     traits: Traits = find_network(config).read_traits(config)
+    read_quantization(config)
     name = _architecture(config) or GENERATES
     if name.endswith(CLASSIFIES):
         return replace(traits, generates=False, labels=_labels(config))
@@ -180,6 +182,7 @@ def build_model(
     traits = read_traits(config)
     if place.expert_parallel and not traits.has_experts:
         raise ConfigError("enable_expert_parallel: the model has no experts; leave it out")
+    place = replace(place, quantization=quantization_on(config, place.device))
     if traits.text_part and stage.first and place.group.rank == 0:
         log.info("%s: the text model alone is served, other parts are skipped", config.source)
     if place.device.type != "meta":

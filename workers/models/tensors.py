@@ -61,7 +61,7 @@ def decoder_pieces(name: str, traits: "DecoderTraits") -> list[Piece]:
         return _stacked([f"{part}.{leaf}" for part in names], widths, traits)
     if re.fullmatch(r"model\.layers\.\d+\.linear_attn\.(in_proj_qkv|conv1d)\.weight", name):
         return _delta(module, traits)
-    if re.fullmatch(r"model\.layers\.\d+\.(mlp\.)?experts\.(gate_up|down)_proj(_bias)?", name):
+    if re.fullmatch(r"model\.layers\.\d+\.(mlp\.)?experts\.(gate_up|down)_proj(_[a-z]+)?", name):
         return _experts(module, leaf, traits)
     return []
 
@@ -94,7 +94,8 @@ def _delta(module: str, traits: "DecoderTraits") -> list[Piece]:
 
 def _experts(module: str, leaf: str, traits: "DecoderTraits") -> list[Piece]:
     """[experts, 2 · inner, hidden] of gates and ups, or [experts, hidden, inner]; interleaved they
-    are [experts, hidden, 2 · inner] and [experts, inner, hidden], beside biases [experts, ...]."""
+    are [experts, hidden, 2 · inner] and [experts, inner, hidden], beside biases [experts, ...].
+    In MXFP4 they are blocks [experts, outputs, inputs / 32, 16] with scales of each."""
     layer = int(module.split(".")[2])
     experts = traits.layers[layer].experts if layer < len(traits.layers) else None
     if experts is None:
@@ -102,18 +103,27 @@ def _experts(module: str, leaf: str, traits: "DecoderTraits") -> list[Piece]:
     count, inner, turned = experts.count, experts.inner, experts.interleaved
     gates = slice(0, 2 * inner, 2) if turned else slice(0, inner)
     ups = slice(1, 2 * inner, 2) if turned else slice(inner, 2 * inner)
+    merged, _, kind = leaf.partition("_proj")
     outputs, inputs, parts = {
-        "gate_up_proj": (2 * inner, traits.hidden_size, {"gate_proj": gates, "up_proj": ups}),
-        "down_proj": (traits.hidden_size, inner, {"down_proj": slice(None)}),
-    }[leaf.removesuffix("_bias")]
+        "gate_up": (2 * inner, traits.hidden_size, {"gate_proj": gates, "up_proj": ups}),
+        "down": (traits.hidden_size, inner, {"down_proj": slice(None)}),
+    }[merged]
+    shapes: dict[str, tuple[int, ...]] = {
+        "": (outputs, inputs),
+        "_bias": (outputs,),
+        "_blocks": (outputs, -(-inputs // 32), 16),
+        "_scales": (outputs, -(-inputs // 32)),
+    }
+    if kind not in shapes:
+        return []
+    own = kind.removeprefix("_") or "weight"
 
     def piece(name: str, expert: int, cut: slice) -> Piece:
-        if leaf.endswith("_bias"):
-            return Piece(f"{name}.bias", (expert, cut), (count, outputs))
-        if turned:
+        if turned and not kind:
             shape = (count, inputs, outputs)
-            return Piece(f"{name}.weight", (expert, slice(None), cut), shape, transposed=True)
-        return Piece(f"{name}.weight", (expert, cut, slice(None)), (count, outputs, inputs))
+            return Piece(f"{name}.{own}", (expert, slice(None), cut), shape, transposed=True)
+        rest = (slice(None),) * (len(shapes[kind]) - 1)
+        return Piece(f"{name}.{own}", (expert, cut, *rest), (count, *shapes[kind]))
 
     return [
         piece(f"{module}.{expert}.{part}", expert, cut)

@@ -1,0 +1,87 @@
+"""Quantized checkpoints compute what the weights that they stand for do."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parity.paged import Paged, build
+from tests.parity.test_models import RAGGED, SEQUENCES, _Ranks
+from tests.support.quantized_checkpoints import FORMATS, quantize
+from workers.parallel import Group
+
+Checkpoint = Callable[..., Path]
+CASES = [
+    *(("llama", name) for name in FORMATS),
+    ("opt", "gptq desc_act"),
+    ("qwen3-moe", "fp8 blocks"),
+    ("mixtral", "awq"),
+    ("gpt-oss", "mxfp4 experts"),
+]
+
+
+@pytest.fixture(scope="module")
+def made(
+    checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], tuple[Path, Path]]:
+    """The quantized checkpoint of a tiny model in a format, and the one that it stands for."""
+    folders: dict[tuple[str, str], tuple[Path, Path]] = {}
+
+    def get(name: str, format: str) -> tuple[Path, Path]:
+        if (name, format) not in folders:
+            folder = tmp_path_factory.mktemp("quantized")
+            folders[name, format] = quantize(checkpoint(name), folder, format)
+        return folders[name, format]
+
+    return get
+
+
+def logits_of(path: Path, group: Group | None = None) -> list[Tensor]:
+    return Paged([build(path, group=group)], SEQUENCES).logits(RAGGED)
+
+
+@pytest.mark.parametrize(("name", "format"), CASES)
+def test_log_probabilities_are_those_of_transformers(
+    name: str, format: str, made: Callable[[str, str], tuple[Path, Path]]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    quantized, reference = made(name, format)
+    theirs = AutoModelForCausalLM.from_pretrained(reference, attn_implementation="eager").eval()
+    for tokens, ours in zip(SEQUENCES, logits_of(quantized), strict=True):
+        with torch.no_grad():
+            expected = theirs(torch.tensor([tokens])).logits[0].float()
+        error = (ours.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
+        assert error < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        *(
+            ("llama", format)
+            for format in ("fp8 blocks", "fp8 tensor", "compressed fp8 outputs", "gptq desc_act",
+                           "awq", "pack-quantized asymmetric", "pack-quantized actorder", "mxfp4")
+        ),
+        ("gpt-oss", "mxfp4 experts"),
+    ],
+)  # fmt: skip
+def test_ranks_have_their_part_of_codes_and_scales(
+    name: str, format: str, made: Callable[[str, str], tuple[Path, Path]]
+) -> None:
+    """Also where they cut through blocks of scales."""
+    quantized, _ = made(name, format)
+    ranks = _Ranks(2).run(lambda group: logits_of(quantized, group))
+    for ours, whole in zip(ranks[0], logits_of(quantized), strict=True):
+        torch.testing.assert_close(ours, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["fp8 blocks", "gptq desc_act", "awq", "nvfp4"])
+def test_dummy_codes_are_numbers(
+    format: str, made: Callable[[str, str], tuple[Path, Path]]
+) -> None:
+    quantized, _ = made("llama", format)
+    model = build(quantized, load_format="dummy")
+    assert all(rows.isfinite().all() for rows in Paged([model], SEQUENCES).logits(RAGGED))

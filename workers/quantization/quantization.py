@@ -1,0 +1,65 @@
+"""Which linears of a model are stored as codes, and where the codes are turned into numbers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from workers.quantization.codes import Coded
+from workers.quantization.stored import Format, Part, stored_as
+from workers.weights import Parameter
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """``format_of`` gives a linear's format by its name, None for one that is not quantized.
+
+    ``keeps`` says that weights stay in codes, which the device's kernels multiply by; else they
+    become numbers as they are loaded. ``description`` is for people. Of tensors' names the last
+    part may be another for the same thing (``renamed``), or mean nothing here (``beside``).
+    """
+
+    description: str = ""
+    format_of: Callable[[str], Format | None] = lambda name: None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    beside: frozenset[str] = frozenset()
+    keeps: bool = False
+
+    def in_words(self, dtype: torch.dtype) -> str:
+        """For people: what is stored, and what of it is kept in memory."""
+        if not self.description:
+            return ""
+        kept = "codes" if self.keeps else str(dtype).removeprefix("torch.")
+        return f"{self.description}, kept as {kept}"
+
+    def weight(
+        self, part: Part, names: Sequence[str], device: torch.device, dtype: torch.dtype
+    ) -> Tensor | Coded:
+        """What ``part`` is to be filled with and multiplied by: of several linears ``names``
+        together, whose outputs are its rows, of the inputs in its columns."""
+        rows, columns = (cut.stop - cut.start for cut in (part.rows, part.columns))
+        format = self.format_of(names[0])
+        alike = all(self.format_of(name) == format for name in names)
+        if format is None or not alike or not self.keeps:
+            return torch.empty(rows, columns, dtype=dtype, device=device)
+        grouping = format.grouping(part)
+        return Coded(
+            part.name, format.kind, (rows, columns), grouping, format.has_zeros, dtype, device
+        )
+
+    def stored(self, weight: Parameter) -> list[Parameter]:
+        """The checkpoint's tensors that fill the weight of a linear: itself, or its codes'."""
+        name, _, _ = weight.name.rpartition(".")
+        format = self.format_of(name)
+        return [weight] if format is None else stored_as(format, weight)
+
+    def canonical(self, name: str) -> str | None:
+        """The parameter name of the tensor ``name``; None for one that means nothing."""
+        module, _, leaf = name.rpartition(".")
+        if leaf in self.beside:
+            return None
+        return f"{module}.{self.renamed[leaf]}" if leaf in self.renamed else name
+
+
+PLAIN = Quantization()
