@@ -19,6 +19,7 @@ CASES = [
     ("qwen3-moe", "fp8 blocks"),
     ("mixtral", "awq"),
     ("gpt-oss", "mxfp4 experts"),
+    ("deepseek-v3", "fp8 blocks"),
 ]
 
 
@@ -66,6 +67,7 @@ def test_log_probabilities_are_those_of_transformers(
                            "awq", "pack-quantized asymmetric", "pack-quantized actorder", "mxfp4")
         ),
         ("gpt-oss", "mxfp4 experts"),
+        ("deepseek-v3", "fp8 blocks"),
     ],
 )  # fmt: skip
 def test_ranks_have_their_part_of_codes_and_scales(
