@@ -41,20 +41,22 @@ class Sequences:
     """Sequences with keys and values in scattered blocks, and queries that end each of them."""
 
     def __init__(self, counts: list[int], contexts: list[int], dim: int, num_heads: int,
-                 kv_heads: int) -> None:  # fmt: skip
+                 kv_heads: int, latent: int | None = None) -> None:  # fmt: skip
         self.counts, self.contexts = counts, contexts
-        self.num_heads, self.kv_heads, self.dim = num_heads, kv_heads, dim
+        self.num_heads, self.kv_heads, self.value_dim = num_heads, kv_heads, latent or dim
+        self.parts = attention.parts_of(num_heads, kv_heads, latent is not None)
         longest = max(contexts)
         per_row = -(-longest // BLOCK_SIZE)
         total = len(counts) * per_row
-        self.cache = normal(total + 3, 2, kv_heads, BLOCK_SIZE, dim)
+        planes = 2 if latent is None else 1
+        self.cache = normal(total + 3, planes, kv_heads, BLOCK_SIZE, dim)
         self.tables = (torch.randperm(total) + 3).view(len(counts), per_row).int().to(DEVICE)
         self.q = normal(sum(counts), num_heads * dim)
 
     def rows(self, split: bool = True) -> attention.Rows:
         """``split``: rows of one query as decode items, else as prefill ones."""
         decode, prefill = [], []
-        tile = attention.tile_queries(self.num_heads, self.kv_heads, self.dim, self.cache.dtype)
+        tile = attention.tile_queries(self.num_heads, self.parts, self.value_dim, self.cache.dtype)
         token = 0
         for row, (count, context) in enumerate(zip(self.counts, self.contexts, strict=True)):
             if count == 1 and split:
@@ -75,9 +77,10 @@ class Sequences:
 
     def attend(self, traits: attention.Traits, split: bool = True, programs: int = 5) -> Tensor:
         rows = self.rows(split)
-        out = torch.full_like(self.q, float("nan"))
+        shape = len(self.q), self.num_heads * self.value_dim
+        out = torch.full(shape, float("nan"), device=DEVICE)
         scratch = attention.Scratch(
-            len(rows.decode), self.num_heads, self.kv_heads, self.dim, DEVICE
+            len(rows.decode), self.num_heads, self.parts, self.value_dim, DEVICE
         )
         attention.decode(self.q, self.cache, self.tables, rows, traits, scratch, out, programs)
         attention.prefill(self.q, self.cache, self.tables, rows, traits, out)
@@ -88,9 +91,9 @@ class Sequences:
         for row, (count, context) in enumerate(zip(self.counts, self.contexts, strict=True)):
             pages = self.cache[self.tables[row].long()].double()
             keys, values = (
-                pages[:, i].transpose(0, 1).flatten(1, 2)[:, :context]
+                page.transpose(0, 1).flatten(1, 2)[:, :context]
                 .repeat_interleave(self.num_heads // self.kv_heads, 0)
-                for i in (0, 1)
+                for page in (pages[:, 0], pages[:, -1, ..., -self.value_dim :])
             )  # fmt: skip
             q = self.q[at : at + count].double().view(count, self.num_heads, -1).transpose(0, 1)
             s = q @ keys.transpose(1, 2) * traits.scale
@@ -119,6 +122,8 @@ CASES = [
     pytest.param(128, 7, 1, {"cap": 3.0}, id="seven-of-one-capped"),
     pytest.param(64, 4, 4, {"sinks": True}, id="sinks"),
     pytest.param(96, 5, 1, {"window": 700, "sinks": True, "cap": 5.0}, id="everything"),
+    pytest.param(512, 2, 1, {}, id="head-512"),
+    pytest.param(112, 20, 1, {"latent": 96}, id="latents"),  # two parts of heads
 ]
 
 
@@ -131,8 +136,9 @@ def make_traits(num_heads: int, dim: int, options: dict) -> attention.Traits:
 
 @pytest.mark.parametrize(("dim", "num_heads", "kv_heads", "options"), CASES)
 def test_attention_is_that_of_softmax(dim, num_heads, kv_heads, options) -> None:
-    sequences = Sequences([1, 1, 37, 1, 3, 1], [5, 600, 90, 1, 530, 1100], dim, num_heads, kv_heads)
+    counts, contexts = [1, 1, 37, 1, 3, 1], [5, 600, 90, 1, 530, 1100]
     traits = make_traits(num_heads, dim, options)
+    sequences = Sequences(counts, contexts, dim, num_heads, kv_heads, traits.latent)
     close(sequences.attend(traits), sequences.expected(traits))
 
 
@@ -140,13 +146,13 @@ def test_attention_is_that_of_softmax(dim, num_heads, kv_heads, options) -> None
 def test_decode_and_prefill_agree_in_every_bit(dim, num_heads, kv_heads, options) -> None:
     """Alone or with others, as a decode or as the end of a longer row."""
     count, context = (530, 1100) if DEVICE.type == "cuda" else (40, 560)
-    whole = Sequences([count], [context], dim, num_heads, kv_heads)
     traits = make_traits(num_heads, dim, options)
+    whole = Sequences([count], [context], dim, num_heads, kv_heads, traits.latent)
     expected = whole.attend(traits)
     # Only a single query may be a decode item, and only those depend on the number of programs.
     for count, split, programs in ((1, True, 1), (1, True, 64), (1, False, 1), (2, False, 1),
                                    (33, False, 1)):  # fmt: skip
-        part = Sequences([count], [context], dim, num_heads, kv_heads)
+        part = Sequences([count], [context], dim, num_heads, kv_heads, traits.latent)
         part.cache, part.tables, part.q = whole.cache, whole.tables, whole.q[-count:].contiguous()
         same(part.attend(traits, split, programs), expected[-count:])
 

@@ -13,14 +13,14 @@ from workers import kernels
 from workers.attention.base import Arrays, AttentionShape, Prologue
 from workers.batch import Batch
 
-MAX_HEAD_DIM = 256
-MAX_GROUP = 128  # query heads of one kv head
+MAX_HEAD_DIM = 512  # of a value
+MAX_GROUP = 128  # query heads of one kv head, but of latents any number
 SCRATCH_BYTES = 128 << 20  # for spans that wait to be merged
 BUSY_PROGRAMS = 1024  # that keep a large GPU busy
 
 
 class TritonAttention:
-    """An AttentionBackend for head dimensions up to 256, in bf16, fp16 and fp32.
+    """An AttentionBackend for values of up to 512 elements, in bf16, fp16 and fp32.
 
     Raises ConfigError for a shape outside these limits.
     """
@@ -29,37 +29,38 @@ class TritonAttention:
         if not self.supports(shape):
             raise ConfigError(
                 f"TritonAttention cannot serve {shape}; needed: an NVIDIA GPU, Triton and a C"
-                f" compiler, a causal model without latents, head_dim up to {MAX_HEAD_DIM}, at most"
-                f" {MAX_GROUP} query heads for each kv head"
+                f" compiler, a causal model, head_dim up to {MAX_HEAD_DIM}, at most {MAX_GROUP}"
+                " query heads for each kv head"
             )
         from workers.kernels.gpu import attention, heads
 
         self.shape = shape
         self._kernels, self._place = attention, heads.place
+        latent = shape.latent is not None
+        self._parts = attention.parts_of(shape.num_heads, shape.num_kv_heads, latent)
         self._tile = attention.tile_queries(
-            shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.dtype
+            shape.num_heads, self._parts, shape.value_dim, shape.dtype
         )
-        per_item = shape.num_heads * (shape.head_dim + 2) * 4
+        per_item = shape.num_heads * (shape.value_dim + 2) * 4
         self._room = SCRATCH_BYTES // per_item
         self._scratch = attention.Scratch(
-            self._room, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.device
+            self._room, shape.num_heads, self._parts, shape.value_dim, shape.device
         )
-        self._busy = BUSY_PROGRAMS // shape.num_kv_heads
+        self._busy = BUSY_PROGRAMS // self._parts
 
     @staticmethod
     def supports(shape: AttentionShape) -> bool:
         return (
             kernels.has_triton(shape.device)
             and shape.causal
-            and shape.latent is None
-            and shape.head_dim <= MAX_HEAD_DIM
-            and shape.num_heads <= MAX_GROUP * shape.num_kv_heads
+            and shape.value_dim <= MAX_HEAD_DIM
+            and (shape.latent is not None or shape.num_heads <= MAX_GROUP * shape.num_kv_heads)
         )
 
     @property
     def block_shape(self) -> tuple[int, ...]:
         s = self.shape
-        return 2, s.num_kv_heads, s.block_size, s.head_dim
+        return 2 if s.latent is None else 1, s.num_kv_heads, s.block_size, s.head_dim
 
     def allocate(self, num_blocks: int) -> Tensor:
         s = self.shape
@@ -97,26 +98,38 @@ class TritonAttention:
 
     def attend(self, batch: Batch, cache: Tensor, qkv: Tensor, prologue: Prologue) -> Tensor:
         shape, rows = self.shape, batch.attention
-        if qkv.shape[1] == shape.num_heads * shape.head_dim:
-            q = prologue.split(qkv, batch.positions, shape)[0].flatten(1)
-        else:
-            q = self._place(
-                qkv, cache, batch.cells, batch.positions, shape.num_heads, bias=prologue.bias,
-                norms=prologue.norms, eps=prologue.eps, rotation=prologue.rotation,
-            )  # fmt: skip
-        out = torch.empty_like(q)
+        q = self._placed(batch, cache, qkv, prologue)
+        out = q.new_empty(len(q), shape.num_heads * shape.value_dim)
         traits = self._kernels.Traits(
-            shape.num_heads, shape.scale, prologue.window, shape.cap or 0.0, prologue.sinks
+            shape.num_heads,
+            shape.scale,
+            prologue.window,
+            shape.cap or 0.0,
+            prologue.sinks,
+            shape.latent,
         )
         if len(rows.decode):
             programs = min(len(rows.decode), max(2 * len(rows.slots), self._busy))
             self._kernels.decode(
                 q, cache, batch.block_tables, rows, traits, self._scratch, out,
-                programs * shape.num_kv_heads,
+                programs * self._parts,
             )  # fmt: skip
         if len(rows.prefill):
             self._kernels.prefill(q, cache, batch.block_tables, rows, traits, out)
         return out
+
+    def _placed(self, batch: Batch, cache: Tensor, qkv: Tensor, prologue: Prologue) -> Tensor:
+        """q [T, num_heads * head_dim]; keys and values, if there are any, go to the cache."""
+        shape = self.shape
+        if shape.latent is None and qkv.shape[1] > shape.num_heads * shape.head_dim:
+            return self._place(
+                qkv, cache, batch.cells, batch.positions, shape.num_heads, bias=prologue.bias,
+                norms=prologue.norms, eps=prologue.eps, rotation=prologue.rotation,
+            )  # fmt: skip
+        q, k, _ = prologue.split(qkv, batch.positions, shape)
+        if k.shape[1]:  # latents, of which there is one for all heads
+            cache.view(-1, shape.head_dim).index_copy_(0, batch.cells.long(), k[:, 0])
+        return q.flatten(1)
 
 
 def _spread(counts: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -5,15 +5,16 @@ keys that are computed side by side and then merged, and ``prefill`` for rows of
 which takes the same spans one after the other. So it does not matter whether a token was decoded,
 recomputed after preemption, or part of a prompt, nor how that was cut. What makes it so:
 
-- a span is the same keys in both, in the same blocks of ``BLOCK_N`` keys, from its start;
+- a span is the same keys in both, in the same blocks of keys (``_block``), from its start;
 - the running maximum is rounded up to a whole number (of powers of two), so that every later
   rescaling is a multiplication by a power of two, which is exact: it does not matter when it is
   done, nor whether the compiler makes one instruction of a product and a sum;
 - probabilities are summed by a matrix product with ones, whose order does not depend on how many
   threads share a tile, as that of a reduction does.
 
-A layer's cache is [num_blocks, 2, kv_heads, block_size, D]. Decode is bound by reading it, prefill
-by its products: 4 · T · context · heads · D operations, and a twelfth of that for the sums.
+A layer's cache is [num_blocks, 2, kv_heads, block_size, D], or of latents [num_blocks, 1, kv_heads,
+block_size, R + D], where the last D elements of a key are its value. Decode is bound by reading it,
+prefill by its products: 4 · T · context · heads · D operations, and a twelfth of that for the sums.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from torch import Tensor
 from workers.kernels.gpu.chain import begin, chained
 
 SPLIT = 512  # keys of a span: enough of these keep a GPU busy, few enough cost little to merge
-BLOCK_N = 64  # keys of a step of the loops
+MOST_PART = 16  # query heads over one latent that share a program
 FEW_PROGRAMS = 256  # of decode
 LOG2E = 1.4426950408889634
 _LOG2E = tl.constexpr(LOG2E)
@@ -43,10 +44,10 @@ def _power(exponent):
 
 @triton.jit
 def _blocks(
-    most, total, acc, q, positions, cache, table, head, start, low, stop, scale, window,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    N: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    IEEE: tl.constexpr,
+    most, total, acc, q, front, positions, cache, table, head, start, low, stop, scale, window,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
+    RP: tl.constexpr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """Goes on with ``_span`` over keys start to stop - 1. Not MASKED: every query sees all of them,
     and they are whole blocks of N keys."""
@@ -63,14 +64,24 @@ def _blocks(
             block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
         else:
             block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-        cell = block * (2 * KV_HEADS * BLOCK_SIZE * D) + (key % BLOCK_SIZE) * D
-        cell += head * BLOCK_SIZE * D
         inside = there[:, None] & (d < D)[None, :]
-        k = tl.load(cache + cell[:, None] + d[None, :], mask=inside, other=0.0)
-        v = tl.load(
-            cache + KV_HEADS * BLOCK_SIZE * D + cell[:, None] + d[None, :], mask=inside, other=0.0
-        )
-        s = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+        if R > 0:
+            cell = (block * KV_HEADS + head) * (BLOCK_SIZE * (R + D)) + (key % BLOCK_SIZE) * (R + D)
+            v = tl.load(cache + R + cell[:, None] + d[None, :], mask=inside, other=0.0)
+            r = tl.arange(0, RP)
+            turned = there[:, None] & (r < R)[None, :]
+            f = tl.load(cache + cell[:, None] + r[None, :], mask=turned, other=0.0)
+            s = tl.dot(q, tl.trans(v), input_precision=precision)
+            s = tl.dot(front, tl.trans(f), s, input_precision=precision) * scale
+        else:
+            cell = block * (2 * KV_HEADS * BLOCK_SIZE * D) + (key % BLOCK_SIZE) * D
+            cell += head * BLOCK_SIZE * D
+            k = tl.load(cache + cell[:, None] + d[None, :], mask=inside, other=0.0)
+            v = tl.load(
+                cache + KV_HEADS * BLOCK_SIZE * D + cell[:, None] + d[None, :], mask=inside,
+                other=0.0,
+            )  # fmt: skip
+            s = tl.dot(q, tl.trans(k), input_precision=precision) * scale
         if CAP > 0:  # soft cap (Gemma 2): cap · tanh(s / cap)
             s = CAP * _LOG2E * (2 * tl.sigmoid(s * (2 / (CAP * _LOG2E))) - 1)
         if MASKED:
@@ -93,13 +104,15 @@ def _blocks(
 
 @triton.jit
 def _span(
-    q, positions, cache, table, head, start, low, seen_by_all, stop, scale, window,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,
+    q, front, positions, cache, table, head, start, low, seen_by_all, stop, scale, window,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
+    RP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """Attention of q [M, DP] at ``positions`` [M] over keys start to stop - 1 of one sequence; of
     those before ``low`` no query sees any, and their blocks may hold anything. Without a window
-    every query sees those before ``seen_by_all``.
+    every query sees those before ``seen_by_all``. Of latents, ``front`` [M, RP] are the queries'
+    first R elements and q the others.
 
     ``scale`` has log2(e) in it. Returns maximum [M], sum [M] and weighted values [M, DP] of the
     exponentials (powers of two) less that maximum.
@@ -110,13 +123,13 @@ def _span(
     if not WINDOW:
         whole = tl.maximum(tl.minimum(seen_by_all, stop) - start, 0) // N * N
         most, total, acc = _blocks(
-            most, total, acc, q, positions, cache, table, head, start, low, start + whole, scale,
-            window, KV_HEADS, D, DP, BLOCK_SIZE, N, False, WINDOW, CAP, IEEE,
+            most, total, acc, q, front, positions, cache, table, head, start, low, start + whole,
+            scale, window, KV_HEADS, D, DP, R, RP, BLOCK_SIZE, N, False, WINDOW, CAP, IEEE,
         )  # fmt: skip
         start += whole
     return _blocks(
-        most, total, acc, q, positions, cache, table, head, start, low, stop, scale, window,
-        KV_HEADS, D, DP, BLOCK_SIZE, N, True, WINDOW, CAP, IEEE,
+        most, total, acc, q, front, positions, cache, table, head, start, low, stop, scale, window,
+        KV_HEADS, D, DP, R, RP, BLOCK_SIZE, N, True, WINDOW, CAP, IEEE,
     )  # fmt: skip
 
 
@@ -152,27 +165,28 @@ def _merged(first, last, item, heads, mine, partial, stats, D: tl.constexpr, DP:
 def _decode(
     q, q_stride, cache, tables, table_stride, items, counts, out, partial, stats, done, sinks,
     scale, window,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SPAN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
-    IEEE: tl.constexpr, CHAINED: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, IEEE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Rows of one query. An item is (token, slot, context, span), those of a row side by side;
     ``counts[0]`` says how many.
 
-    Programs go through items and kv heads in turn, so that the grid need not know their number.
-    The spans of a row wait in ``partial`` and ``stats``; ``done`` [items, kv heads], zero between
-    launches, counts them at the row's first item, and the program that finds them all there merges
-    them, always in order.
+    Programs go through items and parts in turn, so that the grid need not know their number; a part
+    is a kv head with its GROUP query heads, or with some of them. The spans of a row wait in
+    ``partial`` and ``stats``; ``done`` [items, parts], zero between launches, counts them at the
+    row's first item, and the program that finds them all there merges them, always in order.
     """
     begin(CHAINED)
     m = tl.arange(0, M)
     d = tl.arange(0, DP)
     work = tl.program_id(0)
-    end = tl.load(counts) * KV_HEADS
+    end = tl.load(counts) * PARTS
     while work < end:
-        item = work // KV_HEADS
-        head = work % KV_HEADS
+        item = work // PARTS
+        part = work % PARTS
         token = tl.load(items + 4 * item).to(tl.int64)
         slot = tl.load(items + 4 * item + 1).to(tl.int64)
         context = tl.load(items + 4 * item + 2)
@@ -185,14 +199,20 @@ def _decode(
             start = tl.maximum(start, low // N * N)
         if start < stop:
             mine = (m < GROUP)[:, None] & (d < D)[None, :]
-            heads = head * GROUP + m
-            query = tl.load(
-                q + token * q_stride + heads[:, None] * D + d[None, :], mask=mine, other=0.0
-            )
+            heads = part * GROUP + m
+            at = q + token * q_stride + heads[:, None] * (R + D)
+            query = tl.load(at + R + d[None, :], mask=mine, other=0.0)
+            front = query
+            if R > 0:
+                r = tl.arange(0, RP)
+                front = tl.load(
+                    at + r[None, :], mask=(m < GROUP)[:, None] & (r < R)[None, :], other=0.0
+                )
             positions = tl.full([M], 0, tl.int32) + (context - 1)
             most, total, acc = _span(
-                query, positions, cache, tables + slot * table_stride, head, start, low, context,
-                stop, scale, window, KV_HEADS, D, DP, BLOCK_SIZE, M, N, WINDOW, CAP, IEEE,
+                query, front, positions, cache, tables + slot * table_stride,
+                part // (PARTS // KV_HEADS), start, low, context, stop, scale, window, KV_HEADS, D,
+                DP, R, RP, BLOCK_SIZE, M, N, WINDOW, CAP, IEEE,
             )  # fmt: skip
             first = low // SPAN
             last = (context - 1) // SPAN
@@ -203,7 +223,7 @@ def _decode(
                 tl.store(stats + index * 2, most, mask=m < GROUP)
                 tl.store(stats + index * 2 + 1, total, mask=m < GROUP)
                 tl.debug_barrier()  # all of it is written before it is counted
-                counter = done + (item - span) * KV_HEADS + head
+                counter = done + (item - span) * PARTS + part
                 before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
                 finish = before == last - first
                 if finish:
@@ -226,17 +246,18 @@ def _decode(
 def _prefill(
     q, q_stride, cache, tables, table_stride, slots, contexts, starts, items, counts,
     out, sinks, scale, window,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SPAN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
-    IEEE: tl.constexpr, CHAINED: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, IEEE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of several queries. An item is (row, tile): M // GROUP queries of the row with all the
-    query heads of a kv head; ``counts[1]`` says how many there are, ``starts`` [rows + 1] where
-    each row's queries begin."""
+    """Rows of several queries. An item is (row, tile): M // GROUP queries of the row, each with the
+    query heads of a part (see ``_decode``); ``counts[1]`` says how many there are, ``starts``
+    [rows + 1] where each row's queries begin."""
     begin(CHAINED)
     item = tl.program_id(0)
-    head = tl.program_id(1)
+    part = tl.program_id(1)
     if item < tl.load(counts + 1):
         row = tl.load(items + 2 * item)
         tile = tl.load(items + 2 * item + 1)
@@ -249,12 +270,15 @@ def _prefill(
         query = tile * (M // GROUP) + m // GROUP
         valid = (m < M // GROUP * GROUP) & (query < count)
         positions = tl.where(valid, context - count + query, -1)
-        heads = head * GROUP + m % GROUP
+        heads = part * GROUP + m % GROUP
         token = (start + query).to(tl.int64)
         mine = valid[:, None] & (d < D)[None, :]
-        tile_q = tl.load(
-            q + token[:, None] * q_stride + heads[:, None] * D + d[None, :], mask=mine, other=0.0
-        )
+        at_q = q + token[:, None] * q_stride + heads[:, None] * (R + D)
+        tile_q = tl.load(at_q + R + d[None, :], mask=mine, other=0.0)
+        front = tile_q
+        if R > 0:
+            r = tl.arange(0, RP)
+            front = tl.load(at_q + r[None, :], mask=valid[:, None] & (r < R)[None, :], other=0.0)
         stop = context - count + tl.minimum((tile + 1) * (M // GROUP), count)
         low = 0
         if WINDOW:
@@ -267,9 +291,10 @@ def _prefill(
             if WINDOW:
                 first = tl.maximum(at, low // N * N)
             most_s, total_s, acc_s = _span(
-                tile_q, positions, cache, tables + slot * table_stride, head, first, low,
+                tile_q, front, positions, cache, tables + slot * table_stride,
+                part // (PARTS // KV_HEADS), first, low,
                 context - count + tile * (M // GROUP) + 1, tl.minimum(at + SPAN, stop), scale,
-                window, KV_HEADS, D, DP, BLOCK_SIZE, M, N, WINDOW, CAP, IEEE,
+                window, KV_HEADS, D, DP, R, RP, BLOCK_SIZE, M, N, WINDOW, CAP, IEEE,
             )  # fmt: skip
             higher = tl.maximum(most, most_s)
             less, less_s = _power(most - higher), _power(most_s - higher)
@@ -304,45 +329,64 @@ class Rows:
 @dataclass(frozen=True, slots=True)
 class Traits:
     """How a layer attends. ``cap`` is a soft cap of the logits, ``sinks`` [heads] logits that take
-    a share of every query's attention and give nothing."""
+    a share of every query's attention and give nothing; ``latent``: a key's last so many elements
+    are its value."""
 
     heads: int
     scale: float
     window: int | None = None
     cap: float = 0.0
     sinks: Tensor | None = None
+    latent: int | None = None
 
 
 class Scratch:
-    """Where spans of ``decode`` wait to be merged; room for ``items`` of them."""
+    """Where spans of ``decode`` wait to be merged; room for ``items`` of them, with ``parts`` of
+    all ``heads`` and values of ``dim``."""
 
-    def __init__(
-        self, items: int, heads: int, kv_heads: int, dim: int, device: torch.device
-    ) -> None:
-        self.done = torch.zeros(items, kv_heads, dtype=torch.int32, device=device)
+    def __init__(self, items: int, heads: int, parts: int, dim: int, device: torch.device) -> None:
+        self.done = torch.zeros(items, parts, dtype=torch.int32, device=device)
         self.partial = torch.empty(items, heads, dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(items, heads, 2, dtype=torch.float32, device=device)
 
 
-def _tile(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> int:
+def parts_of(heads: int, kv_heads: int, latent: bool) -> int:
+    """Into how many parts the query heads go that share a program: a kv head's are together, but
+    those over a latent are too many."""
+    group = heads // kv_heads
+    if not latent:
+        return kv_heads
+    return heads // max(n for n in range(1, MOST_PART + 1) if group % n == 0)
+
+
+def _block(dim: int, dtype: torch.dtype) -> int:
+    """Keys of a step of the loops, whose keys and values have room beside the queries."""
+    return 64 if dim <= 256 else 64 // dtype.itemsize
+
+
+def _tile(heads: int, parts: int, dim: int, dtype: torch.dtype) -> int:
     """Rows of a tile of ``_prefill``: what leaves room for keys and values beside it."""
     width = max(16, triton.next_power_of_2(dim)) * dtype.itemsize
     most = 128 if width <= 256 else 64 if width <= 512 else 32
-    return int(max(most, triton.next_power_of_2(heads // kv_heads)))
+    return int(max(most, triton.next_power_of_2(heads // parts)))
 
 
-def tile_queries(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> int:
-    """How many queries of a row an item of ``prefill`` takes."""
-    return _tile(heads, kv_heads, dim, dtype) // (heads // kv_heads)
+def tile_queries(heads: int, parts: int, dim: int, dtype: torch.dtype) -> int:
+    """How many queries of a row an item of ``prefill`` takes; ``dim`` is that of a value."""
+    return _tile(heads, parts, dim, dtype) // (heads // parts)
 
 
 def _options(cache: Tensor, traits: Traits) -> dict[str, Any]:
-    _, _, kv_heads, block_size, dim = cache.shape
+    _, planes, kv_heads, block_size, width = cache.shape
+    dim = traits.latent or width
+    parts = parts_of(traits.heads, kv_heads, planes == 1)
     return {
-        "HEADS": traits.heads, "KV_HEADS": kv_heads, "GROUP": traits.heads // kv_heads, "D": dim,
-        "DP": max(16, triton.next_power_of_2(dim)), "BLOCK_SIZE": block_size, "N": BLOCK_N,
-        "SPAN": SPLIT, "WINDOW": traits.window is not None, "CAP": traits.cap,
-        "SINK": traits.sinks is not None, "IEEE": cache.dtype == torch.float32,
+        "HEADS": traits.heads, "KV_HEADS": kv_heads, "PARTS": parts,
+        "GROUP": traits.heads // parts, "D": dim, "DP": max(16, triton.next_power_of_2(dim)),
+        "R": width - dim, "RP": max(16, triton.next_power_of_2(width - dim)),
+        "BLOCK_SIZE": block_size, "N": _block(dim, cache.dtype), "SPAN": SPLIT,
+        "WINDOW": traits.window is not None, "CAP": traits.cap, "SINK": traits.sinks is not None,
+        "IEEE": cache.dtype == torch.float32,
         # No product and sum become one instruction, which rounds once instead of twice, in one of
         # the loops and not in another.
         "enable_fp_fusion": False, **chained(cache.device),
@@ -353,7 +397,7 @@ def decode(
     q: Tensor, cache: Tensor, tables: Tensor, rows: Rows, traits: Traits, scratch: Scratch,
     out: Tensor, programs: int,
 ) -> None:  # fmt: skip
-    """Attention of the rows of one query: q [T, heads · D] to ``out`` [T, heads · D].
+    """Attention of the rows of one query: q [T, heads · (R + D)] to ``out`` [T, heads · D].
 
     ``tables`` [slots, blocks] int32 are the block tables. ``programs`` is the size of the grid.
     """
@@ -363,18 +407,19 @@ def decode(
         scratch.partial, scratch.stats, scratch.done, traits.sinks, traits.scale * LOG2E,
         traits.window or 0, M=max(16, triton.next_power_of_2(options["GROUP"])),
         # Many programs hide each other's latencies, few hide their own.
-        num_warps=4 if programs <= FEW_PROGRAMS else 2, num_stages=2, **options,
+        num_warps=4 if programs <= FEW_PROGRAMS or options["D"] > 256 else 2, num_stages=2,
+        **options,
     )  # fmt: skip
 
 
 def prefill(
     q: Tensor, cache: Tensor, tables: Tensor, rows: Rows, traits: Traits, out: Tensor
 ) -> None:
-    """Attention of the rows of several queries: q [T, heads · D] to ``out`` [T, heads · D]."""
+    """Attention of the rows of several queries: as ``decode``."""
     options = _options(cache, traits)
-    tile = _tile(traits.heads, options["KV_HEADS"], options["D"], cache.dtype)
-    _prefill[(len(rows.prefill), options["KV_HEADS"])](
+    tile = _tile(traits.heads, options["PARTS"], options["D"], cache.dtype)
+    _prefill[(len(rows.prefill), options["PARTS"])](
         q, q.stride(0), cache, tables, tables.stride(0), rows.slots, rows.contexts, rows.starts,
         rows.prefill, rows.counts, out, traits.sinks, traits.scale * LOG2E, traits.window or 0,
-        M=tile, num_warps=4 if tile <= 64 else 8, num_stages=2, **options,
+        M=tile, num_warps=4 if tile <= 64 and options["D"] <= 256 else 8, num_stages=2, **options,
     )  # fmt: skip
