@@ -216,6 +216,8 @@ class Worker:
             found.append(f"attention ({self._attention_name})")
         if self.traits.recurrent:
             found.append("recurrent layers")
+        if self.traits.latent is not None:
+            found.append("the heads' products of latents")
         if found and wanted == "on":
             raise ConfigError(
                 f"batch_invariance must be auto or off on {torch.cuda.get_device_name()}: what"

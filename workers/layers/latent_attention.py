@@ -118,12 +118,15 @@ class LatentAttention:
 
 
 class HeadLinear:
-    """A product for each head: x [T, heads, K] by weights [heads, N, K] to [T, heads, N]."""
+    """A product for each head: x [T, heads, K] by weights [heads, N, K] to [T, heads, N].
+
+    On a CPU no bit of a row depends on the others; on a GPU cuBLAS may sum in another order.
+    """
 
     def __init__(self, weights: Tensor) -> None:
         self._weights: Tensor | None = weights
         self._products: list[Packed] = []
-        if weights.device.type == "cpu":  # where no bit of a row may depend on the others
+        if weights.device.type == "cpu":
             self._weights = None
             for weight in weights.unbind():
                 self._products.append(Packed(weight.contiguous(), None))
