@@ -94,13 +94,15 @@ class _Shared:
 
     def __init__(self, place: Place, name: str, hidden: int, traits: SharedExpert) -> None:
         self._mlp = GatedMLP(place, f"{name}.{traits.name}", hidden, traits.inner, bias=False)
-        self._gate = traits.gate and ReplicatedLinear(place, f"{name}.{traits.gate}", hidden, 1)
+        self._gate: ReplicatedLinear | None = None
+        if traits.gate is not None:
+            self._gate = ReplicatedLinear(place, f"{name}.{traits.gate}", hidden, 1)
 
     def parameters(self) -> Iterable[Parameter]:
-        gate = self._gate.parameters() if self._gate else ()
+        gate = () if self._gate is None else self._gate.parameters()
         return chain(self._mlp.parameters(), gate)
 
     def share(self, x: Tensor) -> Tensor:
         """What this rank adds to the sum over the group [T, hidden]."""
         y = self._mlp.share(x)
-        return kernels.sigmoid(self._gate(x)) * y if self._gate else y
+        return y if self._gate is None else kernels.sigmoid(self._gate(x)) * y

@@ -25,7 +25,7 @@ from workers.layers.residual import Residual
 from workers.layers.rotary import PositionScale, Rope, Rotary
 from workers.layers.stream import Stream
 from workers.models.base import Layer, Model, Traits, kept, whole_place
-from workers.models.tensors import decoder_name, decoder_pieces, text_name
+from workers.models.tensors import decoder_name, decoder_pieces, layer_of, text_name
 from workers.parallel import Place, Stage
 from workers.sweep import Sweep
 from workers.weights import Parameter, Piece
@@ -33,6 +33,7 @@ from workers.weights import Parameter, Piece
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 LABELS = "score"
+UNSHARED = ("k_proj", "v_proj", "k_norm")  # which some checkpoints have in layers that share theirs
 
 
 @dataclass(frozen=True)
@@ -377,8 +378,11 @@ class DecoderModel(Model):
             name = text
         if name.startswith(f"{HEAD}.") and not self._traits.generates:
             return None
-        first, count = self._traits.num_layers, self._traits.draft_layers
-        if name.startswith(tuple(f"model.layers.{first + i}." for i in range(count))):
+        layer, last = layer_of(name), self._traits.num_layers
+        if last <= layer < last + self._traits.draft_layers:
+            return None
+        shares = 0 <= layer < last and self._traits.layers[layer].shares is not None
+        if shares and name.split(".")[-2] in UNSHARED:
             return None
         return decoder_name(name)
 

@@ -21,7 +21,7 @@ from workers.kernels.gpu.elementwise import clamped, gated
 from workers.kernels.gpu.product import BLOCK_K, Tile, shared_memory
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first"])
 def _sort(chosen, pairs, starts, count, first, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
     """Program e: the pairs of expert ``first`` + e, in order, behind those of the experts before
     it, from ``starts[e]`` to ``starts[e + 1]`` of ``pairs``. Grid (experts,)."""
@@ -100,7 +100,7 @@ def _product(
         tl.store(to, value.to(dtype), mask=there[:, None] & held[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "last"])
 def _combine(
     y, weights, chosen, shared, out, first, last, WIDTH: tl.constexpr, CHOSEN: tl.constexpr,
     BLOCK: tl.constexpr, SHARED: tl.constexpr, CHAINED: tl.constexpr,
