@@ -122,6 +122,26 @@ def test_every_layout_fills_every_parameter(
     assert loaded.seconds > 0
 
 
+def test_what_layers_share_or_nothing_computes_may_be_in_a_checkpoint(
+    copy: Callable[[str], Path],
+) -> None:
+    shared, draft = copy("gemma4"), copy("deepseek-v3")
+
+    def add(name: str) -> Callable[[dict[str, Tensor]], object]:
+        return lambda tensors: tensors.update({name: torch.zeros(3)})
+
+    for part in ("k_proj", "v_proj", "k_norm"):
+        change(shared, add(f"model.layers.5.self_attn.{part}.weight"))
+    change(draft, add("model.layers.3.eh_proj.weight"))
+    for path in (shared, draft):
+        fill(path)
+    change(shared, add("model.layers.5.self_attn.w_proj.weight"))
+    change(draft, add("model.layers.4.eh_proj.weight"))
+    for path, name in ((shared, "5.self_attn.w_proj"), (draft, "4.eh_proj")):
+        with pytest.raises(CheckpointError, match=f"does not know: model.layers.{name}"):
+            fill(path)
+
+
 @pytest.mark.parametrize("layout", ["one file", "pickle"])
 def test_ranks_read_their_own_part(layout: str, copy: Callable[[str], Path]) -> None:
     path = copy("llama-biases")
