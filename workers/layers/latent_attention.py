@@ -128,9 +128,9 @@ class HeadLinear:
         self._products: list[Packed] = []
         if weights.device.type == "cpu":
             self._weights = None
-            for weight in weights.unbind():
-                self._products.append(Packed(weight.contiguous(), None))
-                self._products[-1].ready(weight.contiguous())
+            for weight in map(Tensor.contiguous, weights.unbind()):
+                self._products.append(Packed(weight, None))
+                self._products[-1].ready(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._weights is not None:

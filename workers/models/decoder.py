@@ -82,9 +82,9 @@ class DecoderTraits(Traits):
     ``norm_offset`` is added to the norms' weights. Embeddings and updates of the residual stream
     are multiplied by their scales; logits are divided by ``logits_divisor``, then softly capped at
     ``logits_cap``. ``experts_beside``: experts stand beside the MLP, not in its place.
-    ``value_norm``: values have an RMS norm without weight; ``layer_scales``: what
-    leaves a layer is multiplied by a number of its own. ``draft_layers`` follow the last in the
-    checkpoint, to predict further tokens; they are not read.
+    ``value_norm``: values have an RMS norm without weight; ``layer_scales``: what leaves a layer is
+    multiplied by a number of its own. ``draft_layers`` follow the last in the checkpoint, to
+    predict further tokens; they are not read.
     """
 
     intermediate_size: int
