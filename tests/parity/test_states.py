@@ -1,5 +1,5 @@
-"""Prefix caching of a model with recurrent layers, through the whole engine: what is found, and that
-no token depends on it."""
+"""Prefix caching of a model with recurrent layers, through the whole engine: what is found, and
+that no token depends on it."""
 
 import random
 from collections.abc import Iterator
