@@ -60,6 +60,11 @@ class Parameter:
         return self._target is None
 
     @property
+    def device(self) -> torch.device | None:
+        """Of what is to be filled; None once it is."""
+        return None if self._target is None else self._target.device
+
+    @property
     def nbytes(self) -> int:
         """The bytes of what is to be filled; 0 once it is."""
         return 0 if self._target is None else self._target.nbytes
@@ -327,6 +332,7 @@ def _fill_dummy(model: Loadable, progress: Progress | None) -> list[int]:
     values = torch.empty(DUMMY_VALUES).uniform_(-0.03, 0.03, generator=generator)
     read = []
     for parameter in model.parameters():
+        values = values.to(parameter.device)  # a card repeats them faster
         count = math.prod(parameter.shape)
         start = zlib.crc32(parameter.name.encode()) % DUMMY_VALUES
         repeats = -(-(start + count) // DUMMY_VALUES)

@@ -1,7 +1,8 @@
 """``manta serve`` on two hosts with addresses of their own (tests/support/hosts.py).
 
 python -m tests.soak.serve_hosts (as root). A server with an engine and an ingress replica on each
-host is asked through either host's HAProxy; then the cable is pulled out under running streams, and
+host is asked through either host's HAProxy; then, under running streams, the second host's node is
+drained as before a spot instance goes, and ends; it comes again, and the cable is pulled out, and
 put back. Streams through the first host go on to their ends, with the text of the undisturbed run.
 """
 
@@ -9,9 +10,14 @@ import workers  # noqa: F401, I001  # before torch
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
@@ -22,7 +28,8 @@ from tests.support.hosts import HOSTS, OTHER, pull_cable, run_on_head, start_nod
 from tests.support.served import Served, serve
 
 STREAMS = 16
-
+OK = "status 200"
+NOTICE = 60  # seconds from a spot notice to the node's end
 
 Answer = tuple[str, float, str]  # how it ended, after how many seconds, and its text
 
@@ -81,7 +88,7 @@ async def watch(url: str, seconds: float) -> None:
         await asyncio.sleep(after)
         end, took, _ = await ask(url, 5, 1)
         print(f"  {after:5.1f} s: {end} after {took:.2f} s", flush=True)
-        assert end == "status 200"
+        assert end == OK
 
     begun = time.monotonic()
     requests = [asyncio.create_task(one(2.0 * i)) for i in range(int(seconds / 2))]
@@ -99,6 +106,47 @@ def where(kind: Kind = "engine") -> dict[str, str]:
     return {id: a.split()[0] for id, a in Directory("manta").find(kind).items()}
 
 
+def as_undisturbed(pairs: list[tuple[Answer, Answer]]) -> None:
+    """Compare answers with those of the undisturbed run."""
+    assert pairs and all(found[::2] == wanted[::2] for found, wanted in pairs)
+    print(f"  {len(pairs)} went on to their ends, with the text of the undisturbed run")
+
+
+@contextmanager
+def second_node(folder: str) -> Iterator[None]:
+    """Its node, started anew."""
+    node = start_node(OTHER, folder)
+    try:
+        yield
+    finally:
+        node.terminate()
+        node.wait(60)
+
+
+async def drain(served: Served, expected: list[Answer]) -> None:
+    """The second node gets a spot notice under running streams, and ends."""
+    print(f"The second node is drained; it ends {NOTICE} s later:")
+    streams = asyncio.create_task(together(served.url, 1500))
+    await asyncio.sleep(1.0)
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    (node,) = (node for node in nodes if node["NodeManagerAddress"] == HOSTS[OTHER])
+    subprocess.run(
+        [f"{os.path.dirname(sys.executable)}/ray", "drain-node", f"--node-id={node['NodeID']}",
+         "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot",
+         f"--deadline-remaining-seconds={NOTICE}"],
+        check=True,
+    )  # fmt: skip
+    told = time.monotonic()
+    while HOSTS[OTHER] in where().values():
+        assert time.monotonic() - told < NOTICE
+        await asyncio.sleep(0.1)
+    print(f"  the engine has left it after {time.monotonic() - told:.1f} s")
+    await watch(served.url, NOTICE + told - time.monotonic())
+    os.kill(int(os.environ["NODE_B"]), signal.SIGTERM)
+    await watch(served.url, 20)
+    as_undisturbed(list(zip(await streams, expected, strict=True)))
+
+
 async def drive(folder: str, served: Served) -> None:
     """What the driver does, on the first host."""
     ray.init(log_to_driver=False)
@@ -110,34 +158,33 @@ async def drive(folder: str, served: Served) -> None:
     for name, address in HOSTS.items():
         print(f"asked at {name}:")
         answers = await together(f"http://{address}:{served.port}", 60)
-        assert {end for end, _, _ in answers} == {"status 200"}
+        assert {end for end, _, _ in answers} == {OK}
     print("answered, by engine:", await answered(served.url))
     print("undisturbed:")
     expected = await together(served.url, 1500)
+    await drain(served, expected)
+    with second_node(folder):
+        while sorted(where().values()) != sorted(HOSTS.values()):
+            await asyncio.sleep(0.1)
+        await pull(served, expected)
+    print("It is put back, and the second host's node started anew:")
+    pull_cable(out=False)
+    with second_node(folder):
+        await watch(served.url, 30)
+        print("answered, by engine:", await answered(served.url))
+
+
+async def pull(served: Served, expected: list[Answer]) -> None:
+    """The second host is cut off under running streams."""
     print("The cable is pulled out:")
     streams = asyncio.create_task(together(served.url, 1500))
     await asyncio.sleep(1.0)
     pull_cable()
     await watch(served.url, 60)
     answers = await streams
-    broken = [took for end, took, _ in answers if end != "status 200"]
+    broken = [took for end, took, _ in answers if end != OK]
     assert 0 < max(broken) < 1.0 + HOST_TIMEOUT + 2
-    whole = [
-        found == wanted
-        for (end, _, found), (_, _, wanted) in zip(answers, expected, strict=True)
-        if end == "status 200"
-    ]
-    assert whole and all(whole)
-    print(f"  {len(whole)} went on to their ends, with the text of the undisturbed run")
-    print("It is put back, and the second host's node started anew:")
-    pull_cable(out=False)
-    node = start_node(OTHER, folder)
-    try:
-        await watch(served.url, 30)
-        print("answered, by engine:", await answered(served.url))
-    finally:
-        node.terminate()
-        node.wait(60)
+    as_undisturbed([pair for pair in zip(answers, expected, strict=True) if pair[0][0] == OK])
 
 
 if __name__ == "__main__":
