@@ -71,12 +71,16 @@ def replay_config(header: Header, overrides: dict[str, Any]) -> EngineConfig:
         for f in dataclasses.fields(group)
     }
     capacity = header.capacity
-    # Twice the memory for CPU blocks, as another dtype may need it; only what is used is touched.
-    swap = 2 * (capacity.num_cpu_blocks + 0.5) * capacity.block_bytes / GIB
+    # Twice the memory for CPU blocks, as another dtype may need it, and as much for states; only
+    # what is used is touched.
+    blocks, states = capacity.num_cpu_blocks, capacity.num_cpu_states
+    sizes = (blocks + 0.5) * capacity.block_bytes, (states + 0.5) * capacity.state_bytes
+    swap = 2 * (2 * max(sizes) if states else sizes[0]) / GIB
     same = {
         "block_size": capacity.block_size,
         "num_gpu_blocks_override": capacity.num_device_blocks,
-        "swap_space": swap if capacity.num_cpu_blocks else 0.0,
+        "num_mamba_states": capacity.num_states or None,
+        "swap_space": swap if blocks else 0.0,
         "schedule_log": None,
     }
     return EngineConfig.from_options(**{**options, **same, **overrides})
@@ -85,7 +89,8 @@ def replay_config(header: Header, overrides: dict[str, Any]) -> EngineConfig:
 def check_room(header: Header, capacity: Capacity) -> None:
     """Raises ConfigError if ``capacity`` does not hold what the logged plans use."""
     wanted = header.capacity
-    for name in ("num_device_blocks", "num_cpu_blocks", "block_size"):
+    names = "num_device_blocks", "num_cpu_blocks", "num_states", "num_cpu_states", "block_size"
+    for name in names:
         there, needed = getattr(capacity, name), getattr(wanted, name)
         if there < needed or (name == "block_size" and there != needed):
             raise ConfigError(f"the log was made with {name} {needed}; here it is {there}")

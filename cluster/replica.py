@@ -221,6 +221,13 @@ def _log_capacity(capacity: Capacity, max_model_len: int, seconds: float) -> Non
         seconds,
         capacity.attention_backend,
     )
+    if capacity.num_states:
+        log.info(
+            "States of recurrent layers: %s on the device (%.2f GiB), %s on the CPU",
+            f"{capacity.num_states:,}",
+            capacity.num_states * capacity.state_bytes / 2**30,
+            f"{capacity.num_cpu_states:,}",
+        )
     tokens = capacity.num_device_blocks * capacity.block_size
     log.info(
         "Maximum concurrency for %s tokens per request: %.2fx",

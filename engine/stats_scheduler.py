@@ -3,6 +3,7 @@
 from engine.config import CacheConfig
 from engine.executor import Capacity
 from engine.scheduler import Scheduler
+from engine.states import States
 from engine.stats import Metric, Sample, counter, gauge
 
 
@@ -11,7 +12,9 @@ def scheduler_metrics(scheduler: Scheduler, capacity: Capacity) -> list[Metric]:
     stats, kv = scheduler.stats, scheduler.kv
     waiting, block = scheduler.num_waiting, capacity.block_bytes
     kinds = dict.fromkeys((("swap", "0"), ("recompute", "0")), 0) | stats.preempted
+    states = [] if kv.states is None else _state_metrics(kv.states)
     return [
+        *states,
         gauge("num_requests_running", "Sequences that run.", scheduler.num_running),
         gauge("num_requests_waiting", "Sequences that wait.", waiting),
         Metric(
@@ -65,6 +68,18 @@ def scheduler_metrics(scheduler: Scheduler, capacity: Capacity) -> list[Metric]:
         counter("demoted_blocks", "Cached blocks moved to CPU blocks.", kv.stats.demoted_blocks),
         counter("promoted_blocks", "Cached blocks moved back from them.", kv.stats.promoted_blocks),
         counter("steps", "Steps planned.", stats.steps),
+    ]
+
+
+def _state_metrics(states: States) -> list[Metric]:
+    """Of a model with recurrent layers."""
+    device, cpu = states.tiers.device, states.tiers.cpu
+    return [
+        gauge("states", "States of sequences on the device.", device.num_blocks),
+        gauge("states_used", "States on the device that are held.", device.num_held),
+        gauge("cpu_states", "States in CPU memory.", cpu.num_blocks),
+        gauge("cpu_states_used", "States in CPU memory that are held.", cpu.num_held),
+        counter("kept_states", "States kept for the prefix cache.", states.kept),
     ]
 
 

@@ -11,6 +11,20 @@ GIB = 2**30
 STATES_SHARE = 0.5  # of the memory, at most
 
 
+def check(cache: CacheConfig, recurrent: bool, block_size: int) -> None:
+    """Raise ConfigError for an option of states that the model has none for, or that does not fit
+    its blocks."""
+    interval = cache.mamba_block_size
+    given = {"num_mamba_states": cache.num_mamba_states, "mamba_block_size": interval}
+    for name, value in given.items():
+        if value is not None and not recurrent:
+            raise ConfigError(f"{name}={value}: the model has no recurrent layers")
+    if interval is not None and interval % block_size:
+        raise ConfigError(
+            f"mamba_block_size must be a multiple of block_size ({block_size}), got {interval}"
+        )
+
+
 def unit_bytes(memories: Sequence[Memory], state: bool) -> int:
     """Bytes of one block, or of one state, in all of these layers."""
     return sum(memory.unit_bytes for memory in memories if memory.state == state)
@@ -32,13 +46,13 @@ def fit(
     states, blocks = cache.num_mamba_states, cache.num_gpu_blocks_override
     if not most_states:
         states = 0
-    room = device_bytes() if blocks is None else blocks * block
-    if states is None:
-        # Beside blocks that are given, states take as much memory as they do.
-        share = room * STATES_SHARE if blocks is None else room
-        states = _count(int(share), state, most_states)
     if blocks is None:
+        room = device_bytes()
+        if states is None:
+            states = _count(int(room * STATES_SHARE), state, most_states)
         blocks = _count(room - states * state, block, most_blocks)
+    elif states is None:  # as much memory as the blocks take, where there are any
+        states = _count(blocks * block, state if block else 0, most_states)
     if blocks < 1 or (most_states and states < 1):
         what, where = (
             ("KV blocks and states", " or num_mamba_states") if state else ("KV blocks", "")

@@ -20,7 +20,7 @@ from engine.pooling import Vector
 from engine.preempt import MeasuredCosts
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
-from workers import kernels, products, weights
+from workers import kernels, products, sizes, weights
 from workers.attention import choose_backends
 from workers.attention.several import backends_of
 from workers.attention.triton import TritonAttention
@@ -40,7 +40,6 @@ from workers.pooling import longest_text, read_pooling, served_config
 from workers.pooling_table import PoolingTable
 from workers.quantization.config import with_quantization
 from workers.sampler import HostCopy, HostSampled, Sampled, Sampler, SamplingTable
-from workers.sizes import GIB, fit, unit_bytes
 from workers.slot_tables import Learn, LogitsTable, SlotTable
 from workers.slots import HostRows, Slots
 from workers.staging import Staging
@@ -171,6 +170,7 @@ class Worker:
             self.device, dtype, self.ranks.group, parallel.enable_expert_parallel
         )
         block_size = self.config.cache.block_size or DEFAULT_BLOCK_SIZE
+        sizes.check(self.config.cache, traits.recurrent, block_size)
         self.backend = choose_backends(
             attention_shapes(traits, place, block_size), self.config.device.attention_backend
         )
@@ -235,7 +235,7 @@ class Worker:
         num_seqs = self.config.scheduler.max_num_seqs
         # More than every slot at full length could never be used but for cached prefixes.
         most = num_seqs * -(-self.max_model_len // self.backend.shape.block_size)
-        return fit(
+        return sizes.fit(
             self.config.cache,
             self.model.memories,
             self._device_bytes,
@@ -257,7 +257,7 @@ class Worker:
                 "Captured %s, in %.1f s and %.2f GiB",
                 self._graphs,
                 time.perf_counter() - started,
-                (torch.cuda.memory_reserved() - before) / GIB,
+                (torch.cuda.memory_reserved() - before) / sizes.GIB,
             )
         if kernels.has_triton(self.device):
             log.info("Triton: %s", kernels.compiled())
@@ -267,12 +267,12 @@ class Worker:
             num_device_blocks=units.blocks,
             num_cpu_blocks=units.cpu_blocks,
             block_size=shape.block_size,
-            block_bytes=unit_bytes(self.model.memories, state=False),
+            block_bytes=sizes.unit_bytes(self.model.memories, state=False),
             attention_backend=self._attention_name,
             costs=MeasuredCosts(out, in_, seconds_per_token),
             num_states=units.states,
             num_cpu_states=units.cpu_states,
-            state_bytes=unit_bytes(self.model.memories, state=True),
+            state_bytes=sizes.unit_bytes(self.model.memories, state=True),
         )
 
     def _make_tables(self, units: Units) -> None:
@@ -533,7 +533,7 @@ class Worker:
         if cache.gpu_memory_utilization is not None:
             share = int(total * cache.gpu_memory_utilization) - (total - free)
             return share // self.neighbours
-        return int(min(4 * GIB, 0.4 * free / self.neighbours))
+        return int(min(4 * sizes.GIB, 0.4 * free / self.neighbours))
 
     @torch.inference_mode()
     def _rehearse(self) -> None:

@@ -26,6 +26,7 @@ from engine.continuation import begin
 from engine.kv import KVBlocks
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from engine.states import States
 from tests.support.simulator import extend
 
 COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck))
@@ -126,7 +127,8 @@ class KVMachine(RuleBasedStateMachine):
     A cell of the simulated memory holds a hash of the whole prefix up to its token. Each plan is
     carried out there: copies out, copies in, then the rows in order. As in the scheduler,
     sequences end between plans, nobody is preempted after somebody was admitted, and results come
-    later than the plans that follow them.
+    later than the plans that follow them. In some runs a sequence has a state beside its blocks,
+    which is a hash of all tokens that it was fed.
     """
 
     done: Counter[str] = Counter()  # what all of its runs did
@@ -136,9 +138,18 @@ class KVMachine(RuleBasedStateMachine):
         num_cpu=st.sampled_from([3, 6, 20, 0]),
         block_size=st.integers(1, 3),
         caching=st.sampled_from([True, True, True, False]),
+        num_states=st.sampled_from([0, 2, 3, 4, 6]),
+        num_cpu_states=st.sampled_from([0, 1, 4, 8]),
+        interval=st.sampled_from([None, 1, 2]),
     )
-    def start(self, num_device, num_cpu, block_size, caching):
-        self.kv = KVBlocks(num_device, num_cpu, block_size, caching)
+    def start(self, num_device, num_cpu, block_size, caching, num_states, num_cpu_states, interval):
+        states = None
+        if num_states:
+            interval = interval and interval * block_size
+            states = States(num_states, num_cpu_states, block_size, 1, interval)
+        self.kv = KVBlocks(num_device, num_cpu, block_size, caching, states)
+        self.states, self.cpu_states = [0] * num_states, [0] * num_cpu_states
+        self.state_of = {}  # slot to the state that the plans named
         self.size = block_size
         self.device = [[0] * block_size for _ in range(num_device)]
         self.cpu = [[0] * block_size for _ in range(num_cpu)]
@@ -192,13 +203,20 @@ class KVMachine(RuleBasedStateMachine):
         draw = random.Random(seed)
         self.kv.promote = draw.random() < 0.9
         if draw.random() < 0.05:
-            self.kv.device.forget_all()
-            self.kv.cpu.forget_all()
+            for pool in self.pools():
+                pool.forget_all()
         self.plan(draw)
 
     # ---- what a scheduler does ----
 
+    def pools(self):
+        states = self.kv.states
+        return [self.kv.device, self.kv.cpu] + (
+            [states.tiers.device, states.tiers.cpu] if states else []
+        )
+
     def plan(self, draw):
+        self.kv.settle()
         for seq in list(self.running):
             if seq.known >= seq.max_total or draw.random() < 0.1:
                 self.finish(seq)
@@ -225,7 +243,7 @@ class KVMachine(RuleBasedStateMachine):
         need = seq.known - seq.computed
         if not need or seq.known >= seq.max_total:
             return
-        count = draw.randint(1, need)
+        count = self.kv.cut(seq, draw.randint(1, need))
         while True:
             free, held = self.kv.device.num_free, list(seq.blocks)
             wanted = blocks_for(seq.computed + count, self.size) - len(held)
@@ -249,7 +267,7 @@ class KVMachine(RuleBasedStateMachine):
 
     def preempt(self, draw, seq):
         kv, blocks = self.kv, list(seq.blocks)
-        copies, out = kv.swap_cost(seq)[0], kv.stats.swapped_out_blocks
+        copies, out = kv.swap_cost(seq)[0] - bool(kv.states), kv.stats.swapped_out_blocks
         if draw.random() < 0.7 and kv.swap_out(seq):
             assert kv.stats.swapped_out_blocks - out == copies
             assert len(seq.swapped) == len(blocks) and not seq.blocks
@@ -267,7 +285,7 @@ class KVMachine(RuleBasedStateMachine):
             missing = kv.missing_to_swap_in(seq, known)
         else:
             missing = kv.missing(seq, prefix, known)
-        if missing > kv.device.num_free:
+        if not kv.fits(missing) or prefix.coming:
             return
         self.waiting.remove(seq)
         self.running.append(seq)
@@ -280,7 +298,8 @@ class KVMachine(RuleBasedStateMachine):
         else:
             kv.claim(seq, prefix)
             assert seq.computed == len(prefix.blocks) * self.size < seq.known
-        count = draw.randint(1, known - seq.computed)
+        seq.prefill_end = known
+        count = kv.cut(seq, draw.randint(1, known - seq.computed))
         grown = kv.grow(seq, seq.computed + count)
         assert grown, "what was missing is not enough"
         self.add_row(seq, count)
@@ -296,6 +315,7 @@ class KVMachine(RuleBasedStateMachine):
     def leave(self, seq):
         self.running.remove(seq)
         self.tables.pop(seq.slot, None)
+        self.state_of.pop(seq.slot, None)
         seq.slot = -1
 
     # ---- what the workers do ----
@@ -306,22 +326,34 @@ class KVMachine(RuleBasedStateMachine):
             table = self.tables.setdefault(slot, [])
             assert index == len(table)
             table.append(block)
-        for pairs, source, target in (
-            (copies.out, self.device, self.cpu),
-            (copies.in_, self.cpu, self.device),
-        ):
-            assert len({b for _, b in pairs.tolist()}) == len(pairs), "two copies to one block"
-            read = [(list(source[a]), b) for a, b in pairs.tolist()]  # they may run side by side
-            for content, b in read:
-                target[b] = content
+        self.copy(copies, self.device, self.cpu)
+        moves = self.kv.drain_states()
+        if moves is not None:
+            self.state_of |= dict(moves.cells.tolist())
+            self.copy(moves.copies, self.states, self.cpu_states)
+            self.copy_side_by_side(moves.forks, [*self.states, 0], self.states)
         for row in self.rows:
             self.compute(draw, *row)
         self.rows = []
         self.check_memory()
 
+    def copy(self, copies, device, cpu):
+        self.copy_side_by_side(copies.out, device, cpu)
+        self.copy_side_by_side(copies.in_, cpu, device)
+
+    def copy_side_by_side(self, pairs, source, target):
+        assert len({b for _, b in pairs.tolist()}) == len(pairs), "two copies to one unit"
+        for content, b in [(source[a], b) for a, b in pairs.tolist()]:
+            target[b] = list(content) if isinstance(content, list) else content
+
     def compute(self, draw, seq, slot, start, count, wants):
         written, table = self.written[seq], self.tables[slot]
         chains = self.chains(written)
+        if self.states:
+            state = self.state_of[slot]
+            assert state == seq.live
+            assert self.states[state] == (chains[start - 1] if start else 0), "a stale state"
+            self.states[state] = chains[start + count - 1]
         cells = [self.device[block] for block in table]
         assert table == seq.blocks and len(set(table)) == len(table)
         held = [cells[i // self.size][i % self.size] for i in range(start)]
@@ -345,7 +377,14 @@ class KVMachine(RuleBasedStateMachine):
         kv = self.kv
         held = Counter(b for seq in self.all for b in seq.blocks)
         swapped = Counter(b for seq in self.all for b in seq.swapped)
-        for pool, holders in ((kv.device, held), (kv.cpu, swapped)):
+        holding = [(kv.device, held), (kv.cpu, swapped)]
+        memories = [(kv.device, self.device), (kv.cpu, self.cpu)]
+        if kv.states is not None:
+            tiers = kv.states.tiers
+            holding.append((tiers.device, Counter(seq.live for seq in self.all)))
+            holding.append((tiers.cpu, Counter(seq.parked for seq in self.all)))
+            memories += [(tiers.device, self.states), (tiers.cpu, self.cpu_states)]
+        for pool, holders in holding:
             counts = [pool.references(b) for b in range(pool.num_blocks)]
             assert counts == [holders[b] for b in range(pool.num_blocks)]
         known = {}
@@ -354,18 +393,20 @@ class KVMachine(RuleBasedStateMachine):
             hashes = seq.hashes(len(seq.tokens) // self.size, self.size)
             for i, block_hash in enumerate(hashes):
                 known[block_hash] = chains[i * self.size : (i + 1) * self.size]
-        for pool, memory in ((kv.device, self.device), (kv.cpu, self.cpu)):
+        for pool, memory in memories:
             for block in range(pool.num_blocks):
                 block_hash = pool.hash_of(block)
                 if block_hash is not None:
                     assert self.kv.prefix_caching
-                    assert memory[block] == known[block_hash], "cached content is not its hash's"
+                    content = known[block_hash]
+                    content = content if isinstance(memory[block], list) else content[-1]
+                    assert memory[block] == content, "cached content is not its hash's"
 
     @invariant()
     def consistent(self):
         if hasattr(self, "kv"):
-            self.kv.device.check()
-            self.kv.cpu.check()
+            for pool in self.pools():
+                pool.check()
             for seq in self.all:
                 assert not (seq.blocks and seq.swapped)
                 assert all(self.kv.device.references(b) for b in seq.blocks)
@@ -376,10 +417,15 @@ class KVMachine(RuleBasedStateMachine):
             for seq in self.all:
                 self.kv.release(seq)
             self.kv.drain()
-            assert self.kv.device.num_held == self.kv.cpu.num_held == 0, "a block has leaked"
+            self.kv.drain_states()
+            for pool in self.pools():
+                assert pool.num_held == 0, "a block or a state has leaked"
+                pool.check()
             KVMachine.done.update(vars(self.kv.stats))
-            self.kv.device.check()
-            self.kv.cpu.check()
+            if self.kv.states is not None:
+                stats = vars(self.kv.states.stats)
+                KVMachine.done.update({f"states {name}": n for name, n in stats.items()})
+                KVMachine.done["states kept"] += self.kv.states.kept
 
 
 def test_block_pool_agrees_with_a_plain_model():
@@ -388,7 +434,7 @@ def test_block_pool_agrees_with_a_plain_model():
 
 def test_kv_blocks_hold_what_they_should():
     KVMachine.done.clear()
-    run_state_machine_as_test(KVMachine, settings=settings(COMMON, max_examples=150))
+    run_state_machine_as_test(KVMachine, settings=settings(COMMON, max_examples=200))
     for name, count in KVMachine.done.items():  # it did everything, and often
         assert count > 20, name
 

@@ -25,6 +25,7 @@ VLLM = {
     "chat_template_content_format", "quantization",
     "max_logprobs", "generation_config", "seed", "block_size", "gpu_memory_utilization",
     "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "enable_prefix_caching",
+    "mamba_block_size",
     "max_cudagraph_capture_size",
     "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "scheduling_policy",
     "enforce_eager", "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel",
@@ -126,7 +127,7 @@ def test_names_are_known_and_unique():
     assert BY_NAME.keys() - VLLM == {  # vLLM has none such, or under another meaning
         "device", "attention_backend", "batch_invariance", "preemption_mode", "max_queued_requests",
         "max_queued_tokens", "prefault_kv_cache", "sanitize_control_tokens", "schedule_log",
-        "max_failovers", "failover_timeout", "pooling",
+        "max_failovers", "failover_timeout", "pooling", "num_mamba_states",
     }  # fmt: skip
 
 

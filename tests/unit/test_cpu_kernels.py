@@ -20,7 +20,8 @@ from workers.attention import AttentionShape, Prologue
 from workers.attention.cpu import CpuAttention
 from workers.attention.gather import GatherAttention
 from workers.batch import Batch
-from workers.kernels import build, plain
+from workers.kernels import build, delta, plain
+from workers.sweep import Sweep
 
 DTYPES = [torch.float32, torch.bfloat16]
 BOTH = pytest.mark.parametrize("module", [kernels, plain], ids=["compiled", "plain"])
@@ -342,3 +343,42 @@ def test_generic_rows(
         test_layer_norm(kernels, dtype, rows, width)
         test_argmax_lse(kernels, dtype, rows, width)
     test_nan_is_not_lost(lambda x: kernels.rms_norm(x, torch.ones(64, dtype=x.dtype), 0.0), dtype)
+
+
+@pytest.mark.parametrize("keys, values, key_size, value_size", [(2, 6, 12, 20), (1, 1, 64, 128)])
+@pytest.mark.parametrize("machine", ["this", "any"])
+def test_delta_net(
+    machine: str,
+    keys: int,
+    values: int,
+    key_size: int,
+    value_size: int,
+    generic: build.Library,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The heads of a gated delta net are those of the PyTorch code, for rows of any length; states
+    that no row has stay as they are."""
+    if machine == "any":
+        monkeypatch.setattr(delta, "library", lambda: generic)
+    heads = delta.Heads(
+        keys, values, key_size, value_size,
+        decay=-torch.rand(values), dt=torch.randn(values), norm=torch.randn(value_size), eps=1e-6,
+    )  # fmt: skip
+    starts, slots = torch.tensor([0, 3, 4, 4, 40], dtype=torch.int32), torch.tensor([5, 0, 3, 2])
+    tokens = int(starts[-1])
+    batch = Batch(
+        tokens=torch.zeros(tokens), positions=slots, cells=slots, slots=slots, query_starts=starts,
+        context_lens=starts[1:], block_tables=slots, max_context_len=0, states=slots,
+    )  # fmt: skip
+    sweep = Sweep(batch, 4)
+    qkv = torch.randn(tokens, 2 * keys * key_size + values * value_size)
+    rest = torch.randn(tokens, values * (value_size + 2) + 7)[:, 7:]
+    states = torch.randn(6, values * key_size * value_size + 3)
+    before = states.clone()
+    y = delta.recur(qkv, rest, states[:, 3:], heads, sweep)
+    expected_states = before.clone()
+    expected = delta._plain(qkv, rest, expected_states[:, 3:], heads, sweep.turns)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states, expected_states, rtol=1e-4, atol=1e-5)
+    idle = [1, 3, 4]
+    assert torch.equal(states[idle], before[idle]) and not torch.equal(states[5], before[5])

@@ -1,12 +1,13 @@
 """The copies between the tiers, against a plain model of which block holds what."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from engine.plan import Copies, pairs
+from engine.plan import Copies, StateMoves, pairs
 from workers import kv
 from workers.layers.memory import Memory
 from workers.messages import Units
@@ -79,6 +80,26 @@ def test_blocks_hold_what_was_copied_there(seed):
     assert cache.copied().blocks_out == 0  # told once
     out, in_ = cache.measure()
     assert 0 < out < 1 and 0 < in_ < 1
+
+
+def test_states_are_moved_apart_from_blocks():
+    """Copies out come first, then those in, then forks, which read before they write; of what no
+    state has, a new sequence's is zero. Blocks are left alone."""
+    cpu = torch.device("cpu")
+    memories = [replace(memory_of(number, cpu), state=number != 1) for number in range(3)]
+    cache = kv.KVCache(memories, Units(7, 2, 5, 2), cpu)
+    for number, layer in enumerate(cache.layers):
+        layer[:] = 100 * number + torch.arange(len(layer)).view(-1, 1, 1)
+    forks = pairs([(1, 3), (3, 1), (0, 2), (-1, 4)])
+    copies = Copies(out=pairs([(0, 1), (4, 0)]), in_=pairs([(0, 0)]))
+    cache.move_states(StateMoves(copies=copies, forks=forks))
+    for number, layer in enumerate(cache.layers):
+        first = layer.flatten(1)
+        assert (first == first[:, :1]).all()
+        expected = [4, 3, 4, 1, -100 * number] if number != 1 else range(7)
+        assert (first[:, 0] - 100 * number).tolist() == list(expected)
+    cache.move_states(StateMoves(copies=Copies(in_=pairs([(1, 4)]))))
+    assert cache.layers[2][4].flatten().unique().tolist() == [200]
 
 
 @pytest.mark.parametrize(
