@@ -47,7 +47,9 @@ CASES = [
     ("opt", 1, 3),
     ("olmo3", 2, 1),
     ("qwen3-moe", 2, 2),
+    ("gpt-oss", 2, 2),
 ]
+EXPERT_PARALLEL = ["gpt-oss"]
 POOLS = [("llama", 2, 1), ("qwen3", 2, 2), ("opt", 1, 3)]  # where vectors are asked for, too
 CANCELS = [("llama", 1, 2), ("qwen3", 2, 2), ("opt", 1, 3)]  # where requests come and go
 
@@ -206,6 +208,7 @@ def test_ranks_generate_what_one_process_does(
         model=str(checkpoint(name)),
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,
+        enable_expert_parallel=name in EXPERT_PARALLEL,
         **OPTIONS,
     )
     pool.size = tensor * pipeline

@@ -96,6 +96,12 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
         {"first_k_dense_replace": -1},
         "first_k_dense_replace=-1: must be an integer from",
     ),
+    ("gpt-oss", {"swiglu_limit": 0}, "swiglu_limit=0: must be a positive number"),
+    ("gpt-oss", {"num_experts_per_tok": 7}, "num_experts_per_tok=7: must be at most .* 6"),
+    ("gpt-oss", {"layer_types": ["full_attention"]}, "layer_types=.*must hold 3 times"),
+    ("minimax-m2", {"scoring_func": "softmax"}, "scoring_func='softmax': .*allowed: sigmoid"),
+    ("minimax-m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8: is not supported"),
+    ("minimax-m2", {"rotary_dim": 64, "rope_parameters": None}, "must be at most 1, not 2"),
     ("qwen3-moe", {"num_local_experts": 0}, "num_local_experts=0: must be a positive integer"),
 ]
 
@@ -122,6 +128,13 @@ def test_neutral_values_of_foreign_fields_are_harmless(copy: Callable[[str], Pat
         architectures=None,
         anything_else=3,
     )
+    assert read_traits(load_config(path)) == before
+
+
+def test_minimax_may_say_the_rotation_by_its_size(copy: Callable[[str], Path]) -> None:
+    path = copy("minimax-m2")
+    before = read_traits(load_config(path))
+    configure(path, rope_parameters=None, rotary_dim=16)
     assert read_traits(load_config(path)) == before
 
 

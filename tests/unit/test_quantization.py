@@ -16,11 +16,16 @@ from tests.support.quantized_checkpoints import FORMATS, compressed, quantize
 from workers.attention import choose_backend
 from workers.checkpoint import Config, load_config
 from workers.kernels.gpu import coded
+from workers.layers.expert_products import StackedExperts
+from workers.layers.experts import ExpertTraits
 from workers.layers.linear import ColumnLinear, Part, RowLinear
+from workers.layers.routing import Routing
 from workers.models import attention_shape, build_model, read_traits
+from workers.models.base import Layer
 from workers.parallel import Group, Place, Stage
 from workers.quantization.codes import Coded
 from workers.quantization.config import read_quantization, with_quantization
+from workers.quantization.quantization import PLAIN
 from workers.weights import load
 
 CPU = torch.device("cpu")
@@ -28,7 +33,7 @@ COLUMNS = [Part("model.layers.0.q", 48, slice(16, 32), torch.arange(16).flip(0))
            Part("model.layers.0.k", 16, slice(8, 16))]  # fmt: skip
 
 
-def fill(layer: ColumnLinear | RowLinear, tensors: dict[str, Tensor]) -> None:
+def fill(layer: Layer, tensors: dict[str, Tensor]) -> None:
     for parameter in layer.parameters():
         if parameter.name in tensors:
             parameter.fill(tensors[parameter.name][parameter.cut])
@@ -309,3 +314,30 @@ def test_the_option_and_the_checkpoint_must_agree(
         with_quantization(config, "fp8")
     with pytest.raises(ConfigError, match="quantization='awq': the checkpoint has no quant"):
         with_quantization(load_config(checkpoint("llama")), "awq")
+
+
+@pytest.mark.parametrize("format", ["fp8 blocks", "gptq desc_act", "awq", "mxfp4"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_in_codes_are_those_in_numbers(format: str, whole: bool) -> None:
+    """By the kernels of a GPU: a rank's part of each expert, or some of them ``whole``."""
+    torch.manual_seed(0)
+    to_codes, settings = FORMATS[format]
+    quantization = replace(read(settings), keeps=True)
+    place = Place(CPU, torch.float32, Group(2, 1), whole, quantization=quantization)
+    traits = ExpertTraits(4, 192, Routing(2))
+    layers = [
+        StackedExperts(p, "model.layers.0.mlp.experts", 96, traits)
+        for p in (place, replace(place, quantization=PLAIN))
+    ]
+    tensors = {}
+    for parameter in layers[1].parameters():
+        stored, values = to_codes(torch.randn(parameter.shape) / 10)
+        parameter.fill(values[parameter.cut])
+        module = parameter.name.removesuffix("weight")
+        tensors |= {quantization.canonical(module + leaf): t for leaf, t in stored.items()}
+    fill(layers[0], tensors)
+    assert isinstance(layers[0]._down, Coded) == (format != "gptq desc_act")
+    x, weights = torch.randn(5, 96), torch.rand(5, 2)
+    chosen = torch.rand(5, 4).topk(2).indices.int()
+    found, expected = (layer(x, weights, chosen, None) for layer in layers)
+    torch.testing.assert_close(found, expected)

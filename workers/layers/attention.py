@@ -110,7 +110,8 @@ class Attention:
         self._sinks: list[Parameter] = []
         values = None
         if sinks:
-            values = torch.empty(mine.stop - mine.start, device=place.device)
+            count = mine.stop - mine.start
+            values = torch.empty(count, dtype=torch.float32, device=place.device)
             self._sinks = [Parameter(f"{name}.sinks", (heads.count,), values, (mine,))]
         weights = [norm.weight for norm in self._head_norms]
         self._prologue = Prologue(

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from workers import kernels
 from workers.layers.linear import ReplicatedLinear
 from workers.parallel import Place
 from workers.weights import Parameter
@@ -57,7 +58,9 @@ class Router:
             hidden,
             experts,
             routing.bias,
+            late_bias=True,
         )
+        self._fused = kernels.has_triton(place.device)
         self._correction: Tensor | None = None
         self._parameters = list(self._linear.parameters())
         if routing.correction is not None:
@@ -70,8 +73,24 @@ class Router:
         return self._parameters
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._linear(x.to(self._dtype))
-        return route(logits.float(), self._routing, self._correction)
+        logits, rule = self._linear(x.to(self._dtype)), self._routing
+        if not self._fused:
+            return route(logits.float(), rule, self._correction)
+        from workers.kernels.gpu import routing
+
+        return routing.route(
+            logits,
+            self._linear.late_bias,
+            self._correction,
+            chosen=rule.chosen,
+            scores=rule.scores,
+            normed=rule.normed,
+            least_sum=LEAST_SUM,
+            scale=rule.scale,
+            groups=rule.groups,
+            chosen_groups=rule.chosen_groups,
+            group_best=rule.group_best,
+        )
 
 
 def route(

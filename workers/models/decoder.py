@@ -19,7 +19,7 @@ from workers.layers.residual import Residual
 from workers.layers.rotary import PositionScale, Rope, Rotary
 from workers.layers.stream import Stream
 from workers.models.base import Model, Traits, kept, whole_place
-from workers.models.tensors import decoder_name, decoder_pieces, text_name
+from workers.models.tensors import decoder_name, decoder_pieces, layer_of, text_name
 from workers.parallel import Place, Stage
 from workers.weights import Parameter, Piece
 
@@ -82,10 +82,6 @@ class DecoderTraits(Traits):
     @property
     def has_experts(self) -> bool:
         return any(layer.experts for layer in self.layers)
-
-    @property
-    def capturable(self) -> bool:
-        return not self.has_experts
 
 
 class DecoderLayer:
@@ -234,8 +230,8 @@ class DecoderModel(Model):
             name = text
         if name.startswith(f"{HEAD}.") and not self._traits.generates:
             return None
-        first, count = self._traits.num_layers, self._traits.draft_layers
-        if name.startswith(tuple(f"model.layers.{first + i}." for i in range(count))):
+        last = self._traits.num_layers
+        if last <= layer_of(name) < last + self._traits.draft_layers:
             return None
         return decoder_name(name)
 

@@ -38,6 +38,12 @@ def decoder_name(name: str) -> str | None:
     return f"model.{name}" if bare else name
 
 
+def layer_of(name: str) -> int:
+    """The number of the layer that a tensor is in; -1 for one outside of layers."""
+    found = re.match(r"(?:model\.)?layers\.(\d{1,9})\.", name)
+    return int(found[1]) if found else -1
+
+
 def _expert_part(match: re.Match[str]) -> str:
     return f"{match[1]}.{EXPERT_PARTS[match[2]]}."
 
@@ -73,7 +79,7 @@ def _experts(module: str, leaf: str, traits: "DecoderTraits") -> list[Piece]:
     """[experts, 2 · inner, hidden] of gates and ups, or [experts, hidden, inner]; interleaved they
     are [experts, hidden, 2 · inner] and [experts, inner, hidden], beside biases [experts, ...].
     In MXFP4 they are blocks [experts, outputs, inputs / 32, 16] with scales of each."""
-    layer = int(module.split(".")[2])
+    layer = layer_of(module)
     experts = traits.layers[layer].experts if layer < len(traits.layers) else None
     if experts is None:
         return []

@@ -34,19 +34,26 @@ class Quantization:
         return f"{self.description}, kept as {kept}"
 
     def weight(
-        self, part: Part, names: Sequence[str], device: torch.device, dtype: torch.dtype
+        self,
+        part: Part,
+        names: Sequence[str],
+        experts: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> Tensor | Coded:
-        """What ``part`` is to be filled with and multiplied by: of several linears ``names``
-        together, whose outputs are its rows, of the inputs in its columns."""
+        """What ``part`` is to be filled with and multiplied by: of linears ``names`` together,
+        whose outputs are its rows, of the inputs in its columns; or that for each of ``experts``.
+        """
         rows, columns = (cut.stop - cut.start for cut in (part.rows, part.columns))
+        shape = (rows, columns) if experts is None else (experts, rows, columns)
         format = self.format_of(names[0])
         alike = all(self.format_of(name) == format for name in names)
         if format is None or not alike or not self.keeps:
-            return torch.empty(rows, columns, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=dtype, device=device)
         grouping = format.grouping(part)
-        return Coded(
-            part.name, format.kind, (rows, columns), grouping, format.has_zeros, dtype, device
-        )
+        if grouping.of is not None and experts is not None:  # each expert has an order of its own
+            return torch.empty(shape, dtype=dtype, device=device)
+        return Coded(part.name, format.kind, shape, grouping, format.has_zeros, dtype, device)
 
     def stored(self, weight: Parameter) -> list[Parameter]:
         """The checkpoint's tensors that fill the weight of a linear: itself, or its codes'."""
