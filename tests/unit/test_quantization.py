@@ -50,7 +50,7 @@ def test_codes_that_stay_are_the_same_numbers(format: str) -> None:
     """Of a rank's part of linears that are computed together, and of one cut by its inputs."""
     torch.manual_seed(0)
     to_codes, settings = FORMATS[format]
-    quantization = replace(read(settings), keeps=True)
+    quantization = replace(read(settings), keeps=lambda kind, grouping: True)
     place = Place(CPU, torch.float32, Group(2, 1), quantization=quantization)
     tensors, values = {}, {}
     for name, rows in (("q", 48), ("k", 16), ("o", 40)):
@@ -73,7 +73,9 @@ def test_codes_that_stay_are_the_same_numbers(format: str) -> None:
 def test_linears_computed_together_are_numbers_if_one_is_not_quantized() -> None:
     to_codes, settings = FORMATS["fp8 blocks"]
     settings = settings | {"modules_to_not_convert": ["model.layers.0.k"]}
-    place = Place(CPU, torch.float32, quantization=replace(read(settings), keeps=True))
+    place = Place(
+        CPU, torch.float32, quantization=replace(read(settings), keeps=lambda kind, grouping: True)
+    )
     parts = [Part("model.layers.0.q", 48, slice(0, 48)), Part("model.layers.0.k", 16, slice(0, 16))]
     layer, plain = ColumnLinear(place, parts, 24, bias=False), torch.randn(16, 24)
     stored, values = to_codes(torch.randn(48, 24))
@@ -322,7 +324,7 @@ def test_experts_in_codes_are_those_in_numbers(format: str, whole: bool) -> None
     """By the kernels of a GPU: a rank's part of each expert, or some of them ``whole``."""
     torch.manual_seed(0)
     to_codes, settings = FORMATS[format]
-    quantization = replace(read(settings), keeps=True)
+    quantization = replace(read(settings), keeps=lambda kind, grouping: True)
     place = Place(CPU, torch.float32, Group(2, 1), whole, quantization=quantization)
     traits = ExpertTraits(4, 192, Routing(2))
     layers = [

@@ -59,7 +59,12 @@ class Library:
         self.gemm.argtypes = (
             POINTER, I64, I64, POINTER, I64, I64, POINTER, POINTER, I64, INT, POINTER, INT,
         )  # fmt: skip
-        self.gemm_pack.restype = self.gemm.restype = None
+        self.gemm_codes = library.manta_gemm_codes
+        self.gemm_codes.argtypes = (
+            POINTER, I64, I64, POINTER, POINTER, POINTER, POINTER, I64, I64, I64, I64, I64, POINTER,
+            POINTER, I64, INT, POINTER, INT,
+        )  # fmt: skip
+        self.gemm_pack.restype = self.gemm.restype = self.gemm_codes.restype = None
         self.group_reduce = {
             torch.float32: library.manta_group_reduce_fp32,
             torch.bfloat16: library.manta_group_reduce_bf16,

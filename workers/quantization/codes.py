@@ -65,6 +65,11 @@ class Codes:
     grouping: Grouping
     zeros: Tensor | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a code: nobody's weight."""
+        return self.codes.dtype
+
     def __getitem__(self, rows: Tensor | slice) -> "Codes":
         zeros = None if self.zeros is None else self.zeros[rows]
         return Codes(self.kind, self.codes[rows], self.scales[rows], self.grouping, zeros)
@@ -123,6 +128,7 @@ class Coded:
         self.zeros = torch.empty_like(self.scales, dtype=torch.uint8) if has_zeros else None
         self.group_size, self.offset = grouping.size, grouping.offset
         self.groups: Tensor | None = None
+        self._reordered = grouping.of is not None
         if grouping.of is not None:
             self.groups = torch.full_like(grouping.of, -1, dtype=torch.int32, device=device)
         elif grouping.size % HALF or grouping.offset % HALF:
@@ -144,6 +150,16 @@ class Coded:
         view.codes, view.scales = self.codes[at], self.scales[at]
         view.zeros = None if self.zeros is None else self.zeros[at]
         return view
+
+    def unpacked(self) -> Codes:
+        """What a weight [N, K] was filled with."""
+        codes = self.codes
+        if self.kind.bits == 4:
+            halves = codes.view(len(codes), -1, HALF)
+            codes = torch.stack((halves & 15, halves >> 4), 2).flatten(1)[:, : self._columns]
+        of = self.groups if self._reordered else None
+        grouping = Grouping(self.scales.shape[1], self.group_size, self.offset, of)
+        return Codes(self.kind, codes, self.scales, grouping, self.zeros)
 
     def copy_(self, part: Codes) -> None:
         """Take over ``part``, of the same kind and shape. Raises CheckpointError if its columns are

@@ -8,6 +8,8 @@ import torch
 from engine.errors import ConfigError
 from workers import kernels
 from workers.checkpoint import Config
+from workers.kernels.gemm_codes import has_gemm_codes
+from workers.quantization.codes import Grouping, Kind
 from workers.quantization.compressed import read_compressed
 from workers.quantization.fp8 import read_fp8
 from workers.quantization.names import HEADS, is_plain, skipped
@@ -62,7 +64,7 @@ def _of_layers(config: Config, what: str, format: Format) -> Quantization:
             return format if head else None
         return None if is_plain(name) or ".layer" not in name or skips(name) else format
 
-    return Quantization(what, format_of)
+    return Quantization(what, (format.kind,), format_of)
 
 
 def _read_mxfp4(config: Config) -> Quantization:
@@ -72,7 +74,7 @@ def _read_mxfp4(config: Config) -> Quantization:
     def format_of(name: str) -> Format | None:
         return MxBlocks() if ".experts." in name and not skips(name) else None
 
-    return Quantization("mxfp4 experts", format_of)
+    return Quantization("mxfp4 experts", (Kind.E2M1,), format_of)
 
 
 METHODS: dict[str, Callable[[Config], Quantization]] = {
@@ -97,9 +99,14 @@ def read_quantization(config: Config) -> Quantization:
     return METHODS[settings.choice("quant_method", default, tuple(METHODS))](settings)
 
 
-def quantization_on(config: Config, device: torch.device) -> Quantization:
-    """The same, where a model's weights are on ``device``."""
-    return replace(read_quantization(config), keeps=kernels.has_triton(device))
+def quantization_on(config: Config, device: torch.device, dtype: torch.dtype) -> Quantization:
+    """The same, where a model's weights are on ``device`` and it computes in ``dtype``."""
+    gpu, cpu = kernels.has_triton(device), device.type == "cpu"
+
+    def keeps(kind: Kind, grouping: Grouping) -> bool:
+        return gpu or (cpu and has_gemm_codes(kind, grouping, dtype))
+
+    return replace(read_quantization(config), keeps=keeps)
 
 
 def with_quantization(config: Config, option: str | None) -> Config:

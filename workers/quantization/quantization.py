@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from workers.quantization.codes import Coded
+from workers.quantization.codes import Coded, Grouping, Kind
 from workers.quantization.stored import Format, Part, stored_as
 from workers.weights import Parameter
 
@@ -15,23 +15,26 @@ from workers.weights import Parameter
 class Quantization:
     """``format_of`` gives a linear's format by its name, None for one that is not quantized.
 
-    ``keeps`` says that weights stay in codes, which the device's kernels multiply by; else they
-    become numbers as they are loaded. ``description`` is for people. Of tensors' names the last
-    part may be another for the same thing (``renamed``), or mean nothing here (``beside``).
+    ``keeps`` says whether weights of a kind, in such groups, stay in codes, which the device's
+    kernels multiply by; else they become numbers as they are loaded. ``description`` is for people,
+    ``kinds`` are those that there are. Of tensors' names the last part may be another for the same
+    thing (``renamed``), or mean nothing here (``beside``).
     """
 
     description: str = ""
+    kinds: tuple[Kind, ...] = ()
     format_of: Callable[[str], Format | None] = lambda name: None
     renamed: Mapping[str, str] = field(default_factory=dict)
     beside: frozenset[str] = frozenset()
-    keeps: bool = False
+    keeps: Callable[[Kind, Grouping], bool] = lambda kind, grouping: False
 
     def in_words(self, dtype: torch.dtype) -> str:
         """For people: what is stored, and what of it is kept in memory."""
         if not self.description:
             return ""
-        kept = "codes" if self.keeps else str(dtype).removeprefix("torch.")
-        return f"{self.description}, kept as {kept}"
+        number = str(dtype).removeprefix("torch.")
+        kept = {"codes" if self.keeps(kind, Grouping(1, 128)) else number for kind in self.kinds}
+        return f"{self.description}, kept as {' and '.join(sorted(kept))}"
 
     def weight(
         self,
@@ -48,10 +51,12 @@ class Quantization:
         shape = (rows, columns) if experts is None else (experts, rows, columns)
         format = self.format_of(names[0])
         alike = all(self.format_of(name) == format for name in names)
-        if format is None or not alike or not self.keeps:
+        grouping = None if format is None else format.grouping(part)
+        # Each expert has an order of columns of its own.
+        ordered = experts is None or grouping is None or grouping.of is None
+        if format is None or grouping is None or not alike or not ordered:
             return torch.empty(shape, dtype=dtype, device=device)
-        grouping = format.grouping(part)
-        if grouping.of is not None and experts is not None:  # each expert has an order of its own
+        if not self.keeps(format.kind, grouping):
             return torch.empty(shape, dtype=dtype, device=device)
         return Coded(part.name, format.kind, shape, grouping, format.has_zeros, dtype, device)
 
