@@ -117,39 +117,16 @@ def second_node(folder: str) -> Iterator[None]:
     """Its node, started anew."""
     node = start_node(OTHER, folder)
     try:
+        while sum(one["Alive"] for one in ray.nodes()) < 2:  # type: ignore[no-untyped-call]
+            time.sleep(0.1)
         yield
     finally:
         node.terminate()
         node.wait(60)
 
 
-async def drain(served: Served, expected: list[Answer]) -> None:
-    """The second node gets a spot notice under running streams, and ends."""
-    print(f"The second node is drained; it ends {NOTICE} s later:")
-    streams = asyncio.create_task(together(served.url, 1500))
-    await asyncio.sleep(1.0)
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    (node,) = (node for node in nodes if node["NodeManagerAddress"] == HOSTS[OTHER])
-    subprocess.run(
-        [f"{os.path.dirname(sys.executable)}/ray", "drain-node", f"--node-id={node['NodeID']}",
-         "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot",
-         f"--deadline-remaining-seconds={NOTICE}"],
-        check=True,
-    )  # fmt: skip
-    told = time.monotonic()
-    while HOSTS[OTHER] in where().values():
-        assert time.monotonic() - told < NOTICE
-        await asyncio.sleep(0.1)
-    print(f"  the engine has left it after {time.monotonic() - told:.1f} s")
-    await watch(served.url, NOTICE + told - time.monotonic())
-    os.kill(int(os.environ["NODE_B"]), signal.SIGTERM)
-    await watch(served.url, 20)
-    as_undisturbed(list(zip(await streams, expected, strict=True)))
-
-
-async def drive(folder: str, served: Served) -> None:
-    """What the driver does, on the first host."""
-    ray.init(log_to_driver=False)
+async def undisturbed(served: Served) -> list[Answer]:
+    """Engines and ingress replicas are on both hosts, and answer there."""
     while len(where()) < 2:
         await asyncio.sleep(0.1)
     await asyncio.sleep(2)  # every ingress replica has looked
@@ -161,21 +138,39 @@ async def drive(folder: str, served: Served) -> None:
         assert {end for end, _, _ in answers} == {OK}
     print("answered, by engine:", await answered(served.url))
     print("undisturbed:")
-    expected = await together(served.url, 1500)
-    await drain(served, expected)
-    with second_node(folder):
-        while sorted(where().values()) != sorted(HOSTS.values()):
-            await asyncio.sleep(0.1)
-        await pull(served, expected)
-    print("It is put back, and the second host's node started anew:")
-    pull_cable(out=False)
-    with second_node(folder):
-        await watch(served.url, 30)
-        print("answered, by engine:", await answered(served.url))
+    return await together(served.url, 1500)
 
 
-async def pull(served: Served, expected: list[Answer]) -> None:
+async def drain(served: Served) -> None:
+    """The second node gets a spot notice under running streams, and ends."""
+    expected = await undisturbed(served)
+    print(f"The second node is drained; it ends {NOTICE} s later:")
+    streams = asyncio.create_task(together(served.url, 1500))
+    await asyncio.sleep(1.0)
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    (node,) = (node for node in nodes if node["NodeManagerAddress"] == HOSTS[OTHER])
+    told = time.monotonic()
+    await asyncio.to_thread(
+        subprocess.run,
+        [f"{os.path.dirname(sys.executable)}/ray", "drain-node", f"--node-id={node['NodeID']}",
+         "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot",
+         f"--deadline-remaining-seconds={NOTICE}"],
+        check=True,
+    )  # fmt: skip
+    print(f"  the notice is given after {time.monotonic() - told:.1f} s")
+    while HOSTS[OTHER] in where().values():
+        assert time.monotonic() - told < NOTICE
+        await asyncio.sleep(0.1)
+    print(f"  the engine has left it after {time.monotonic() - told:.1f} s")
+    await watch(served.url, NOTICE + told - time.monotonic())
+    os.kill(int(os.environ["NODE_B"]), signal.SIGTERM)
+    await watch(served.url, 20)
+    as_undisturbed(list(zip(await streams, expected, strict=True)))
+
+
+async def pull(served: Served, folder: str) -> None:
     """The second host is cut off under running streams."""
+    expected = await undisturbed(served)
     print("The cable is pulled out:")
     streams = asyncio.create_task(together(served.url, 1500))
     await asyncio.sleep(1.0)
@@ -185,11 +180,25 @@ async def pull(served: Served, expected: list[Answer]) -> None:
     broken = [took for end, took, _ in answers if end != OK]
     assert 0 < max(broken) < 1.0 + HOST_TIMEOUT + 2
     as_undisturbed([pair for pair in zip(answers, expected, strict=True) if pair[0][0] == OK])
+    print("It is put back, and the second host's node started anew:")
+    pull_cable(out=False)
+    with second_node(folder):
+        await watch(served.url, 30)
+        print("answered, by engine:", await answered(served.url))
+
+
+def main(folder: str) -> None:
+    """What the driver does, on the first host."""
+    ray.init(log_to_driver=False)
+    options = "--num-replicas", "2", "--num-ingress-replicas", "2"
+    with serve(*options) as served:
+        asyncio.run(drain(served))
+    with second_node(folder), serve(*options) as served:
+        asyncio.run(pull(served, folder))
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        with serve("--num-replicas", "2", "--num-ingress-replicas", "2") as served:
-            asyncio.run(drive(sys.argv[1], served))
+        main(sys.argv[1])
     else:
         sys.exit(run_on_head("tests.soak.serve_hosts"))
