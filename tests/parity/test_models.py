@@ -294,7 +294,7 @@ def test_experts_that_cannot_be_given_to_ranks_are_refused(checkpoint: Checkpoin
         r"tensor_parallel_size=4 does not divide the number of experts \(6\); allowed: 1, 2, 3, 6"
     )
     with pytest.raises(ConfigError, match=message):
-        build(checkpoint("gpt-oss"), group=Group(4, 0), expert_parallel=True)
+        build(checkpoint("qwen3-moe"), group=Group(4, 0), expert_parallel=True)
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,8 @@ CASES = [
     ("opt", 1, 3),
     ("olmo3", 2, 1),
     ("qwen3-moe", 2, 2),
-    ("gpt-oss", 2, 2),
 ]
-EXPERT_PARALLEL = ["gpt-oss"]
+EXPERT_PARALLEL = ["qwen3-moe"]
 POOLS = [("llama", 2, 1), ("qwen3", 2, 2), ("opt", 1, 3)]  # where vectors are asked for, too
 CANCELS = [("llama", 1, 2), ("qwen3", 2, 2), ("opt", 1, 3)]  # where requests come and go
 

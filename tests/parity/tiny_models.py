@@ -168,8 +168,8 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         | {
             "head_dim": 32,
             "sliding_window": 6,
-            "num_local_experts": 6,
-            "num_experts_per_tok": 3,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
             "swiglu_limit": 1.5,
             "rope_parameters": {
                 "rope_type": "yarn",
@@ -187,8 +187,8 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         | {
             "head_dim": 32,
             "rotary_dim": 16,
-            "num_local_experts": 6,
-            "num_experts_per_tok": 3,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
         },
     ),
     "mixtral": (
