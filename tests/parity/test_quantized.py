@@ -20,6 +20,7 @@ CASES = [
     ("qwen3-moe", "fp8 blocks"),
     ("mixtral", "awq"),
     ("gpt-oss", "mxfp4 experts"),
+    *(("phi3", name) for name in ("fp8 tensor", "compressed fp8 outputs", "gptq asymmetric")),
 ]
 
 

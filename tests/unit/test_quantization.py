@@ -232,6 +232,14 @@ def test_a_group_that_does_not_divide_the_inputs_is_refused(
         build(path)
 
 
+def test_linears_that_share_a_scale_are_refused(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, _ = quantize(checkpoint("phi3"), tmp_path, "fp8 blocks")
+    with pytest.raises(CheckpointError, match="k_proj begins at output 64 .* a multiple of 24"):
+        build(path)
+
+
 def test_ranks_do_not_share_a_word_of_codes() -> None:
     place = Place(CPU, torch.float32, Group(4, 0), quantization=read(GPTQ))
     with pytest.raises(ConfigError, match="cuts the 16 inputs of model.layers.0.o into parts of 4"):

@@ -104,9 +104,10 @@ class Coded:
     there.
 
     ``codes`` are [N, K] uint8 or, of 4 bits, [N, ⌈K / 128⌉ · 64]: byte 64 b + j holds column
-    128 b + j, and column 128 b + 64 + j in its high half. ``scales`` and ``zeros`` are as in
-    ``Codes``; ``groups`` [K] int32 is each column's group where a program's 64 columns may have
-    several, else a group has ``group_size`` columns and the first ends ``offset`` early.
+    128 b + j, and column 128 b + 64 + j in its high half. ``scales``, of a type that has them
+    exactly, and ``zeros`` are as in ``Codes``. ``groups`` [K] int32 is each column's group where a
+    program's 64 columns may have several, else a group has ``group_size`` columns and the first
+    ends ``offset`` early.
     """
 
     def __init__(
@@ -118,13 +119,14 @@ class Coded:
         has_zeros: bool,
         dtype: torch.dtype,
         device: torch.device,
+        scale_dtype: torch.dtype = torch.float32,
     ) -> None:
         *rows, columns = shape
         self.name = name
         self.kind, self.dtype, self.device, self._columns = kind, dtype, device, columns
         width = columns if kind.bits == 8 else -(-columns // (2 * HALF)) * HALF
         self.codes = torch.empty(*rows, width, dtype=torch.uint8, device=device)
-        self.scales = torch.empty(*rows, grouping.count, dtype=torch.float32, device=device)
+        self.scales = torch.empty(*rows, grouping.count, dtype=scale_dtype, device=device)
         self.zeros = torch.empty_like(self.scales, dtype=torch.uint8) if has_zeros else None
         self.group_size, self.offset = grouping.size, grouping.offset
         self.groups: Tensor | None = None
@@ -159,7 +161,7 @@ class Coded:
             codes = torch.stack((halves & 15, halves >> 4), 2).flatten(1)[:, : self._columns]
         of = self.groups if self._reordered else None
         grouping = Grouping(self.scales.shape[1], self.group_size, self.offset, of)
-        return Codes(self.kind, codes, self.scales, grouping, self.zeros)
+        return Codes(self.kind, codes, self.scales.float(), grouping, self.zeros)
 
     def copy_(self, part: Codes) -> None:
         """Take over ``part``, of the same kind and shape. Raises CheckpointError if its columns are

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.errors import CheckpointError
 from workers.quantization.codes import Coded, Grouping, Kind
 from workers.quantization.stored import Format, Part, stored_as
-from workers.weights import Parameter
+from workers.weights import Parameter, Piece
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,52 @@ class Quantization:
         rows, columns = (cut.stop - cut.start for cut in (part.rows, part.columns))
         shape = (rows, columns) if experts is None else (experts, rows, columns)
         format = self.format_of(names[0])
-        alike = all(self.format_of(name) == format for name in names)
-        grouping = None if format is None else format.grouping(part)
-        # Each expert has an order of columns of its own.
-        ordered = experts is None or grouping is None or grouping.of is None
-        if format is None or grouping is None or not alike or not ordered:
-            return torch.empty(shape, dtype=dtype, device=device)
-        if not self.keeps(format.kind, grouping):
-            return torch.empty(shape, dtype=dtype, device=device)
-        return Coded(part.name, format.kind, shape, grouping, format.has_zeros, dtype, device)
+        if format is not None and all(self.format_of(name) == format for name in names):
+            grouping = format.grouping(part)
+            # Each expert has an order of columns of its own.
+            ordered = experts is None or grouping.of is None
+            if ordered and self.keeps(format.kind, grouping):
+                return Coded(
+                    part.name,
+                    format.kind,
+                    shape,
+                    grouping,
+                    format.has_zeros,
+                    dtype,
+                    device,
+                    format.scale_dtype,
+                )
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def stored(self, weight: Parameter) -> list[Parameter]:
         """The checkpoint's tensors that fill the weight of a linear: itself, or its codes'."""
         name, _, _ = weight.name.rpartition(".")
         format = self.format_of(name)
         return [weight] if format is None else stored_as(format, weight)
+
+    def pieces(self, leaf: str, whole: Sequence[Piece]) -> list[Piece]:
+        """What a tensor ``leaf`` of linears that are stored together holds of each of them, where
+        their weight [N, K] is in the pieces ``whole``. Raises CheckpointError if they share scales.
+        """
+        found = []
+        for piece in whole:
+            name, _, _ = piece.name.rpartition(".")
+            format, (rows, _) = self.format_of(name), piece.at
+            if format is None or not isinstance(rows, slice):
+                return []
+            if rows.start % format.height:
+                raise CheckpointError(
+                    f"{name} begins at output {rows.start} of what it is stored in, which must be a"
+                    f" multiple of {format.height}"
+                )
+            inputs = piece.shape[1]
+            part = Part(name, (piece.shape[0], inputs), rows, slice(0, inputs))
+            found += [
+                Piece(f"{name}.{leaf}", stored.cut, stored.shape)
+                for stored in format.tensors(part)
+                if stored.leaf == leaf
+            ]
+        return found
 
     def canonical(self, name: str) -> str | None:
         """The parameter name of the tensor ``name``; None for one that means nothing."""

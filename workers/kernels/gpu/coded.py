@@ -55,7 +55,7 @@ def _values(
         values -= tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
     else:
         values -= MIDDLE
-    return values * tl.load(scales + at, mask=mask, other=0.0)
+    return values * tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
