@@ -105,6 +105,7 @@ def test_codes_on_a_cpu_are_as_close_as_bfloat16_can_be(
         return sum(float((a - b).abs().mean()) for a, b in zip(logits, exact, strict=True))
 
     codes, numbers = (build(path, dtype=torch.bfloat16) for path in (quantized, reference))
+    assert codes[0].place.quantization.in_words().endswith(", kept as codes")
     ours = Paged([codes], SEQUENCES).logits(RAGGED)
     assert error(ours) < 1.2 * error(Paged([numbers], SEQUENCES).logits(RAGGED))
     for a, b in zip(ours, Paged([codes], SEQUENCES).logits(ALONE), strict=True):

@@ -55,9 +55,9 @@ def read_compressed(config: Config) -> Quantization:
         best = max(groups, key=lambda group: matches(name, group.targets), default=None)
         return best.format if best and matches(name, best.targets) else None
 
-    kinds = tuple({group.format.kind: None for group in groups})
-    what = f"compressed-tensors {', '.join(kind.name.lower() for kind in kinds)}"
-    return Quantization(what, kinds, format_of, beside=BESIDE)
+    kinds = dict.fromkeys(group.format.kind.name.lower() for group in groups)
+    what = f"compressed-tensors {', '.join(kinds)}"
+    return Quantization(what, format_of, beside=BESIDE)
 
 
 def _read_group(group: Config, config: Config) -> _Group:

@@ -64,7 +64,7 @@ def _of_layers(config: Config, what: str, format: Format) -> Quantization:
             return format if head else None
         return None if is_plain(name) or ".layer" not in name or skips(name) else format
 
-    return Quantization(what, (format.kind,), format_of)
+    return Quantization(what, format_of)
 
 
 def _read_mxfp4(config: Config) -> Quantization:
@@ -74,7 +74,7 @@ def _read_mxfp4(config: Config) -> Quantization:
     def format_of(name: str) -> Format | None:
         return MxBlocks() if ".experts." in name and not skips(name) else None
 
-    return Quantization("mxfp4 experts", (Kind.E2M1,), format_of)
+    return Quantization("mxfp4 experts", format_of)
 
 
 METHODS: dict[str, Callable[[Config], Quantization]] = {

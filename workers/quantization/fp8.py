@@ -110,7 +110,6 @@ def read_fp8(config: Config) -> Quantization:
 
     return Quantization(
         what,
-        (Kind.E4M3,),
         format_of,
         renamed={"weight_scale": "weight_scale_inv"},
         beside=frozenset({"input_scale", "activation_scale", "k_scale", "v_scale"}),

@@ -18,24 +18,21 @@ class Quantization:
 
     ``keeps`` says whether weights of a kind, in such groups, stay in codes, which the device's
     kernels multiply by; else they become numbers as they are loaded. ``description`` is for people,
-    ``kinds`` are those that there are. Of tensors' names the last part may be another for the same
-    thing (``renamed``), or mean nothing here (``beside``).
+    ``kept`` notes what quantized weights are kept as. Of tensors' names the last part may be
+    another for the same thing (``renamed``), or mean nothing here (``beside``).
     """
 
     description: str = ""
-    kinds: tuple[Kind, ...] = ()
     format_of: Callable[[str], Format | None] = lambda name: None
     renamed: Mapping[str, str] = field(default_factory=dict)
     beside: frozenset[str] = frozenset()
     keeps: Callable[[Kind, Grouping], bool] = lambda kind, grouping: False
+    kept: set[str] = field(default_factory=set, compare=False)
 
-    def in_words(self, dtype: torch.dtype) -> str:
-        """For people: what is stored, and what of it is kept in memory."""
-        if not self.description:
-            return ""
-        number = str(dtype).removeprefix("torch.")
-        kept = {"codes" if self.keeps(kind, Grouping(1, 128)) else number for kind in self.kinds}
-        return f"{self.description}, kept as {' and '.join(sorted(kept))}"
+    def in_words(self) -> str:
+        """For people: what is stored, and what it is kept as in memory."""
+        kept = " and ".join(sorted(self.kept))
+        return f"{self.description}, kept as {kept}" if kept else ""
 
     def weight(
         self,
@@ -56,6 +53,7 @@ class Quantization:
             # Each expert has an order of columns of its own.
             ordered = experts is None or grouping.of is None
             if ordered and self.keeps(format.kind, grouping):
+                self.kept.add("codes")
                 return Coded(
                     part.name,
                     format.kind,
@@ -66,6 +64,8 @@ class Quantization:
                     device,
                     format.scale_dtype,
                 )
+        if format is not None:
+            self.kept.add(str(dtype).removeprefix("torch."))
         return torch.empty(shape, dtype=dtype, device=device)
 
     def stored(self, weight: Parameter) -> list[Parameter]:
