@@ -140,22 +140,25 @@ class Place:
     quantization: Quantization = PLAIN
 
     def weight(
-        self, names: Sequence[str], outputs: int, inputs: int, cut: slice | None = None
+        self,
+        names: Sequence[str],
+        outputs: int,
+        inputs: int,
+        cut: slice | None = None,
+        experts: int | None = None,
     ) -> Tensor | Coded:
         """The weight of linears ``names`` of the same ``inputs``, of which this rank has ``cut``,
-        with ``outputs`` here, to be filled and multiplied by."""
-        columns = cut or slice(0, inputs)
-        part = Part(names[0], (outputs, inputs), slice(0, outputs), columns)
-        weight = self.quantization.weight(part, names, self.device, self.dtype)
-        if self.device.type == "cuda":  # where it has to be tried
-            self.products.append((names[0], weight))
+        with ``outputs`` here, to be filled and multiplied by: [N, K], or [experts, N, K]."""
+        part = Part(names[0], (outputs, inputs), slice(0, outputs), cut or slice(0, inputs))
+        weight = self.quantization.weight(part, names, experts, self.device, self.dtype)
+        self.add_product(names[0], weight)
         return weight
 
     def stored(self, weight: Parameter) -> list[Parameter]:
         """What the checkpoint has for the weight of a linear: itself, unless it is quantized."""
         return self.quantization.stored(weight)
 
-    def add_product(self, name: str, weight: Tensor) -> None:
+    def add_product(self, name: str, weight: Tensor | Coded) -> None:
         """A layer multiplies by ``weight``; kept of those on CUDA, where it has to be tried."""
         if self.device.type == "cuda":
             self.products.append((name, weight))

@@ -47,16 +47,15 @@ def varying(weights: Iterable[tuple[str, Tensor | Coded]]) -> list[str]:
         generator = torch.Generator(weight.device).manual_seed(0)
         shape = max(ROWS) + 247, weight.shape[-1]
         x = torch.randn(shape, generator=generator, device=weight.device).to(weight.dtype)
-        whole = _product(x, weight)
-        if not all(torch.equal(_product(x[:n], weight), whole[:n]) for n in ROWS):
+        product = kernels.product if len(weight.shape) == 2 else _first_experts
+        whole = product(x, weight)
+        if not all(torch.equal(product(x[:n], weight), whole[:n]) for n in ROWS):
             found.append(f"{name} ({weight.shape[-2]} × {weight.shape[-1]})")
     return found
 
 
-def _product(x: Tensor, weight: Tensor | Coded) -> Tensor:
-    """All rows of x [T, K] by the weight, or by the first of experts, in tiles of so many rows."""
-    if isinstance(weight, Coded) or weight.dim() == 2:
-        return kernels.product(x, weight)
+def _first_experts(x: Tensor, weight: Tensor | Coded) -> Tensor:
+    """All rows of x [T, K] by the first of [experts, N, K], in tiles of so many rows."""
     from workers.kernels.gpu import experts
 
     chosen = torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)

@@ -155,7 +155,7 @@ class Loadable(Protocol):
         """The parameter name of a checkpoint tensor; None for one known to mean nothing."""
         ...
 
-    def pieces(self, name: str) -> list[Piece]:
+    def parameter_pieces(self, name: str) -> list[Piece]:
         """The parameters that tensor ``name`` holds, if it is not one parameter itself."""
         ...
 
@@ -364,7 +364,9 @@ def _locate(model: Loadable, sources: list[_Source]) -> dict[str, _Found]:
             name = model.parameter_name(raw)
             if name is None:
                 continue
-            pieces = {piece.name: _Found(raw, source, piece) for piece in model.pieces(name)}
+            pieces = {
+                piece.name: _Found(raw, source, piece) for piece in model.parameter_pieces(name)
+            }
             for part, found in (pieces or {name: _Found(raw, source)}).items():
                 if part in where:
                     raise CheckpointError(f"the checkpoint holds tensor {part} more than once")

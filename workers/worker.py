@@ -198,7 +198,7 @@ class Worker:
             pooling=self.pooling,
             vector_size=traits.hidden_size,
             causal=traits.causal,
-            quantization=self.model.place.quantization.in_words(dtype),
+            quantization=self.model.place.quantization.in_words(),
         )
 
     def _is_invariant(self) -> bool:

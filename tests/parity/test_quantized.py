@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tests.parity.paged import Paged, build
-from tests.parity.test_models import RAGGED, SEQUENCES, _Ranks
+from tests.parity.test_models import ALONE, RAGGED, SEQUENCES, _Ranks
 from tests.support.quantized_checkpoints import FORMATS, quantize
+from workers.kernels.gemm import has_gemm
 from workers.parallel import Group
 
 Checkpoint = Callable[..., Path]
@@ -20,6 +21,7 @@ CASES = [
     ("mixtral", "awq"),
     ("gpt-oss", "mxfp4 experts"),
     ("deepseek-v3", "fp8 blocks"),
+    *(("phi3", name) for name in ("fp8 tensor", "compressed fp8 outputs", "gptq asymmetric")),
 ]
 
 
@@ -87,3 +89,26 @@ def test_dummy_codes_are_numbers(
     quantized, _ = made("llama", format)
     model = build(quantized, load_format="dummy")
     assert all(rows.isfinite().all() for rows in Paged([model], SEQUENCES).logits(RAGGED))
+
+
+@pytest.mark.skipif(not has_gemm(torch.bfloat16, 2), reason="no AVX512-BF16")
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("llama", "awq"), ("opt-untied-gelu", "gptq"), ("gpt-oss", "mxfp4 experts")],
+)
+def test_codes_on_a_cpu_are_as_close_as_bfloat16_can_be(
+    name: str, format: str, made: Callable[[str, str], tuple[Path, Path]]
+) -> None:
+    """And no bit depends on the batch."""
+    quantized, reference = made(name, format)
+    exact = logits_of(reference)
+
+    def error(logits: list[Tensor]) -> float:
+        return sum(float((a - b).abs().mean()) for a, b in zip(logits, exact, strict=True))
+
+    codes, numbers = (build(path, dtype=torch.bfloat16) for path in (quantized, reference))
+    assert codes[0].place.quantization.in_words().endswith(", kept as codes")
+    ours = Paged([codes], SEQUENCES).logits(RAGGED)
+    assert error(ours) < 1.2 * error(Paged([numbers], SEQUENCES).logits(RAGGED))
+    for a, b in zip(ours, Paged([codes], SEQUENCES).logits(ALONE), strict=True):
+        assert torch.equal(a, b)

@@ -8,7 +8,7 @@ import torch
 
 from engine.errors import CheckpointError
 from tests.support.triton_launches import launches, where_triton_compiles
-from workers.kernels.gpu import coded
+from workers.kernels.gpu import coded, experts
 from workers.quantization.codes import Coded, Codes, Grouping, Kind
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,13 +74,17 @@ def test_outputs_that_disagree_on_the_order_of_columns_are_refused() -> None:
 
 
 def compiled() -> int:
-    """The kernels for a GPU of compute capability 9.0, in which some of the cases differ most."""
+    """The kernels for a GPU of compute capability 9.0, each with other codes."""
+    names = ("fp8, blocks", "4 bits, in another order", "mxfp4")
+    fp8, reordered, mxfp4 = (make(name)[1] for name in names)
+    for weight in (fp8, reordered, mxfp4):
+        weight.dtype = torch.bfloat16
+    mxfp4.codes, mxfp4.scales = mxfp4.codes[None], mxfp4.scales[None]  # of one expert
+    order = experts.Sorted(torch.zeros(3).int(), torch.zeros(2).int(), 1, 3.0)
     with launches() as found:
-        for case in ("fp8, blocks", "4 bits, in another order"):
-            _, weight = make(case)
-            weight.dtype = torch.bfloat16
-            coded.few_rows(torch.zeros(1, weight.shape[1], dtype=torch.bfloat16), weight)
-        coded.decoded(weight)
+        coded.few_rows(torch.zeros(1, 320, dtype=torch.bfloat16), fp8)
+        coded.decoded(reordered)
+        experts.product(torch.zeros(3, 160, dtype=torch.bfloat16), mxfp4, order, 1)
     return sum(".target sm_90" in launch.compile(90).asm["ptx"] for launch in found)
 
 

@@ -16,11 +16,16 @@ from tests.support.quantized_checkpoints import FORMATS, compressed, quantize
 from workers.attention import choose_backend
 from workers.checkpoint import Config, load_config
 from workers.kernels.gpu import coded
+from workers.layers.expert_products import StackedExperts
+from workers.layers.experts import ExpertTraits
 from workers.layers.linear import ColumnLinear, Part, RowLinear
+from workers.layers.routing import Routing
 from workers.models import attention_shape, build_model, read_traits
+from workers.models.base import Layer
 from workers.parallel import Group, Place, Stage
 from workers.quantization.codes import Coded
 from workers.quantization.config import read_quantization, with_quantization
+from workers.quantization.quantization import PLAIN
 from workers.weights import load
 
 CPU = torch.device("cpu")
@@ -28,7 +33,7 @@ COLUMNS = [Part("model.layers.0.q", 48, slice(16, 32), torch.arange(16).flip(0))
            Part("model.layers.0.k", 16, slice(8, 16))]  # fmt: skip
 
 
-def fill(layer: ColumnLinear | RowLinear, tensors: dict[str, Tensor]) -> None:
+def fill(layer: Layer, tensors: dict[str, Tensor]) -> None:
     for parameter in layer.parameters():
         if parameter.name in tensors:
             parameter.fill(tensors[parameter.name][parameter.cut])
@@ -45,7 +50,7 @@ def test_codes_that_stay_are_the_same_numbers(format: str) -> None:
     """Of a rank's part of linears that are computed together, and of one cut by its inputs."""
     torch.manual_seed(0)
     to_codes, settings = FORMATS[format]
-    quantization = replace(read(settings), keeps=True)
+    quantization = replace(read(settings), keeps=lambda kind, grouping: True)
     place = Place(CPU, torch.float32, Group(2, 1), quantization=quantization)
     tensors, values = {}, {}
     for name, rows in (("q", 48), ("k", 16), ("o", 40)):
@@ -68,7 +73,9 @@ def test_codes_that_stay_are_the_same_numbers(format: str) -> None:
 def test_linears_computed_together_are_numbers_if_one_is_not_quantized() -> None:
     to_codes, settings = FORMATS["fp8 blocks"]
     settings = settings | {"modules_to_not_convert": ["model.layers.0.k"]}
-    place = Place(CPU, torch.float32, quantization=replace(read(settings), keeps=True))
+    place = Place(
+        CPU, torch.float32, quantization=replace(read(settings), keeps=lambda kind, grouping: True)
+    )
     parts = [Part("model.layers.0.q", 48, slice(0, 48)), Part("model.layers.0.k", 16, slice(0, 16))]
     layer, plain = ColumnLinear(place, parts, 24, bias=False), torch.randn(16, 24)
     stored, values = to_codes(torch.randn(48, 24))
@@ -225,6 +232,14 @@ def test_a_group_that_does_not_divide_the_inputs_is_refused(
         build(path)
 
 
+def test_linears_that_share_a_scale_are_refused(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, _ = quantize(checkpoint("phi3"), tmp_path, "fp8 blocks")
+    with pytest.raises(CheckpointError, match="k_proj begins at output 64 .* a multiple of 24"):
+        build(path)
+
+
 def test_ranks_do_not_share_a_word_of_codes() -> None:
     place = Place(CPU, torch.float32, Group(4, 0), quantization=read(GPTQ))
     with pytest.raises(ConfigError, match="cuts the 16 inputs of model.layers.0.o into parts of 4"):
@@ -309,3 +324,30 @@ def test_the_option_and_the_checkpoint_must_agree(
         with_quantization(config, "fp8")
     with pytest.raises(ConfigError, match="quantization='awq': the checkpoint has no quant"):
         with_quantization(load_config(checkpoint("llama")), "awq")
+
+
+@pytest.mark.parametrize("format", ["fp8 blocks", "gptq desc_act", "awq", "mxfp4"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_in_codes_are_those_in_numbers(format: str, whole: bool) -> None:
+    """By the kernels of a GPU: a rank's part of each expert, or some of them ``whole``."""
+    torch.manual_seed(0)
+    to_codes, settings = FORMATS[format]
+    quantization = replace(read(settings), keeps=lambda kind, grouping: True)
+    place = Place(CPU, torch.float32, Group(2, 1), whole, quantization=quantization)
+    traits = ExpertTraits(4, 192, Routing(2))
+    layers = [
+        StackedExperts(p, "model.layers.0.mlp.experts", 96, traits)
+        for p in (place, replace(place, quantization=PLAIN))
+    ]
+    tensors = {}
+    for parameter in layers[1].parameters():
+        stored, values = to_codes(torch.randn(parameter.shape) / 10)
+        parameter.fill(values[parameter.cut])
+        module = parameter.name.removesuffix("weight")
+        tensors |= {quantization.canonical(module + leaf): t for leaf, t in stored.items()}
+    fill(layers[0], tensors)
+    assert isinstance(layers[0]._down, Coded) == (format != "gptq desc_act")
+    x, weights = torch.randn(5, 96), torch.rand(5, 2)
+    chosen = torch.rand(5, 4).topk(2).indices.int()
+    found, expected = (layer(x, weights, chosen, None) for layer in layers)
+    torch.testing.assert_close(found, expected)

@@ -59,7 +59,12 @@ class Library:
         self.gemm.argtypes = (
             POINTER, I64, I64, POINTER, I64, I64, POINTER, POINTER, I64, INT, POINTER, INT,
         )  # fmt: skip
-        self.gemm_pack.restype = self.gemm.restype = None
+        self.gemm_codes = library.manta_gemm_codes
+        self.gemm_codes.argtypes = (
+            POINTER, I64, I64, POINTER, POINTER, POINTER, POINTER, I64, I64, I64, I64, I64, POINTER,
+            POINTER, I64, INT, POINTER, INT,
+        )  # fmt: skip
+        self.gemm_pack.restype = self.gemm.restype = self.gemm_codes.restype = None
         self.delta = library.manta_delta
         self.delta.argtypes = (POINTER, POINTER, POINTER, POINTER, POINTER, INT)
         self.delta.restype = None

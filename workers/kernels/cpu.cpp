@@ -1,5 +1,5 @@
-// manta's CPU kernels: matrix products (gemm.h), paged attention, rotary embedding, norms, SiLU,
-// argmax, gated delta nets (delta.h), sums over the ranks of a host (group.h).
+// manta's CPU kernels: matrix products (gemm.h, codes.h), paged attention, rotary embedding, norms,
+// SiLU, argmax, gated delta nets (delta.h), sums over the ranks of a host (group.h).
 //
 // Plain C ABI, no headers but the standard library's and the system's. Vectors are GCC/Clang vector extensions, so
 // the same source is right on any CPU; a few primitives have faster forms under #if. The loop over
@@ -36,6 +36,7 @@ namespace {
 
 #include "threads.h"
 #include "gemm.h"
+#include "codes.h"
 #include "vectors.h"
 #include "attention.h"
 #include "rows.h"
@@ -143,6 +144,17 @@ extern "C" void manta_gemm_pack(const void* w, int64_t N, int64_t K, void* out, 
 extern "C" void manta_gemm(const void* x, int64_t x_stride, int64_t M, const void* w, int64_t N,
                            int64_t K, const void* bias, const void* residual, int64_t r_stride,
                            int relu, void* y, int threads) {
-    gemm((const uint16_t*)x, x_stride, M, (const uint16_t*)w, N, K, (const uint16_t*)bias,
+    gemm((const uint16_t*)x, x_stride, M, NumbersTile{(const uint16_t*)w, K}, N, K,
+         (const uint16_t*)bias, (const uint16_t*)residual, r_stride, relu, (uint16_t*)y, threads);
+}
+
+extern "C" void manta_gemm_codes(const void* x, int64_t x_stride, int64_t M, const void* codes,
+                                 const void* offsets, const void* scales, const void* numbers,
+                                 int64_t group, int64_t start, int64_t groups, int64_t N, int64_t K,
+                                 const void* bias, const void* residual, int64_t r_stride, int relu,
+                                 void* y, int threads) {
+    const CodesTile tile{(const uint8_t*)codes, (const uint8_t*)offsets, (const float*)scales,
+                         (const uint16_t*)numbers, K, group, start, groups};
+    gemm((const uint16_t*)x, x_stride, M, tile, N, K, (const uint16_t*)bias,
          (const uint16_t*)residual, r_stride, relu, (uint16_t*)y, threads);
 }

@@ -78,12 +78,30 @@ inline void gemm_pack(const uint16_t* w, int64_t N, int64_t K, uint16_t* out, in
     });
 }
 
+// How a tile of rows is multiplied by a panel of a weight in bf16; codes.h has that for codes.
+struct NumbersTile {
+    static constexpr int MOST = MAX_TILE;
+    const uint16_t* w;
+    int64_t K;
+
+    // sums [rows][PANEL] of `rows` rows of x with panel p; it is tile `at` of `tiles`.
+    void operator()(const uint16_t* x, int64_t stride, int rows, int64_t p, int64_t at,
+                    int64_t tiles, float* sums) const {
+        const uint16_t* panel = w + p * PANEL * K;
+        const int64_t step = PAIR_BYTES / tiles;
+        const int64_t ahead = tiles == 1 ? FETCH_AHEAD : (PANEL * 2 + at * step / 2) * K;
+        const char* fetch = reinterpret_cast<const char*>(panel) + ahead;
+        GEMM_TILES[rows - 1](x, stride, panel, K, fetch, step, sums);
+    }
+};
+
 // The panels from `begin` to `end` of the M rows of a chunk.
-inline void gemm_chunk(const uint16_t* x, int64_t x_stride, int64_t M, const uint16_t* w, int64_t N,
-                       int64_t K, const uint16_t* bias, const uint16_t* residual,
-                       int64_t r_stride, int relu, uint16_t* y, int64_t begin, int64_t end) {
-    const int64_t tiles = (M + MAX_TILE - 1) / MAX_TILE;
-    alignas(64) float sums[MAX_TILE * PANEL];
+template <class Tile>
+void gemm_chunk(const uint16_t* x, int64_t x_stride, int64_t M, const Tile& multiply, int64_t N,
+                const uint16_t* bias, const uint16_t* residual, int64_t r_stride, int relu,
+                uint16_t* y, int64_t begin, int64_t end) {
+    const int64_t tiles = (M + Tile::MOST - 1) / Tile::MOST;
+    alignas(64) float sums[Tile::MOST * PANEL];
     alignas(64) uint16_t buffer[PANEL];
     for (int64_t p = begin; p < end; p++) {
         const int64_t n = p * PANEL;
@@ -96,10 +114,7 @@ inline void gemm_chunk(const uint16_t* x, int64_t x_stride, int64_t M, const uin
         }
         for (int64_t tile = 0, m = 0; tile < tiles; tile++) {
             const int rows = static_cast<int>(M / tiles + (tile < M % tiles));
-            const int64_t step = PAIR_BYTES / tiles;
-            const int64_t ahead = tiles == 1 ? FETCH_AHEAD : (PANEL * 2 + tile * step / 2) * K;
-            const char* fetch = reinterpret_cast<const char*>(w + n * K) + ahead;
-            GEMM_TILES[rows - 1](x + m * x_stride, x_stride, w + n * K, K, fetch, step, sums);
+            multiply(x + m * x_stride, x_stride, rows, p, tile, tiles, sums);
             for (int r = 0; r < rows; r++, m++) {
                 __m512 v[2];
                 const uint16_t* add =
@@ -121,18 +136,20 @@ inline void gemm_chunk(const uint16_t* x, int64_t x_stride, int64_t M, const uin
     }
 }
 
-inline void gemm(const uint16_t* x, int64_t x_stride, int64_t M, const uint16_t* w, int64_t N,
-                 int64_t K, const uint16_t* bias, const uint16_t* residual, int64_t r_stride,
-                 int relu, uint16_t* y, int threads) {
+template <class Tile>
+void gemm(const uint16_t* x, int64_t x_stride, int64_t M, const Tile& multiply, int64_t N,
+          int64_t K, const uint16_t* bias, const uint16_t* residual, int64_t r_stride, int relu,
+          uint16_t* y, int threads) {
+    constexpr int64_t tile = Tile::MOST;
     const int64_t panels = (N + PANEL - 1) / PANEL;
-    const int64_t most = std::max<int64_t>(MAX_TILE, CHUNK_BYTES / (2 * K) / MAX_TILE * MAX_TILE);
+    const int64_t most = std::max<int64_t>(tile, CHUNK_BYTES / (2 * K) / tile * tile);
     const int64_t chunks = (M + most - 1) / most;
     const int64_t share = std::max<int64_t>(1, panels / (threads * 8));  // panels of one task
     const int64_t shares = (panels + share - 1) / share;
     parallel_for(threads, chunks * shares, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; task++) {
             const int64_t m = task / shares * most, p = task % shares * share;
-            gemm_chunk(x + m * x_stride, x_stride, std::min(most, M - m), w, N, K, bias,
+            gemm_chunk(x + m * x_stride, x_stride, std::min(most, M - m), multiply, N, bias,
                        residual ? residual + m * r_stride : nullptr, r_stride, relu, y + m * N, p,
                        std::min(panels, p + share));
         }
@@ -143,9 +160,14 @@ constexpr int HAS_GEMM = 1;
 
 #else
 
+struct NumbersTile {
+    const uint16_t* w;
+    int64_t K;
+};
 inline void gemm_pack(const uint16_t*, int64_t, int64_t, uint16_t*, int) {}
-inline void gemm(const uint16_t*, int64_t, int64_t, const uint16_t*, int64_t, int64_t,
-                 const uint16_t*, const uint16_t*, int64_t, int, uint16_t*, int) {}
+template <class Tile>
+void gemm(const uint16_t*, int64_t, int64_t, const Tile&, int64_t, int64_t, const uint16_t*,
+          const uint16_t*, int64_t, int, uint16_t*, int) {}
 constexpr int HAS_GEMM = 0;
 
 #endif

@@ -17,6 +17,7 @@ from torch import Tensor
 from workers import kernels
 from workers.layers.linear import ColumnLinear, Part, RowLinear
 from workers.parallel import Group, Place
+from workers.quantization.codes import Coded
 from workers.weights import Cut, Parameter
 
 if TYPE_CHECKING:
@@ -78,17 +79,19 @@ class StackedExperts:
 
     def __init__(self, place: Place, name: str, hidden: int, traits: "ExpertTraits") -> None:
         self._traits, self._name = traits, name
-        self._mine, self._place = split(place, traits)
-        place = self._place
+        self._mine, place = split(place, traits)
         cut = place.group.split(traits.inner, "the experts' intermediate size")
         share, held = cut.stop - cut.start, self._mine.stop - self._mine.start
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(held, *shape, dtype=place.dtype, device=place.device)
 
-        self._gate_up, self._down = empty(2 * share, hidden), empty(hidden, share)
-        place.add_product(f"{name}.gate_up_proj", self._gate_up)
-        place.add_product(f"{name}.down_proj", self._down)
+        def named(*parts: str) -> list[str]:
+            experts = range(self._mine.start, self._mine.stop)
+            return [f"{name}.{expert}.{part}" for expert in experts for part in parts]
+
+        self._gate_up = place.weight(named("gate_proj", "up_proj"), 2 * share, hidden, None, held)
+        self._down = place.weight(named("down_proj"), hidden, traits.inner, cut, held)
         # The bias of what is summed over the group is to be in the sum once.
         self._gate_up_bias = empty(2 * share) if traits.bias else None
         self._down_bias = empty(hidden) if traits.bias and place.group.rank == 0 else None
@@ -96,26 +99,34 @@ class StackedExperts:
         gate, up = slice(0, share), slice(share, 2 * share)
         rows = (traits.inner, hidden), (cut, everything)
         self._parameters = [
-            *self._fill("gate_proj", *rows, self._gate_up[:, gate], self._gate_up_bias, gate),
-            *self._fill("up_proj", *rows, self._gate_up[:, up], self._gate_up_bias, up),
             *self._fill(
-                "down_proj", (hidden, traits.inner), (everything, cut), self._down, self._down_bias
+                place, "gate_proj", *rows, self._gate_up[:, gate], self._gate_up_bias, gate
+            ),
+            *self._fill(place, "up_proj", *rows, self._gate_up[:, up], self._gate_up_bias, up),
+            *self._fill(
+                place,
+                "down_proj",
+                (hidden, traits.inner),
+                (everything, cut),
+                self._down,
+                self._down_bias,
             ),
         ]
 
     def _fill(
         self,
+        place: Place,
         part: str,
         shape: tuple[int, int],
         cut: Cut,
-        weights: Tensor,
+        weights: Tensor | Coded,
         biases: Tensor | None,
         at: slice = slice(None),
     ) -> Iterable[Parameter]:
         """The parameters that fill the ``cut`` of a linear layer of every expert."""
         for i, expert in enumerate(range(self._mine.start, self._mine.stop)):
             name = f"{self._name}.{expert}.{part}"
-            yield from self._place.stored(Parameter(f"{name}.weight", shape, weights[i], cut))
+            yield from place.stored(Parameter(f"{name}.weight", shape, weights[i], cut))
             if biases is not None:
                 yield Parameter(f"{name}.bias", shape[:1], biases[i, at], cut[:1])
 
@@ -125,7 +136,7 @@ class StackedExperts:
     def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor, shared: Tensor | None) -> Tensor:
         from workers.kernels.gpu import experts
 
-        gate, held = self._traits.gate, len(self._down)
+        gate, held = self._traits.gate, self._down.shape[0]
         order = experts.sort(chosen, self._mine.start, held, self._traits.count)
         inner = experts.product(
             x,

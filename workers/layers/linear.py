@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workers import kernels
 from workers.kernels.gemm import PackedGemm, has_gemm
+from workers.kernels.gemm_codes import CodesGemm
 from workers.layers.stream import Stream
 from workers.parallel import Place
 from workers.quantization.codes import Coded
@@ -79,18 +80,24 @@ class Packed:
         self.late_bias = bias if late_bias and self._fused else None
         self.bias = None if self.late_bias is not None else bias
         self.activation = activation
-        self._gemm: PackedGemm | None = None
+        self._gemm: PackedGemm | CodesGemm | None = None
         self._packed: Tensor | None = None
         self._never_alone = False
-        on_cpu = weight.device.type == "cpu" and isinstance(weight, Tensor)
+        on_cpu = weight.device.type == "cpu"
         self._has_gemm = on_cpu and activation != "gelu" and has_gemm(weight.dtype, weight.shape[1])
         self.packs = self._has_gemm or (on_cpu and onednn_packs(weight.dtype))
+        if isinstance(weight, Coded):
+            self.packs = on_cpu and weight.dtype == torch.bfloat16
 
     def ready(self, weight: Tensor | Coded | None, keep: bool = False) -> None:
         """Take ``weight``, which is the constructor's or, where it packs, one like it."""
         if not self.packs:
             return
-        assert isinstance(weight, Tensor)
+        if isinstance(weight, Coded):
+            self._gemm = CodesGemm(weight)
+            self.weight = None
+            return
+        assert weight is not None
         if self._has_gemm:
             self._gemm = PackedGemm(weight.contiguous())
         else:
@@ -101,7 +108,8 @@ class Packed:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self._gemm is not None:
-            return self._gemm(x, self.bias, residual, self.activation == "relu")
+            y = self._gemm(x, self.bias, residual, self.activation == "relu")
+            return F.gelu(y) if self.activation == "gelu" else y
         if self._packed is None:
             return self._plain(x, residual)
         if self._never_alone and len(x) == 1:

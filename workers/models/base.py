@@ -216,6 +216,14 @@ class Model(ABC):
         """The parameters that a checkpoint tensor holds, if it is not one parameter itself."""
         return []
 
+    def parameter_pieces(self, name: str) -> list[Piece]:
+        """The same, also of a tensor of several quantized weights."""
+        module, _, leaf = name.rpartition(".")
+        pieces = self.pieces(name)
+        if pieces or leaf == "weight":
+            return pieces
+        return self.place.quantization.pieces(leaf, self.pieces(f"{module}.weight"))
+
     @property
     @abstractmethod
     def tied(self) -> dict[str, str]:

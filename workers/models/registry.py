@@ -182,7 +182,7 @@ def build_model(
     traits = read_traits(config)
     if place.expert_parallel and not traits.has_experts:
         raise ConfigError("enable_expert_parallel: the model has no experts; leave it out")
-    place = replace(place, quantization=quantization_on(config, place.device))
+    place = replace(place, quantization=quantization_on(config, place.device, place.dtype))
     if traits.text_part and stage.first and place.group.rank == 0:
         log.info("%s: the text model alone is served, other parts are skipped", config.source)
     if place.device.type != "meta":

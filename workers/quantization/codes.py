@@ -65,6 +65,11 @@ class Codes:
     grouping: Grouping
     zeros: Tensor | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a code: nobody's weight."""
+        return self.codes.dtype
+
     def __getitem__(self, rows: Tensor | slice) -> "Codes":
         zeros = None if self.zeros is None else self.zeros[rows]
         return Codes(self.kind, self.codes[rows], self.scales[rows], self.grouping, zeros)
@@ -95,54 +100,68 @@ class Codes:
 
 
 class Coded:
-    """A weight [N, K] that stays in codes on a GPU, for the kernels there.
+    """A weight [N, K], or that of experts [E, N, K], that stays in codes on a GPU, for the kernels
+    there.
 
     ``codes`` are [N, K] uint8 or, of 4 bits, [N, ⌈K / 128⌉ · 64]: byte 64 b + j holds column
-    128 b + j, and column 128 b + 64 + j in its high half. ``scales`` and ``zeros`` are as in
-    ``Codes``; ``groups`` [K] int32 is each column's group where a program's 64 columns may have
-    several, else a group has ``group_size`` columns and the first ends ``offset`` early.
+    128 b + j, and column 128 b + 64 + j in its high half. ``scales``, of a type that has them
+    exactly, and ``zeros`` are as in ``Codes``. ``groups`` [K] int32 is each column's group where a
+    program's 64 columns may have several, else a group has ``group_size`` columns and the first
+    ends ``offset`` early.
     """
 
     def __init__(
         self,
         name: str,
         kind: Kind,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         grouping: Grouping,
         has_zeros: bool,
         dtype: torch.dtype,
         device: torch.device,
+        scale_dtype: torch.dtype = torch.float32,
     ) -> None:
-        rows, columns = shape
+        *rows, columns = shape
         self.name = name
         self.kind, self.dtype, self.device, self._columns = kind, dtype, device, columns
         width = columns if kind.bits == 8 else -(-columns // (2 * HALF)) * HALF
-        self.codes = torch.empty(rows, width, dtype=torch.uint8, device=device)
-        self.scales = torch.empty(rows, grouping.count, dtype=torch.float32, device=device)
+        self.codes = torch.empty(*rows, width, dtype=torch.uint8, device=device)
+        self.scales = torch.empty(*rows, grouping.count, dtype=scale_dtype, device=device)
         self.zeros = torch.empty_like(self.scales, dtype=torch.uint8) if has_zeros else None
         self.group_size, self.offset = grouping.size, grouping.offset
         self.groups: Tensor | None = None
+        self._reordered = grouping.of is not None
         if grouping.of is not None:
             self.groups = torch.full_like(grouping.of, -1, dtype=torch.int32, device=device)
         elif grouping.size % HALF or grouping.offset % HALF:
             self.groups = grouping.by_column(columns, device)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self._columns
+    def shape(self) -> tuple[int, ...]:
+        return *self.codes.shape[:-1], self._columns
 
     @property
     def nbytes(self) -> int:
         tensors = (self.codes, self.scales, self.zeros, self.groups)
         return sum(0 if tensor is None else tensor.nbytes for tensor in tensors)
 
-    def __getitem__(self, rows: slice) -> "Coded":
-        """A view of some rows."""
+    def __getitem__(self, at: int | slice | tuple[slice, ...]) -> "Coded":
+        """A view of some rows or experts."""
         view = object.__new__(Coded)
         view.__dict__ |= self.__dict__
-        view.codes, view.scales = self.codes[rows], self.scales[rows]
-        view.zeros = None if self.zeros is None else self.zeros[rows]
+        view.codes, view.scales = self.codes[at], self.scales[at]
+        view.zeros = None if self.zeros is None else self.zeros[at]
         return view
+
+    def unpacked(self) -> Codes:
+        """What a weight [N, K] was filled with."""
+        codes = self.codes
+        if self.kind.bits == 4:
+            halves = codes.view(len(codes), -1, HALF)
+            codes = torch.stack((halves & 15, halves >> 4), 2).flatten(1)[:, : self._columns]
+        of = self.groups if self._reordered else None
+        grouping = Grouping(self.scales.shape[1], self.group_size, self.offset, of)
+        return Codes(self.kind, codes, self.scales.float(), grouping, self.zeros)
 
     def copy_(self, part: Codes) -> None:
         """Take over ``part``, of the same kind and shape. Raises CheckpointError if its columns are

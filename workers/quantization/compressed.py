@@ -55,8 +55,9 @@ def read_compressed(config: Config) -> Quantization:
         best = max(groups, key=lambda group: matches(name, group.targets), default=None)
         return best.format if best and matches(name, best.targets) else None
 
-    kinds = sorted({f"{g.format.kind.name.lower()}" for g in groups})
-    return Quantization(f"compressed-tensors {', '.join(kinds)}", format_of, beside=BESIDE)
+    kinds = dict.fromkeys(group.format.kind.name.lower() for group in groups)
+    what = f"compressed-tensors {', '.join(kinds)}"
+    return Quantization(what, format_of, beside=BESIDE)
 
 
 def _read_group(group: Config, config: Config) -> _Group:

@@ -8,6 +8,8 @@ import torch
 from engine.errors import ConfigError
 from workers import kernels
 from workers.checkpoint import Config
+from workers.kernels.gemm_codes import has_gemm_codes
+from workers.quantization.codes import Grouping, Kind
 from workers.quantization.compressed import read_compressed
 from workers.quantization.fp8 import read_fp8
 from workers.quantization.names import HEADS, is_plain, skipped
@@ -97,9 +99,14 @@ def read_quantization(config: Config) -> Quantization:
     return METHODS[settings.choice("quant_method", default, tuple(METHODS))](settings)
 
 
-def quantization_on(config: Config, device: torch.device) -> Quantization:
-    """The same, where a model's weights are on ``device``."""
-    return replace(read_quantization(config), keeps=kernels.has_triton(device))
+def quantization_on(config: Config, device: torch.device, dtype: torch.dtype) -> Quantization:
+    """The same, where a model's weights are on ``device`` and it computes in ``dtype``."""
+    gpu, cpu = kernels.has_triton(device), device.type == "cpu"
+
+    def keeps(kind: Kind, grouping: Grouping) -> bool:
+        return gpu or (cpu and has_gemm_codes(kind, grouping, dtype))
+
+    return replace(read_quantization(config), keeps=keeps)
 
 
 def with_quantization(config: Config, option: str | None) -> Config:

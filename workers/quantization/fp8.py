@@ -31,6 +31,11 @@ class Scaled:
     block: tuple[int | None, int | None]
     kind: Kind = Kind.E4M3
     has_zeros: bool = False
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def height(self) -> int:
+        return self.block[0] or 1
 
     def grouping(self, part: Part) -> Grouping:
         return part.grouping(self.block[1])[1]
@@ -64,6 +69,8 @@ class OnTheFly:
 
     kind: Kind = Kind.E4M3
     has_zeros: bool = False
+    scale_dtype: torch.dtype = torch.float32
+    height: int = 1
 
     def grouping(self, part: Part) -> Grouping:
         return part.grouping(None)[1]

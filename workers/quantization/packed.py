@@ -42,6 +42,7 @@ class Grouped:
     group: int | None
     reordered: bool = False
     has_zeros: bool = True
+    scale_dtype: torch.dtype = torch.float32
 
     @property
     def kind(self) -> Kind:
@@ -51,6 +52,10 @@ class Grouped:
     def each(self) -> int:
         """Codes in a word."""
         return 32 // self.bits
+
+    @property
+    def height(self) -> int:
+        return self.each
 
     def grouping(self, part: Part) -> Grouping:
         return self.cut(part)[1]
@@ -192,6 +197,11 @@ class PackedFloats:
     has_global: bool
     kind: Kind = Kind.E2M1
     has_zeros: bool = False
+    height: int = 1
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float32 if self.has_global else torch.bfloat16
 
     def grouping(self, part: Part) -> Grouping:
         return part.grouping(self.group)[1]
@@ -226,6 +236,8 @@ class MxBlocks:
 
     kind: Kind = Kind.E2M1
     has_zeros: bool = False
+    height: int = 1
+    scale_dtype: torch.dtype = torch.bfloat16
 
     def grouping(self, part: Part) -> Grouping:
         return part.grouping(MX_GROUP)[1]

@@ -6,53 +6,97 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from workers.quantization.codes import Coded
+from engine.errors import CheckpointError
+from workers.quantization.codes import Coded, Grouping, Kind
 from workers.quantization.stored import Format, Part, stored_as
-from workers.weights import Parameter
+from workers.weights import Parameter, Piece
 
 
 @dataclass(frozen=True)
 class Quantization:
     """``format_of`` gives a linear's format by its name, None for one that is not quantized.
 
-    ``keeps`` says that weights stay in codes, which the device's kernels multiply by; else they
-    become numbers as they are loaded. ``description`` is for people. Of tensors' names the last
-    part may be another for the same thing (``renamed``), or mean nothing here (``beside``).
+    ``keeps`` says whether weights of a kind, in such groups, stay in codes, which the device's
+    kernels multiply by; else they become numbers as they are loaded. ``description`` is for people,
+    ``kept`` notes what quantized weights are kept as. Of tensors' names the last part may be
+    another for the same thing (``renamed``), or mean nothing here (``beside``).
     """
 
     description: str = ""
     format_of: Callable[[str], Format | None] = lambda name: None
     renamed: Mapping[str, str] = field(default_factory=dict)
     beside: frozenset[str] = frozenset()
-    keeps: bool = False
+    keeps: Callable[[Kind, Grouping], bool] = lambda kind, grouping: False
+    kept: set[str] = field(default_factory=set, compare=False)
 
-    def in_words(self, dtype: torch.dtype) -> str:
-        """For people: what is stored, and what of it is kept in memory."""
-        if not self.description:
-            return ""
-        kept = "codes" if self.keeps else str(dtype).removeprefix("torch.")
-        return f"{self.description}, kept as {kept}"
+    def in_words(self) -> str:
+        """For people: what is stored, and what it is kept as in memory."""
+        kept = " and ".join(sorted(self.kept))
+        return f"{self.description}, kept as {kept}" if kept else ""
 
     def weight(
-        self, part: Part, names: Sequence[str], device: torch.device, dtype: torch.dtype
+        self,
+        part: Part,
+        names: Sequence[str],
+        experts: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> Tensor | Coded:
-        """What ``part`` is to be filled with and multiplied by: of several linears ``names``
-        together, whose outputs are its rows, of the inputs in its columns."""
+        """What ``part`` is to be filled with and multiplied by: of linears ``names`` together,
+        whose outputs are its rows, of the inputs in its columns; or that for each of ``experts``.
+        """
         rows, columns = (cut.stop - cut.start for cut in (part.rows, part.columns))
+        shape = (rows, columns) if experts is None else (experts, rows, columns)
         format = self.format_of(names[0])
-        alike = all(self.format_of(name) == format for name in names)
-        if format is None or not alike or not self.keeps:
-            return torch.empty(rows, columns, dtype=dtype, device=device)
-        grouping = format.grouping(part)
-        return Coded(
-            part.name, format.kind, (rows, columns), grouping, format.has_zeros, dtype, device
-        )
+        if format is not None and all(self.format_of(name) == format for name in names):
+            grouping = format.grouping(part)
+            # Each expert has an order of columns of its own.
+            ordered = experts is None or grouping.of is None
+            if ordered and self.keeps(format.kind, grouping):
+                self.kept.add("codes")
+                return Coded(
+                    part.name,
+                    format.kind,
+                    shape,
+                    grouping,
+                    format.has_zeros,
+                    dtype,
+                    device,
+                    format.scale_dtype,
+                )
+        if format is not None:
+            self.kept.add(str(dtype).removeprefix("torch."))
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def stored(self, weight: Parameter) -> list[Parameter]:
         """The checkpoint's tensors that fill the weight of a linear: itself, or its codes'."""
         name, _, _ = weight.name.rpartition(".")
         format = self.format_of(name)
         return [weight] if format is None else stored_as(format, weight)
+
+    def pieces(self, leaf: str, whole: Sequence[Piece]) -> list[Piece]:
+        """What a tensor ``leaf`` of linears that are stored together holds of each of them, where
+        their weight [N, K] is in the pieces ``whole``. Raises CheckpointError if they share scales.
+        """
+        found = []
+        for piece in whole:
+            name, _, _ = piece.name.rpartition(".")
+            format, (rows, _) = self.format_of(name), piece.at
+            if format is None or not isinstance(rows, slice):
+                return []
+            if rows.start % format.height:
+                raise CheckpointError(
+                    f"{name} begins at output {rows.start} of what it is stored in, which must be a"
+                    f" multiple of {format.height}"
+                )
+            inputs = piece.shape[1]
+            part = Part(name, (piece.shape[0], inputs), rows, slice(0, inputs))
+            found += [
+                Piece(f"{name}.{leaf}", stored.cut, stored.shape)
+                for stored in format.tensors(part)
+                if stored.leaf == leaf
+            ]
+        return found
 
     def canonical(self, name: str) -> str | None:
         """The parameter name of the tensor ``name``; None for one that means nothing."""

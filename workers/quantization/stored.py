@@ -75,6 +75,16 @@ class Format(Protocol):
     @property
     def has_zeros(self) -> bool: ...
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """That scales have exactly."""
+        ...
+
+    @property
+    def height(self) -> int:
+        """How many outputs share a scale or a word."""
+        ...
+
     def grouping(self, part: Part) -> Grouping:
         """The groups of the part's columns; ``of`` says only whether it will be there."""
         ...

@@ -15,7 +15,7 @@ from workers.kernels.gpu.chain import chained, let_next_start, wait_for_previous
 from workers.kernels.gpu.product import serves
 from workers.quantization.codes import HALF, Coded, Kind
 
-_HALF = tl.constexpr(HALF)
+HALF_BLOCK = tl.constexpr(HALF)
 _E4M3, _E2M1 = tl.constexpr(Kind.E4M3.value), tl.constexpr(Kind.E2M1.value)
 ROWS, OUTPUTS = 64, 64  # that a program makes of codes, at a time
 
@@ -55,34 +55,34 @@ def _values(
         values -= tl.load(zeros + at, mask=mask, other=0).to(tl.float32)
     else:
         values -= MIDDLE
-    return values * tl.load(scales + at, mask=mask, other=0.0)
+    return values * tl.load(scales + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _two_halves(
+def two_halves(
     codes, n, there, start, K, scales, zeros, groups, num_groups, group_size, offset,
     KIND: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr, ZEROS: tl.constexpr,
     BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """The weight at columns [start, start + 64) and at the next 64, each [BN, 64] float32."""
-    k = start + tl.arange(0, _HALF)
+    k = start + tl.arange(0, HALF_BLOCK)
     if BITS == 4:
-        width = tl.cdiv(K, 2 * _HALF) * _HALF
-        at = n.to(tl.int64)[:, None] * width + start // 2 + tl.arange(0, _HALF)[None, :]
+        width = tl.cdiv(K, 2 * HALF_BLOCK) * HALF_BLOCK
+        at = n.to(tl.int64)[:, None] * width + start // 2 + tl.arange(0, HALF_BLOCK)[None, :]
         both = tl.load(codes + at, mask=there[:, None], other=0)
         low = both & 15
         high = both >> 4
     else:
         at = n.to(tl.int64)[:, None] * K + k[None, :]
         low = tl.load(codes + at, mask=there[:, None] & (k < K)[None, :], other=0)
-        far = there[:, None] & (k + _HALF < K)[None, :]
-        high = tl.load(codes + at + _HALF, mask=far, other=0)
+        far = there[:, None] & (k + HALF_BLOCK < K)[None, :]
+        high = tl.load(codes + at + HALF_BLOCK, mask=far, other=0)
     first = _values(
         low, n, there, k, K, scales, zeros, groups, num_groups, group_size, offset,
         KIND, MIDDLE, ZEROS, BY_COLUMN,
     )  # fmt: skip
     second = _values(
-        high, n, there, k + _HALF, K, scales, zeros, groups, num_groups, group_size, offset,
+        high, n, there, k + HALF_BLOCK, K, scales, zeros, groups, num_groups, group_size, offset,
         KIND, MIDDLE, ZEROS, BY_COLUMN,
     )  # fmt: skip
     return first, second
@@ -101,18 +101,18 @@ def _product(
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     there = n < N
     asked = m < rows
-    k = tl.arange(0, _HALF)
+    k = tl.arange(0, HALF_BLOCK)
     line = x + m.to(tl.int64)[:, None] * x_stride + k[None, :]
     dtype = y.dtype.element_ty
     acc = tl.zeros([BN, BM], tl.float32)
-    for i in range(0, K, 2 * _HALF):
-        first, second = _two_halves(
+    for i in range(0, K, 2 * HALF_BLOCK):
+        first, second = two_halves(
             codes, n, there, i, K, scales, zeros, groups, num_groups, group_size, offset,
             KIND, BITS, MIDDLE, ZEROS, BY_COLUMN,
         )  # fmt: skip
         a = tl.load(line + i, mask=asked[:, None] & (k + i < K)[None, :], other=0.0)
-        far = asked[:, None] & (k + i + _HALF < K)[None, :]
-        b = tl.load(line + _HALF + i, mask=far, other=0.0)
+        far = asked[:, None] & (k + i + HALF_BLOCK < K)[None, :]
+        b = tl.load(line + HALF_BLOCK + i, mask=far, other=0.0)
         acc = tl.dot(first.to(dtype), tl.trans(a), acc)
         acc = tl.dot(second.to(dtype), tl.trans(b), acc)
     to = y + m[None, :].to(tl.int64) * N + n[:, None]
@@ -130,23 +130,28 @@ def _decode(
     wait_for_previous(CHAINED)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     there = n < N
-    start = tl.program_id(1) * 2 * _HALF
-    first, second = _two_halves(
+    start = tl.program_id(1) * 2 * HALF_BLOCK
+    first, second = two_halves(
         codes, n, there, start, K, scales, zeros, groups, num_groups, group_size, offset,
         KIND, BITS, MIDDLE, ZEROS, BY_COLUMN,
     )  # fmt: skip
-    k = start + tl.arange(0, _HALF)
+    k = start + tl.arange(0, HALF_BLOCK)
     to = y + n.to(tl.int64)[:, None] * K + k[None, :]
     dtype = y.dtype.element_ty
     tl.store(to, first.to(dtype), mask=there[:, None] & (k < K)[None, :])
-    far = there[:, None] & (k + _HALF < K)[None, :]
-    tl.store(to + _HALF, second.to(dtype), mask=far)
+    far = there[:, None] & (k + HALF_BLOCK < K)[None, :]
+    tl.store(to + HALF_BLOCK, second.to(dtype), mask=far)
 
 
-def _arguments(weight: Coded) -> dict[str, object]:
+def arguments(weight: Coded | None) -> dict[str, object]:
+    """Those of a kernel that calls ``two_halves``, or not: of one without codes."""
+    if weight is None:
+        numbers = dict.fromkeys(("num_groups", "group_size", "offset", "BITS", "MIDDLE"), 0)
+        nothing = dict.fromkeys(("codes", "scales", "zeros", "groups", "KIND"))
+        return {**numbers, **nothing, "ZEROS": False, "BY_COLUMN": False}
     return {
         "codes": weight.codes, "scales": weight.scales, "zeros": weight.zeros,
-        "groups": weight.groups, "num_groups": weight.scales.shape[1],
+        "groups": weight.groups, "num_groups": weight.scales.shape[-1],
         "group_size": weight.group_size, "offset": weight.offset, "KIND": weight.kind.value,
         "BITS": weight.kind.bits, "MIDDLE": weight.kind.middle, "ZEROS": weight.zeros is not None,
         "BY_COLUMN": weight.groups is not None,
@@ -158,7 +163,7 @@ def decoded(weight: Coded) -> Tensor:
     outputs, inputs = weight.shape
     y = torch.empty(outputs, inputs, dtype=weight.dtype, device=weight.device)
     _decode[(triton.cdiv(outputs, OUTPUTS), triton.cdiv(inputs, 2 * HALF))](
-        y, outputs, inputs, **_arguments(weight), BN=OUTPUTS, **chained(y.device)
+        y, outputs, inputs, **arguments(weight), BN=OUTPUTS, **chained(y.device)
     )
     return y
 
@@ -174,7 +179,7 @@ def few_rows(x: Tensor, weight: Coded) -> Tensor:
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     most = 16 if rows <= 16 else 32 if rows <= 32 else ROWS
     _product[(triton.cdiv(outputs, OUTPUTS), triton.cdiv(rows, most))](
-        x, x.stride(0), y, rows, outputs, inputs, **_arguments(weight), BM=most, BN=OUTPUTS,
+        x, x.stride(0), y, rows, outputs, inputs, **arguments(weight), BM=most, BN=OUTPUTS,
         num_warps=4, num_stages=3, **chained(x.device),
     )  # fmt: skip
     return y

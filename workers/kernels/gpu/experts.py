@@ -17,8 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.gpu.chain import begin, chained
+from workers.kernels.gpu.coded import HALF_BLOCK, arguments, two_halves
 from workers.kernels.gpu.elementwise import clamped, gated
 from workers.kernels.gpu.product import BLOCK_K, Tile, shared_memory
+from workers.quantization.codes import Coded
 
 
 @triton.jit(do_not_specialize=["count", "first"])
@@ -48,12 +50,14 @@ def _product(
     CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr,
     BIAS: tl.constexpr, IEEE: tl.constexpr, CHAINED: tl.constexpr,
+    codes, scales, zeros, groups, num_groups, group_size, offset, KIND: tl.constexpr,
+    BITS: tl.constexpr, MIDDLE: tl.constexpr, ZEROS: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """BN outputs of BM pairs of one expert: y [pairs, N] = x [pairs / CHOSEN, K] · w of [EXPERTS,
     N, K] transposed, + bias. Grid (pieces of N, most tiles).
 
     GATED: w is [EXPERTS, 2 · N, K], gate above up, and y is act(gate, up); a program takes BN / 2
-    of each.
+    of each. With a KIND there are codes in place of w (see coded.py).
     """
     begin(CHAINED)
     e = tl.arange(0, EP)
@@ -77,16 +81,32 @@ def _product(
             n = tl.program_id(0) * BN + at
             there = n < N
             outputs = N
-        line = w + (expert.to(tl.int64) * outputs + n)[:, None] * K
+        output = expert.to(tl.int64) * outputs + n
         source = x + (pair // CHOSEN)[:, None] * K
-        k = tl.arange(0, BK)
-        acc = tl.zeros([BN, BM], tl.float32)
-        for i in range(0, K, BK):
-            inside = (i + k < K)[None, :]
-            a = tl.load(line + i + k[None, :], mask=there[:, None] & inside, other=0.0)
-            b = tl.load(source + i + k[None, :], mask=held[:, None] & inside, other=0.0)
-            acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee" if IEEE else "tf32")
         dtype = y.dtype.element_ty
+        precision: tl.constexpr = "ieee" if IEEE else "tf32"
+        acc = tl.zeros([BN, BM], tl.float32)
+        if KIND is None:
+            line = w + output[:, None] * K
+            k = tl.arange(0, BK)
+            for i in range(0, K, BK):
+                inside = (i + k < K)[None, :]
+                a = tl.load(line + i + k[None, :], mask=there[:, None] & inside, other=0.0)
+                b = tl.load(source + i + k[None, :], mask=held[:, None] & inside, other=0.0)
+                acc = tl.dot(a, tl.trans(b), acc, input_precision=precision)
+        else:
+            k = tl.arange(0, HALF_BLOCK)
+            for i in range(0, K, 2 * HALF_BLOCK):
+                a, far_a = two_halves(
+                    codes, output, there, i, K, scales, zeros, groups, num_groups, group_size,
+                    offset, KIND, BITS, MIDDLE, ZEROS, BY_COLUMN,
+                )  # fmt: skip
+                at_k = source + k[None, :] + i
+                b = tl.load(at_k, mask=held[:, None] & (k + i < K)[None, :], other=0.0)
+                far = held[:, None] & (k + i + HALF_BLOCK < K)[None, :]
+                far_b = tl.load(at_k + HALF_BLOCK, mask=far, other=0.0)
+                acc = tl.dot(a.to(dtype), tl.trans(b), acc, input_precision=precision)
+                acc = tl.dot(far_a.to(dtype), tl.trans(far_b), acc, input_precision=precision)
         value = acc.to(dtype).to(tl.float32)
         if BIAS:
             extra = tl.load(bias + expert * outputs + n, mask=there, other=0.0)
@@ -156,7 +176,7 @@ def _tile(each: float) -> Tile:
 
 
 def product(
-    x: Tensor, weight: Tensor, order: Sorted, chosen: int, bias: Tensor | None = None,
+    x: Tensor, weight: Tensor | Coded, order: Sorted, chosen: int, bias: Tensor | None = None,
     *, gated: bool = False, clamp: tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """x [pairs / chosen, K] by ``weight`` [experts, N, K] transposed + bias [experts, N], in x's
@@ -173,14 +193,15 @@ def product(
     used = min(count, experts)
     most_tiles = used + (count - used) // tile.rows
     alpha, limit = clamp or (0.0, 0.0)
+    codes, numbers = (weight, None) if isinstance(weight, Coded) else (None, weight)
     grid = triton.cdiv(outputs, tile.outputs // 2 if gated else tile.outputs), most_tiles
     _product[grid](
-        x, weight, bias, y, order.pairs, order.starts, outputs, inputs, alpha, limit,
+        x, numbers, bias, y, order.pairs, order.starts, outputs, inputs, alpha, limit,
         CHOSEN=chosen, EXPERTS=experts, EP=triton.next_power_of_2(experts), BM=tile.rows,
         BN=tile.outputs, BK=BLOCK_K * 2 // x.dtype.itemsize, GATED=gated,
         CLAMPED=clamp is not None, BIAS=bias is not None, IEEE=x.dtype == torch.float32,
         num_warps=tile.warps, num_stages=tile.stages_on(shared_memory(x.device)),
-        **chained(x.device),
+        **arguments(codes), **chained(x.device),
     )  # fmt: skip
     return y
 
