@@ -184,16 +184,16 @@ def test_large_groups_and_heads(heads: int, kv_heads: int, dim: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, dim, latent", [(4, 48, 32), (20, 576, 512), (128, 80, 64)])
+@pytest.mark.parametrize("heads, dim, latent", [(20, 576, 512), (50, 80, 64)])
 def test_latents(backend: type, dtype: torch.dtype, heads: int, dim: int, latent: int) -> None:
-    queries = [1, 1, 40, 600, 3]
+    queries = [1, 1, 40, 3]
     shape = replace(shape_of(heads, 1, dim, 32, dtype), latent=latent)
-    world = World(shape, [513, 70, 129, 600, 5])
+    world = World(shape, [513, 70, 129, 5])
     world.check(world.run(backend(shape), queries), queries)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, kv_heads, latent", [(4, 4, None), (8, 2, None), (64, 1, 48)])
+@pytest.mark.parametrize("heads, kv_heads, latent", [(4, 4, None), (8, 2, None), (50, 1, 48)])
 def test_result_does_not_depend_on_batch_chunks_or_threads(
     dtype: torch.dtype, heads: int, kv_heads: int, latent: int | None
 ) -> None:
