@@ -47,7 +47,6 @@ CASES = [
     ("opt", 1, 3),
     ("olmo3", 2, 1),
     ("qwen3-moe", 2, 2),
-    ("deepseek-v3", 2, 1),
     ("qwen3-5", 2, 1),
     ("qwen3-5", 1, 3),  # one stage has blocks, the others states
 ]

@@ -249,7 +249,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "deepseek_v2": (
         transformers.DeepseekV2Config,
         transformers.DeepseekV2ForCausalLM,
-        _LATENT | {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+        _LATENT | {"first_k_dense_replace": 2, "n_routed_experts": 4, "num_experts_per_tok": 2},
     ),
     "deepseek_v3": (
         transformers.DeepseekV3Config,
@@ -259,7 +259,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "glm4_moe_lite": (
         transformers.Glm4MoeLiteConfig,
         transformers.Glm4MoeLiteForCausalLM,
-        _LATENT,
+        _LATENT | {"mlp_layer_types": ["dense", "sparse", "dense"]},
     ),
     "qwen3_5": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM, _HYBRID),
     "qwen3_next": (
@@ -434,7 +434,7 @@ TINY_MODELS = [
         generates="pressed",
     ),
     TinyModel("deepseek-v3-halves", "deepseek_v3", {"rope_interleave": False}, generates="no"),
-    TinyModel("glm4-moe-lite", "glm4_moe_lite", generates="no"),
+    TinyModel("glm4-moe-lite", "glm4_moe_lite", generates="pressed"),
     TinyModel("qwen3-5", "qwen3_5"),
     TinyModel(
         "qwen3-5-even",
