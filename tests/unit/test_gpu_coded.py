@@ -19,6 +19,7 @@ CASES: dict[str, tuple[Kind, int, Grouping, bool]] = {
     "fp8, outputs": (Kind.E4M3, 320, Grouping(1, 320), False),
     "fp8, blocks": (Kind.E4M3, 320, Grouping(3, 128), False),
     "fp8, a rank's part of blocks": (Kind.E4M3, 192, Grouping(3, 128, offset=96), False),
+    "fp8, from the middle of a block": (Kind.E4M3, 192, Grouping(2, 128, offset=64), False),
     "8 bits": (Kind.INT8, 128, Grouping(2, 64), True),
     "8 bits, symmetric": (Kind.INT8, 96, Grouping(1, 96), False),
     "4 bits": (Kind.INT4, 320, Grouping(5, 64), True),
