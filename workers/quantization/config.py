@@ -1,5 +1,6 @@
 """config.json's quantization_config, and the option ``quantization``."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -113,7 +114,8 @@ def quantization_on(config: Config, device: torch.device, dtype: torch.dtype) ->
     def keeps(kind: Kind, grouping: Grouping) -> bool:
         return gpu or (cpu and has_gemm_codes(kind, grouping, dtype))
 
-    return replace(read_quantization(config), keeps=keeps)
+    quantization = read_quantization(config)
+    return replace(quantization, keeps=keeps, format_of=functools.cache(quantization.format_of))
 
 
 def with_quantization(config: Config, option: str | None) -> Config:
