@@ -25,7 +25,7 @@ class ModelFacts:
     pooling: Pooling | None = None  # None: it makes no vectors
     vector_size: int = 0
     causal: bool = True  # else a prompt is computed in one piece, and none of it is found cached
-    quantization: str = ""  # how linear layers' weights are stored, and where they are numbers
+    quantization: str = ""  # how linear layers' weights are stored, and what they are kept as
 
 
 @dataclass(frozen=True)

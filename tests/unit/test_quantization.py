@@ -190,6 +190,7 @@ WRONG: list[tuple[Any, str]] = [
         GPTQ | {"checkpoint_format": "marlin"},
         "checkpoint_format='marlin': .*allowed: gptq, gptq_v2",
     ),
+    (GPTQ | {"modules_in_block_to_quantize": ["q"]}, "modules_in_block_to_quantize=.*must be"),
     (GPTQ | {"dynamic": {"-:.*": {}}}, "dynamic=.*: is not supported: every linear"),
     ({"quant_method": "awq", "bits": 8}, "bits=8: is not supported; allowed: 4"),
     ({"quant_method": "awq", "version": "gemv"}, "version='gemv': is not supported; allowed: gemm"),
@@ -266,6 +267,11 @@ def test_ranks_do_not_share_a_word_of_codes() -> None:
             ["model.decoder.project_in"],
         ),
         (
+            GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.up_proj"]]},
+            ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"],
+            ["model.layers.0.self_attn.k_proj", "lm_head"],
+        ),
+        (
             _packed() | {"ignore": ["re:.*self_attn", "lm_head"]},
             ["model.layers.0.mlp.up_proj"],
             ["model.layers.0.self_attn.q_proj", "lm_head", "model.embed_tokens"],
@@ -326,8 +332,9 @@ def test_the_option_and_the_checkpoint_must_agree(
         with_quantization(load_config(checkpoint("llama")), "awq")
 
 
-@pytest.mark.parametrize("format", ["fp8 blocks", "gptq desc_act", "awq", "mxfp4"])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("format", "whole"), [("fp8 blocks", False), ("gptq desc_act", False), ("mxfp4", True)]
+)
 def test_experts_in_codes_are_those_in_numbers(format: str, whole: bool) -> None:
     """By the kernels of a GPU: a rank's part of each expert, or some of them ``whole``."""
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """config.json's quantization_config, and the option ``quantization``."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -56,13 +57,20 @@ def _group(config: Config) -> int | None:
 
 
 def _of_layers(config: Config, what: str, format: Format) -> Quantization:
-    """Of the linears in a network's layers, and its head if ``lm_head`` says so."""
+    """Of the linears in a network's layers, all or those of ``modules_in_block_to_quantize``, and
+    of its head if ``lm_head`` says so."""
     skips, head = skipped(config, "modules_to_not_convert"), config.boolean("lm_head", False)
+    key = "modules_in_block_to_quantize"
+    lists = config.get(key, [[""]])
+    if not isinstance(lists, list) or not all(isinstance(names, list) for names in lists):
+        raise config.error(key, "must be a list of lists of names")
+    ends = tuple(str(name) for names in lists for name in names)
 
     def format_of(name: str) -> Format | None:
         if name in HEADS:
             return format if head else None
-        return None if is_plain(name) or ".layer" not in name or skips(name) else format
+        inside = ".layer" in name and name.endswith(ends)
+        return format if inside and not is_plain(name) and not skips(name) else None
 
     return Quantization(what, format_of)
 
@@ -106,7 +114,8 @@ def quantization_on(config: Config, device: torch.device, dtype: torch.dtype) ->
     def keeps(kind: Kind, grouping: Grouping) -> bool:
         return gpu or (cpu and has_gemm_codes(kind, grouping, dtype))
 
-    return replace(read_quantization(config), keeps=keeps)
+    quantization = read_quantization(config)
+    return replace(quantization, keeps=keeps, format_of=functools.cache(quantization.format_of))
 
 
 def with_quantization(config: Config, option: str | None) -> Config:

@@ -112,7 +112,7 @@ def read_fp8(config: Config) -> Quantization:
         what,
         format_of,
         renamed={"weight_scale": "weight_scale_inv"},
-        beside=frozenset({"input_scale", "activation_scale", "k_scale", "v_scale"}),
+        beside=frozenset({"input_scale", "activation_scale", "k_scale", "v_scale", "kv_scale"}),
     )
 
 
