@@ -184,7 +184,7 @@ class KVBlocks:
             self.states.claim(seq, hashes[seq.published - 1] if seq.published else None)
             if self.prefix_caching:
                 last = (len(seq.tokens) - 1) // self.block_size
-                self.states.mark(seq, {prefix.blocks_alone, last})
+                self.states.mark(seq, prefix.blocks_alone, last)
 
     # ---- swapping ----
 
