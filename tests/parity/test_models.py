@@ -278,6 +278,7 @@ class _ThreadGroup(Group):
         ("minimax-m2", 4),
         ("qwen3-5", 2),
         ("qwen3-5-even", 4),
+        ("qwen3-5-moe", 2),
         ("qwen3-next", 2),
         ("opt", 2),
         ("opt-post-norm", 4),

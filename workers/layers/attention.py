@@ -61,9 +61,8 @@ class Attention:
     a learned logit that takes a share of its attention and gives nothing (gpt-oss). With
     ``value_norm``, its eps, values have an RMS norm without weight; where they are ``from_keys``,
     they are what the keys are before theirs (Gemma 4). One that ``shares`` has queries alone, for
-    the keys and values in another layer's cache.
-    ``gated``: q's projection
-    has a gate beside each head, whose sigmoid the head's result is multiplied by (Qwen3-Next).
+    the keys and values in another layer's cache. ``gated``: q's projection has a gate beside each
+    head, whose sigmoid multiplies its result (Qwen3-Next).
     """
 
     def __init__(

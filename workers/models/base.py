@@ -94,7 +94,7 @@ class Traits:
 
     @property
     def capturable(self) -> bool:
-        return True
+        return not self.recurrent
 
     @property
     def head_kinds(self) -> tuple[Heads, ...]:

@@ -116,10 +116,6 @@ class DecoderTraits(Traits):
         return any(layer.experts for layer in self.layers)
 
     @property
-    def capturable(self) -> bool:
-        return not self.recurrent
-
-    @property
     def head_kinds(self) -> tuple[Heads, ...]:
         return tuple(dict.fromkeys(self.heads_of(layer) for layer in self.layers))
 

@@ -85,9 +85,10 @@ DECODERS: dict[str, tuple[str, Network]] = {
     "Glm4MoeLite": ("glm4_moe_lite", _decoder(glm4_moe_lite.read_traits)),
     "Qwen3Next": ("qwen3_next", _decoder(qwen_hybrid.read_qwen3_next)),
     "Qwen3_5": ("qwen3_5_text", _decoder(qwen_hybrid.read_qwen3_5)),
+    "Qwen3_5Moe": ("qwen3_5_moe_text", _decoder(qwen_hybrid.read_qwen3_5_moe)),
 }
 # Those whose names of other heads are of models of images and text.
-CONDITIONALS = ("Gemma3", "Gemma4", "Qwen3_5")
+CONDITIONALS = ("Gemma3", "Gemma4", "Qwen3_5", "Qwen3_5Moe")
 ARCHITECTURES = (
     {f"{family}{GENERATES}": network for family, network in DECODERS.items()}
     | {

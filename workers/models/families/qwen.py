@@ -54,8 +54,7 @@ def read_qwen3(config: Config) -> DecoderTraits:
 
 
 def read_qwen3_moe(config: Config) -> DecoderTraits:
-    """See ``llama.read_traits``. Every ``decoder_sparse_step``-th layer has experts, but for
-    ``mlp_only_layers``."""
+    """See ``llama.read_traits``."""
     config = config.over(QWEN3_MOE)
     named = next((name for name in EXPERTS if name in config), EXPERTS[0])
     traits = read_decoder(config, {"sliding_window", "attention_bias", *EXPERTS})
@@ -65,17 +64,21 @@ def read_qwen3_moe(config: Config) -> DecoderTraits:
     experts = ExpertTraits(count, config.integer("moe_intermediate_size"), routing)
     if config.boolean("use_sliding_window", False):
         traits = with_one_window(config, traits)
+    return with_sparse_experts(config, replace(traits, qk_norm=QKNorm(traits.norm_eps)), experts)
+
+
+def with_sparse_experts(
+    config: Config, traits: DecoderTraits, experts: ExpertTraits
+) -> DecoderTraits:
+    """``traits`` with experts in every ``decoder_sparse_step``-th layer but ``mlp_only_layers``."""
     step, dense = config.integer("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
         raise config.error("mlp_only_layers", "must be a list of layers' numbers")
-    return replace(
-        traits,
-        qk_norm=QKNorm(traits.norm_eps),
-        layers=tuple(
-            replace(layer, experts=None if i in dense or (i + 1) % step else experts)
-            for i, layer in enumerate(traits.layers)
-        ),
+    layers = (
+        replace(layer, experts=None if i in dense or (i + 1) % step else experts)
+        for i, layer in enumerate(traits.layers)
     )
+    return replace(traits, layers=tuple(layers))
 
 
 def _windowed(config: Config, traits: DecoderTraits) -> DecoderTraits:
