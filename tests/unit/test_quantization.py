@@ -11,22 +11,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
+from tests.parity.paged import build
 from tests.support.checkpoints import configure
 from tests.support.quantized_checkpoints import FORMATS, compressed, quantize
-from workers.attention import choose_backend
 from workers.checkpoint import Config, load_config
 from workers.kernels.gpu import coded
 from workers.layers.expert_products import StackedExperts
 from workers.layers.experts import ExpertTraits
 from workers.layers.linear import ColumnLinear, Part, RowLinear
 from workers.layers.routing import Routing
-from workers.models import attention_shape, build_model, read_traits
 from workers.models.base import Layer
-from workers.parallel import Group, Place, Stage
+from workers.parallel import Group, Place
 from workers.quantization.codes import Coded
 from workers.quantization.config import read_quantization, with_quantization
 from workers.quantization.quantization import PLAIN
-from workers.weights import load
 
 CPU = torch.device("cpu")
 COLUMNS = [Part("model.layers.0.q", 48, slice(16, 32), torch.arange(16).flip(0)),
@@ -83,15 +81,6 @@ def test_linears_computed_together_are_numbers_if_one_is_not_quantized() -> None
          | {"model.layers.0.k.weight": plain})  # fmt: skip
     x = torch.randn(3, 24)
     torch.testing.assert_close(layer(x), x @ torch.cat((values, plain)).t())
-
-
-def build(path: Path, option: str | None = None) -> Any:
-    config = with_quantization(load_config(path), option)
-    traits, place = read_traits(config), Place(CPU, torch.float32)
-    backend = choose_backend(attention_shape(traits, place, 16))
-    model = build_model(config, place, Stage.whole(traits.num_layers), backend, 64)
-    load(model, path)
-    return model
 
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -302,10 +291,9 @@ def test_the_closest_group_of_compressed_tensors_counts() -> None:
     assert [(format.bits, format.group) for format in found] == [(4, 32), (8, 16), (4, 16)]
 
 
-def test_fp8_is_made_of_other_weights_for_the_option(checkpoint: Callable[..., Path]) -> None:
-    path = checkpoint("llama")
-    made = Config({"quantization_config": with_quantization(load_config(path), "fp8").get(
-        "quantization_config")})  # fmt: skip
+def test_fp8_is_made_of_other_weights_for_the_option(copy: Callable[[str], Path]) -> None:
+    path = copy("llama")
+    made = with_quantization(load_config(path), "fp8")
     place = Place(CPU, torch.float32, Group(2, 1), quantization=read_quantization(made))
     row = RowLinear(place, "model.layers.0.o", 64, 40, bias=False)
     weight = torch.randn(40, 64)
@@ -315,7 +303,8 @@ def test_fp8_is_made_of_other_weights_for_the_option(checkpoint: Callable[..., P
     expected = (weight / scales).to(torch.float8_e4m3fn).float() * scales
     x = torch.randn(3, 32)
     torch.testing.assert_close(row.share(x), x @ expected[:, 32:].t())
-    build(path, "fp8")
+    configure(path, quantization_config=made.get("quantization_config"))
+    assert "fp8 made of other weights" in build(path)[0].place.quantization.in_words()
 
 
 def test_the_option_and_the_checkpoint_must_agree(
