@@ -207,7 +207,7 @@ class Worker:
         found = products.varying(self.place.products)
         if not isinstance(self.backend, TritonAttention):
             found.append(f"attention ({type(self.backend).__name__})")
-        if self.traits.recurrent:
+        if self.traits.recurrent and not kernels.has_triton(self.device):
             found.append("recurrent layers")
         if found and wanted == "on":
             raise ConfigError(

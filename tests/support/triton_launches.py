@@ -22,7 +22,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-OPTIONS = {"num_warps", "num_stages"}
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class DecoderTraits(Traits):
 
     @property
     def capturable(self) -> bool:
-        return not any(layer.experts or layer.delta for layer in self.layers)
+        return not any(layer.experts for layer in self.layers)
 
     @property
     def recurrent(self) -> bool:

@@ -5,6 +5,15 @@ result never depends on the other rows of its step, not in one bit. Their arithm
 without a GPU by Triton's interpreter (tests/unit/test_gpu_kernels.py).
 """
 
-from workers.kernels.gpu import attention, elementwise, heads, norm, product, rows
+from workers.kernels.gpu import (
+    attention,
+    convolution,
+    delta,
+    elementwise,
+    heads,
+    norm,
+    product,
+    rows,
+)
 
-__all__ = ["attention", "elementwise", "heads", "norm", "product", "rows"]
+__all__ = ["attention", "convolution", "delta", "elementwise", "heads", "norm", "product", "rows"]
