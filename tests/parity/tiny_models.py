@@ -45,6 +45,9 @@ class TinyModel:
                     tensor.normal_(0, 0.7 / tensor.shape[1] ** 0.5 if "embed" not in name else 0.6)
                 else:
                     tensor.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+            for name, tensor in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    tensor.normal_(0.0, 0.2)
         return model
 
 
@@ -80,6 +83,12 @@ _HYBRID = _LLAMA | {
     "linear_value_head_dim": 20,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+}
+_SHARED_EXPERT = {
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 40,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
 }
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, _LLAMA),
@@ -152,6 +161,50 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     "glm4": (transformers.Glm4Config, transformers.Glm4ForCausalLM, _LLAMA | {"head_dim": 24}),
+    "glm4_moe": (
+        transformers.Glm4MoeConfig,
+        transformers.Glm4MoeForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "moe_intermediate_size": 48,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        transformers.GptOssForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "sliding_window": 6,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "truncate": False,
+            },
+        },
+    ),
+    "minimax_m2": (
+        transformers.MiniMaxM2Config,
+        transformers.MiniMaxM2ForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "rotary_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "mixtral": (
         transformers.MixtralConfig,
         transformers.MixtralForCausalLM,
@@ -170,10 +223,15 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     "qwen3_5": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM, _HYBRID),
+    "qwen3_5_moe": (
+        transformers.Qwen3_5MoeTextConfig,
+        transformers.Qwen3_5MoeForCausalLM,
+        _HYBRID | _SHARED_EXPERT,
+    ),
     "qwen3_next": (
         transformers.Qwen3NextConfig,
         transformers.Qwen3NextForCausalLM,
-        _HYBRID | {"mlp_only_layers": [0, 1, 2]},
+        _HYBRID | _SHARED_EXPERT | {"mlp_only_layers": [0]},
     ),
     "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, _OPT),
 }
@@ -269,6 +327,23 @@ TINY_MODELS = [
     TinyModel("gemma3", "gemma3"),
     TinyModel("gemma3-capped", "gemma3", {"final_logit_softcapping": 2.0}, generates="no"),
     TinyModel("glm4", "glm4", generates="pressed"),
+    TinyModel("glm4-moe", "glm4_moe", generates="pressed"),
+    TinyModel(
+        "glm4-moe-dense-front",
+        "glm4_moe",
+        {
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "first_k_dense_replace": 2,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        generates="no",
+    ),
+    TinyModel("gpt-oss", "gpt_oss", generates="pressed"),
+    TinyModel("minimax-m2", "minimax_m2", generates="pressed"),
     TinyModel("mixtral", "mixtral"),
     TinyModel("qwen3-moe", "qwen3_moe", generates="pressed"),
     TinyModel(
@@ -285,7 +360,9 @@ TINY_MODELS = [
         | {"full_attention_interval": 2, "layer_types": None},
         generates="pressed",
     ),
+    TinyModel("qwen3-5-moe", "qwen3_5_moe", generates="pressed"),
     TinyModel("qwen3-next", "qwen3_next", generates="pressed"),
+    TinyModel("qwen3-next-dense", "qwen3_next", {"num_experts": 0}, generates="no"),
     TinyModel("opt", "opt"),
     TinyModel("opt-post-norm", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     TinyModel("opt-no-bias", "opt", {"enable_bias": False}),

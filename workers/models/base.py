@@ -91,8 +91,12 @@ class Traits:
     text_part: bool = False
 
     @property
+    def has_experts(self) -> bool:
+        return False
+
+    @property
     def capturable(self) -> bool:
-        return True
+        return not self.recurrent
 
     @property
     def recurrent(self) -> bool:

@@ -7,9 +7,13 @@ from typing import Any
 from workers.checkpoint import Config
 from workers.layers.attention import QKNorm
 from workers.layers.delta_net import DeltaTraits
+from workers.layers.experts import ExpertTraits, SharedExpert
 from workers.layers.rotary import FULL, read_rope
+from workers.layers.routing import Routing
 from workers.models.decoder import DecoderTraits, LayerTraits
 from workers.models.families.llama import COMMON, read_decoder, read_heads
+from workers.models.families.moe import read_chosen, with_experts
+from workers.models.families.qwen import with_sparse_experts
 
 LINEAR = "linear_attention"
 QWEN3_NEXT: dict[str, Any] = COMMON | {
@@ -22,6 +26,10 @@ QWEN3_NEXT: dict[str, Any] = COMMON | {
     "head_dim": 256,
     "max_position_embeddings": 32768,
     "partial_rotary_factor": 0.25,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
@@ -29,11 +37,18 @@ QWEN3_NEXT: dict[str, Any] = COMMON | {
     "linear_num_value_heads": 32,
 }
 QWEN3_5: dict[str, Any] = QWEN3_NEXT | {
+    "num_experts": None,
     "vocab_size": 248320,
     "hidden_size": 4096,
     "intermediate_size": 12288,
     "num_hidden_layers": 32,
     "num_key_value_heads": 4,
+}
+QWEN3_5_MOE: dict[str, Any] = QWEN3_NEXT | {
+    "vocab_size": 248320,
+    "num_hidden_layers": 40,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
 }
 HONOURED = {"attention_bias", "partial_rotary_factor", "layer_types"}
 IMAGES = {"mrope_section", "mrope_interleaved"}  # how images are rotated; of a text all are alike
@@ -47,7 +62,27 @@ def read_qwen3_5(config: Config) -> DecoderTraits:
 def read_qwen3_next(config: Config) -> DecoderTraits:
     """See ``llama.read_traits``."""
     config = config.over(QWEN3_NEXT)
-    return _read(config, HONOURED | {"num_experts"}, by_head=True)
+    traits = _read(config, HONOURED | {"num_experts"}, by_head=True)
+    if not config.whole("num_experts", 0):
+        return traits
+    normed = config.boolean("norm_topk_prob", True)
+    return with_sparse_experts(config, traits, _read_experts(config, normed))
+
+
+def read_qwen3_5_moe(config: Config) -> DecoderTraits:
+    """See ``llama.read_traits``."""
+    config = config.over(QWEN3_5_MOE)
+    traits = _read(config, HONOURED | {"num_experts"}, by_head=False)
+    return with_experts(traits, _read_experts(config, normed=True))
+
+
+def _read_experts(config: Config, normed: bool) -> ExpertTraits:
+    count = config.integer("num_experts")
+    shared = SharedExpert(
+        config.integer("shared_expert_intermediate_size"), "shared_expert", "shared_expert_gate"
+    )
+    routing = Routing(read_chosen(config, count), normed=normed)
+    return ExpertTraits(count, config.integer("moe_intermediate_size"), routing, shared)
 
 
 def _read(config: Config, honoured: set[str], *, by_head: bool) -> DecoderTraits:
