@@ -29,10 +29,15 @@ def normal(*shape: int) -> Tensor:
 class Net:
     """A layer's heads and convolutions, and the states of some sequences."""
 
-    def __init__(self, keys: int, values: int, key_size: int, value_size: int) -> None:
+    def __init__(
+        self, keys: int, values: int, key_size: int, value_size: int, device: torch.device = DEVICE
+    ) -> None:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device)
+
         self.heads = delta.Heads(
             keys, values, key_size, value_size, eps=1e-6, norm=normal(value_size),
-            decay=-torch.rand(values, device=DEVICE), dt=normal(values),
+            decay=-normal(values).abs(), dt=normal(values),
         )  # fmt: skip
         self.channels = 2 * keys * key_size + values * value_size
         self.weight = normal(self.channels, TAPS)
@@ -46,11 +51,14 @@ class Net:
 
     def step(self, x: Tensor, counts: list[int], owners: list[int]) -> Tensor:
         """By the kernels: x [T, width] of rows of so many tokens, with the states ``owners``."""
-        rows = torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
-        states = torch.tensor(owners, device=DEVICE)
-        qkv = convolution.convolve(x[:, : self.channels], self.weight, self.past, rows, states)
+        starts = torch.tensor([0, *counts], device=x.device).cumsum(0).int()
+        return self.run(x, starts, torch.tensor(owners, device=x.device))
+
+    def run(self, x: Tensor, starts: Tensor, states: Tensor) -> Tensor:
+        """The same of what is on the device."""
+        qkv = convolution.convolve(x[:, : self.channels], self.weight, self.past, starts, states)
         z, gates = x[:, self.channels :].tensor_split([-2 * self.heads.values], 1)
-        found = gpu_delta.recur(qkv, gates, self.state, self.heads, rows, states)
+        found = gpu_delta.recur(qkv, gates, self.state, self.heads, starts, states)
         return norm.gated_rms_norm(found, z, self.heads.norm, self.heads.eps)
 
     def plain_step(self, x: Tensor, counts: list[int], owners: list[int]) -> Tensor:
@@ -141,7 +149,7 @@ def test_small_decays_are_as_exact_as_large_ones() -> None:
 
 def compile_all(arch: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     """The kernels that the steps of a Qwen3-Next's layer take, and their shared memory."""
-    net = Net(16, 32, 128, 128)
+    net = Net(16, 32, 128, 128, torch.device("cpu"))
     with launches() as found:
         for counts in ([1, 1, 1], [1], [300, 1]):
             x = torch.zeros(sum(counts), net.width, dtype=dtype)
