@@ -11,12 +11,12 @@ and the lengths of q and k are factors of the sums. The next token's inputs are 
 meanwhile.
 
 Decode is bound by the state, which is read and written once: 8 · values · key_size · value_size
-bytes a row. A prompt is bound by the time from token to token (some hundred cycles), and its
-layer's programs are few. A chunked form (products of the matrix units over 64 tokens, as the paper
-has it) would be faster there. To keep the bits it would have to cut every sequence at the same
-positions, multiples of 64 from its first token: a chunk that a step does not end would be computed
-from its first token's state, which stays until the chunk is whole, beside the inputs since then;
-and a decoded token would be the last row of such a chunk.
+bytes a row. A prompt is bound by the time from token to token (some hundred cycles), for a row has
+few programs. A chunked form (products of the matrix units over 64 tokens, as the paper has it)
+would be faster there. To keep the bits it would have to cut every sequence at the same positions,
+multiples of 64 from its first token, and to compute a token in the same way whether its chunk came
+at once or token by token: from the state at the chunk's beginning, which would have to be kept,
+beside the chunk's inputs so far, until the chunk is whole.
 """
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from workers.kernels.delta import L2_EPS, Heads
 from workers.kernels.gpu.chain import begin, chained
 
-SLICE = 16  # columns: 64 bytes of each of a state's rows, two elements of it for a thread and key
+SLICE = 16  # columns: of 128 keys 64 elements for each thread
 _L2_EPS = tl.constexpr(L2_EPS)
 
 
