@@ -1,15 +1,20 @@
 """The Triton kernels of delta nets, against plain PyTorch; see test_gpu_kernels.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support.triton_launches import launches, where_triton_compiles
+from workers import kernels
 from workers.batch import Batch
 from workers.kernels import delta
 from workers.kernels.gpu import convolution, norm
 from workers.kernels.gpu import delta as gpu_delta
+from workers.layers.delta_net import DeltaTraits, GatedDeltaNet
+from workers.parallel import Place
 from workers.sweep import Sweep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,6 +29,17 @@ def _seed() -> None:
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE)
+
+
+def make_batch(x: Tensor, counts: list[int], owners: list[int]) -> Batch:
+    """Of rows of so many tokens, with the states ``owners``, as recurrent layers see it."""
+    starts = torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
+    states = torch.tensor(owners, device=DEVICE)
+    batch = Batch(
+        tokens=x[:, 0], positions=states, cells=states, slots=states, query_starts=starts,
+        context_lens=starts[1:], block_tables=states, max_context_len=0, states=states,
+    )  # fmt: skip
+    return replace(batch, sweep=Sweep(batch, TAPS))
 
 
 class Net:
@@ -68,13 +84,10 @@ class Net:
             inputs = torch.cat((self.past[owner], part[:, : self.channels]))
             self.past[owner] = inputs[1 - TAPS :]
             convolved = F.conv1d(inputs.t(), self.weight[:, None], groups=self.channels).t()
-            ints = torch.tensor([owner], device=DEVICE)
-            starts = torch.tensor([0, len(part)], dtype=torch.int32, device=DEVICE)
-            batch = Batch(
-                tokens=part, positions=ints, cells=ints, slots=ints, query_starts=starts,
-                context_lens=ints, block_tables=ints, max_context_len=0, states=ints,
-            )  # fmt: skip
-            turns, rest = Sweep(batch, TAPS).turns, part[:, self.channels :]
+            turns, rest = (
+                make_batch(part, [len(part)], [owner]).sweep.turns,
+                part[:, self.channels :],
+            )
             outputs.append(delta._plain(convolved, rest, self.state, self.heads, turns))
         return torch.cat(outputs)
 
@@ -99,7 +112,7 @@ def test_a_step_is_that_of_pytorch(shape: tuple[int, int, int, int]) -> None:
 
 def test_no_bit_depends_on_how_tokens_come() -> None:
     """At once, in chunks, or one by one among others."""
-    net = Net(1, 2, 24, 20)
+    net = Net(1, 1, 24, 20)
     past, state = net.past.clone(), net.state.clone()
     x, others = net.draw(6), net.draw(6)
     expected = net.step(x, [6], [4])
@@ -113,6 +126,24 @@ def test_no_bit_depends_on_how_tokens_come() -> None:
             found.append(net.step(both, [1] * among + [len(part)], [0] * among + [4])[among:])
         assert torch.equal(torch.cat(found), expected)
         assert torch.equal(net.past[4], after[0]) and torch.equal(net.state[4], after[1])
+
+
+def test_the_layer_is_the_same_with_and_without_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traits = DeltaTraits(1, 2, 8, 12, TAPS, by_head=False)
+    layer = GatedDeltaNet(Place(DEVICE, torch.float32), "linear_attn", 24, traits, 1e-6)
+    for parameter in layer.parameters():
+        parameter.fill(torch.randn(parameter.shape))
+    x, before = normal(4, 24), layer.memory.allocate(STATES).normal_()
+    batch = make_batch(x, [3, 1], [5, 2])
+    found = []
+    for there in (False, True):
+        monkeypatch.setattr(kernels, "has_triton", lambda device, there=there: there)
+        cache = before.clone()
+        found.append((layer(x, batch, cache), cache))
+    assert not torch.equal(found[0][1], before)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_convolutions_of_long_rows() -> None:
