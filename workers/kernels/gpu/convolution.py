@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workers.kernels.gpu.chain import begin, chained
 
-CHANNELS = 64  # of a program
+PER_PROGRAM = 64  # channels
 
 
 @triton.jit
@@ -25,9 +25,11 @@ def _input(x, x_stride, line, at, channel, there, TAPS: tl.constexpr, CHANNELS: 
 @triton.jit
 def _convolve(
     x, x_stride, weight, past, past_stride, starts, states, y, CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr, T: tl.constexpr, C: tl.constexpr, CHAINED: tl.constexpr,
+    TAPS: tl.constexpr, PAST: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """C channels of a row each, T tokens at a time. Rows without tokens leave their state alone."""
+    """C channels of a row each, T tokens at a time. Rows without tokens leave their state alone.
+    PAST is a power of two, at least TAPS - 1."""
     begin(CHAINED)
     row = tl.program_id(0)
     start = tl.load(starts + row)
@@ -49,11 +51,13 @@ def _convolve(
                 )
             value = value / (1.0 + tl.exp(-value))
             tl.store(y + token.to(tl.int64) * CHANNELS + channel[None, :], value, mask=inside)
-        tl.debug_barrier()  # the state was read by all threads
-        for i in tl.static_range(TAPS - 1):  # in this order none is lost before it is moved
-            at = channel * 0 + count - (TAPS - 1) + i
-            last = _input(x, x_stride, line, at, channel, there, TAPS, CHANNELS)
-            tl.store(line + i * CHANNELS + channel, last, mask=there)
+        i = tl.arange(0, PAST)[:, None]
+        moved = (i < TAPS - 1) & there[None, :]
+        last = _input(
+            x, x_stride, line, count - (TAPS - 1) + i, channel[None, :], moved, TAPS, CHANNELS
+        )
+        tl.debug_barrier()  # all threads have read what is overwritten
+        tl.store(line + i * CHANNELS + channel[None, :], last, mask=moved)
 
 
 def convolve(x: Tensor, weight: Tensor, past: Tensor, starts: Tensor, states: Tensor) -> Tensor:
@@ -65,9 +69,10 @@ def convolve(x: Tensor, weight: Tensor, past: Tensor, starts: Tensor, states: Te
     (tokens, channels), taps, rows = x.shape, weight.shape[1], len(states)
     y = torch.empty(tokens, channels, dtype=torch.float32, device=x.device)
     prompts = tokens > rows
-    _convolve[(rows, triton.cdiv(channels, CHANNELS))](
+    _convolve[(rows, triton.cdiv(channels, PER_PROGRAM))](
         x, x.stride(0), weight, past, past.stride(0), starts, states, y, CHANNELS=channels,
-        TAPS=taps, T=32 if prompts else 1, C=CHANNELS, num_warps=4 if prompts else 1,
+        TAPS=taps, PAST=triton.next_power_of_2(taps - 1), T=32 if prompts else 1, C=PER_PROGRAM,
+        num_warps=4 if prompts else 1,
         # The same roundings whatever the tile.
         enable_fp_fusion=False, **chained(x.device),
     )  # fmt: skip

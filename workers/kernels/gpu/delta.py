@@ -56,8 +56,8 @@ def _delta(
         v = tl.program_id(0) * VS + tl.arange(0, VS)
         rows, columns = k < K, v < V
         mine = rows[:, None] & columns[None, :]
-        at = tl.load(states + row).to(tl.int64) * state_stride + head * (K * V)
-        at = state + at + k[:, None] * V + v[None, :]
+        slot = tl.load(states + row).to(tl.int64)
+        at = state + slot * state_stride + head * (K * V) + k[:, None] * V + v[None, :]
         s = tl.load(at, mask=mine, other=0.0)
         rate, shift = tl.load(decay + head), tl.load(dt + head)
         width: tl.constexpr = 2 * KEYS * K + VALUES * V
