@@ -26,6 +26,7 @@ from engine.plan import Copies, CopyTimes, Ints, StateMoves
 from workers.kernels.memory import huge_tensor
 from workers.layers.memory import Memory
 from workers.messages import Units
+from workers.sampling_table import on_device
 
 STAGING_BYTES = 256 << 20  # each way, at most
 ALIGNMENT = 16  # bytes: of a layer's part of a CPU block
@@ -59,12 +60,12 @@ class KVCache:
         if not self._states:  # another stage of the pipeline has them
             return
         self._state_tiers.copy(moves.copies)
-        sources, targets = torch.from_numpy(moves.forks).long().to(self._device).unbind(1)
-        new = sources < 0
+        new = moves.forks[:, 0] < 0
+        sources, targets = on_device(moves.forks[~new], self._device).long().unbind(1)
+        zeros = on_device(moves.forks[new, 1], self._device).long()
         for layer in self._states:
-            content = layer[sources.clamp(min=0)]
-            content[new] = 0
-            layer[targets] = content
+            layer[targets] = layer[sources]
+            layer.index_fill_(0, zeros, 0)
 
     def copied(self) -> CopyTimes:
         """The copies of blocks between the tiers that ended since the last call."""

@@ -17,16 +17,28 @@ class Sweep:
 
     def __init__(self, batch: Batch, taps: int) -> None:
         assert batch.states is not None
-        starts, before = batch.query_starts.long(), taps - 1
-        rows = torch.arange(len(starts) - 1, device=starts.device)
-        tokens = torch.arange(len(batch.tokens), device=starts.device)
+        self._batch, self._before = batch, taps - 1
         self.states = batch.states.long()  # [R]
-        row_of = torch.bucketize(tokens, starts[1:], right=True)  # R of tokens that are padding
-        self.lines = tokens + (row_of + 1).clamp(max=len(rows)) * before  # [T]
-        firsts = (starts[:-1] + rows * before)[:, None]
-        self.past = firsts + torch.arange(before, device=starts.device)  # [R, taps - 1]
-        self.next_past = self.past + starts.diff()[:, None]
         self.starts = batch.query_starts.int()  # [R + 1]
+
+    @cached_property
+    def lines(self) -> Tensor:
+        """The tokens' lines [T]; where tokens are padding, any."""
+        tokens = torch.arange(len(self._batch.tokens), device=self.starts.device)
+        row_of = torch.bucketize(tokens, self.starts[1:], right=True)  # R of padding
+        return tokens + (row_of + 1).clamp(max=len(self.states)) * self._before
+
+    @cached_property
+    def past(self) -> Tensor:
+        """The lines of each row's past [R, taps - 1]."""
+        rows = torch.arange(len(self.states), device=self.starts.device)
+        firsts = (self.starts[:-1] + rows * self._before)[:, None]
+        return firsts + torch.arange(self._before, device=self.starts.device)
+
+    @cached_property
+    def next_past(self) -> Tensor:
+        """The lines of each row's past [R, taps - 1] in the next step."""
+        return self.past + self.starts.diff()[:, None]
 
     @cached_property
     def turns(self) -> "Turns":

@@ -17,7 +17,7 @@ NAMES = [
     "llama", "llama-yarn", "mistral", "qwen2-sliding", "qwen3", "opt-post-norm",
     "olmo3", "granite", "ministral3", "gemma2", "gemma3", "glm4", "mixtral", "qwen3-moe",
     "glm4-moe", "gpt-oss", "minimax-m2", "deepseek-v2", "deepseek-v3", "gemma4", "gemma4-alike",
-    "gemma4-moe",
+    "gemma4-moe", "qwen3-5", "qwen3-5-even", "qwen3-next",
 ]  # fmt: skip
 QUESTIONS = ["What is manta?", "Tell me a joke.", "What is the capital of France?", "Count to 5."]
 

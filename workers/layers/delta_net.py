@@ -2,8 +2,8 @@
 
 The state of a sequence is the last inputs of the causal convolution that q, k and v go through, and
 a matrix for each head (see ``kernels.delta``). All of it is float32, and tokens are taken one by
-one in their order: on a CPU no bit depends on how a sequence was cut into steps or on what shares
-them.
+one in their order: by the kernels for CPUs and NVIDIA GPUs no bit depends on how a sequence was cut
+into steps or on what shares them.
 """
 
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from workers import kernels
 from workers.batch import Batch
 from workers.kernels import delta
 from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head
@@ -123,12 +124,27 @@ class GatedDeltaNet:
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         """x [T, hidden] to the heads' [T, value heads * value size], for ``output``; the rows'
         states in ``cache`` go on."""
-        y = self._in(x).float()
+        y = self._in(x)
         channels = sum(self._widths)
         past = cache[:, : self._past].view(-1, self._traits.taps - 1, channels)
-        qkv = self._convolve(y[:, :channels], past, batch.sweep)
         state = cache[:, self._past :]
-        return delta.recur(qkv, y[:, channels:], state, self._heads, batch.sweep).to(self._dtype)
+        qkv, rest = y[:, :channels], y[:, channels:]
+        if kernels.has_triton(y.device):
+            return self._on_gpu(qkv, rest, past, state, batch.sweep)
+        qkv = self._convolve(qkv.float(), past, batch.sweep)
+        return delta.recur(qkv, rest.float(), state, self._heads, batch.sweep).to(self._dtype)
+
+    def _on_gpu(
+        self, qkv: Tensor, rest: Tensor, past: Tensor, state: Tensor, sweep: Sweep
+    ) -> Tensor:
+        """The same by Triton's kernels."""
+        from workers.kernels import gpu
+
+        heads, starts, states = self._heads, sweep.starts, sweep.states
+        z, gates = rest.split_with_sizes([self._widths[2], 2 * heads.values], 1)
+        qkv = gpu.convolution.convolve(qkv, self._kernel, past, starts, states)
+        found = gpu.delta.recur(qkv, gates, state, heads, starts, states)
+        return gpu.norm.gated_rms_norm(found, z, heads.norm, heads.eps)
 
     def _convolve(self, x: Tensor, past: Tensor, sweep: Sweep) -> Tensor:
         """The causal convolutions of x [T, channels], each channel's own, behind ``past`` [states,

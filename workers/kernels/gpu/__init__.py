@@ -2,9 +2,18 @@
 
 None of them looks at a value on the host, so that a step can be captured in a CUDA graph. A row's
 result never depends on the other rows of its step, not in one bit. Their arithmetic is checked
-without a GPU by Triton's interpreter (tests/unit/test_gpu_kernels.py).
+without a GPU by Triton's interpreter (tests/unit/test_gpu_*.py).
 """
 
-from workers.kernels.gpu import attention, elementwise, heads, norm, product, rows
+from workers.kernels.gpu import (
+    attention,
+    convolution,
+    delta,
+    elementwise,
+    heads,
+    norm,
+    product,
+    rows,
+)
 
-__all__ = ["attention", "elementwise", "heads", "norm", "product", "rows"]
+__all__ = ["attention", "convolution", "delta", "elementwise", "heads", "norm", "product", "rows"]

@@ -68,6 +68,28 @@ def _layer(
     tl.store(out + row * WIDTH + at, (normed * scale + offset).to(dtype), mask=mask)
 
 
+@triton.jit
+def _gated(
+    x, z, z_stride, weight, out, eps,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """A token and H of its heads each: x / sqrt(mean(x²) + eps) · weight · silu(z) of x [T, HEADS,
+    WIDTH] in float32, rounded once."""
+    begin(CHAINED)
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * H + tl.arange(0, H)
+    d = tl.arange(0, BLOCK)
+    mask = (head < HEADS)[:, None] & (d < WIDTH)[None, :]
+    at = head[:, None] * WIDTH + d[None, :]
+    value = tl.load(x + token * (HEADS * WIDTH) + at, mask=mask, other=0.0)
+    gate = tl.load(z + token * z_stride + at, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(weight + d, mask=d < WIDTH, other=0.0)
+    normed = value * (1.0 / tl.sqrt_rn(tl.sum(value * value, 1) / WIDTH + eps))[:, None]
+    value = normed * scale[None, :] * (gate / (1.0 + tl.exp(-gate)))
+    tl.store(out + token * (HEADS * WIDTH) + at, value.to(out.dtype.element_ty), mask=mask)
+
+
 def _shape(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     return {"WIDTH": width, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
@@ -98,5 +120,18 @@ def layer_norm(
     _layer[(len(x),)](
         x, x.stride(0), update, bias, weight, offset, out, eps, ADD=update is not None,
         BIAS=bias is not None, **_shape(x.shape[1]), **chained(x.device),
+    )  # fmt: skip
+    return out
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of each head of x [T, heads, W], times silu(z) [T, heads * W] (rows may be strided);
+    x and ``weight`` are float32, the result [T, heads * W] is of z's type."""
+    tokens, heads, width = x.shape
+    out = torch.empty(tokens, heads * width, dtype=z.dtype, device=x.device)
+    per_program = 4
+    _gated[(tokens, triton.cdiv(heads, per_program))](
+        x, z, z.stride(0), weight, out, eps, HEADS=heads, WIDTH=width,
+        BLOCK=triton.next_power_of_2(width), H=per_program, num_warps=1, **chained(x.device),
     )  # fmt: skip
     return out
