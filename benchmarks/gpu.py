@@ -44,7 +44,29 @@ OPT = {
     "activation_function": "relu", "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1,
     "torch_dtype": "float16",
 }  # fmt: skip
-SHAPES = {"llama-8b": LLAMA, "qwen3-0.6b": QWEN, "opt-125m": OPT}
+QWEN_EXPERTS = QWEN | {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
+    "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "tie_word_embeddings": False, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_act": "silu",
+    "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072, "rope_theta": 150000, "sliding_window": 128,
+    "attention_bias": True, "num_local_experts": 32, "num_experts_per_tok": 4,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "truncate": False, "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+SHAPES = {
+    "llama-8b": LLAMA, "qwen3-0.6b": QWEN, "qwen3-30b-a3b": QWEN_EXPERTS, "gpt-oss-20b": GPT_OSS,
+    "opt-125m": OPT,
+}  # fmt: skip
 Length = int | tuple[int, int]
 WORKS: dict[str, tuple[int, Length, Length]] = {  # prompts, input and output tokens
     "seed": (4, 6, 16),

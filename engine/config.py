@@ -243,6 +243,10 @@ class ParallelConfig:
     """How a model is split over workers, and how these are started and watched."""
 
     tensor_parallel_size: int = option(1, "ranks that split each layer", least=1)
+    enable_expert_parallel: bool = option(
+        False,
+        "give each rank of a layer some of its experts whole, rather than a part of every expert",
+    )
     pipeline_parallel_size: int = option(1, "stages that split the layers", least=1)
     pipeline_partition: str | None = option(
         None, "layers of each pipeline stage, as 12,10,10; as even as can be by default"

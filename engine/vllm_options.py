@@ -218,12 +218,13 @@ _TABLE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "mamba_cache_mode": ("none", "align", "all"), "mamba_backend": (),
         "gdn_prefill_backend": (),
     },
-    "experts are split by tensor_parallel_size": {
-        "enable_expert_parallel": (False,), "enable_ep_weight_filter": (False,),
-        "enable_elastic_ep": (False,), "enable_eplb": (False,), "eplb_config": (),
+    "enable_expert_parallel says how the ranks of a layer share its experts": {
+        "enable_ep_weight_filter": _ON_OR_OFF, "enable_elastic_ep": (False,),
+        "enable_eplb": (False,), "eplb_config": (),
         "expert_placement_strategy": ("linear",), "moe_backend": ("auto",), "all2all_backend": (),
         "enable_dbo": (False,), "ubatch_size": (0,), "dbo_decode_token_threshold": (32,),
         "dbo_prefill_token_threshold": (512,), "enable_return_routed_experts": (False,),
+    },
     },
 }  # fmt: skip
 FOREIGN: Mapping[str, Foreign] = MappingProxyType(

@@ -91,6 +91,13 @@ class Config:
             raise self.error(key, allowed)
         return value
 
+    def whole(self, key: str, default: int) -> int:
+        """An integer from 0 on."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_INTEGER:
+            raise self.error(key, f"must be an integer from 0 to {MOST_INTEGER}")
+        return value
+
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number, within ``NUMBERS``."""
         value = self.get(key, default)

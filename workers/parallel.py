@@ -124,11 +124,14 @@ class Ranks:
 class Place:
     """Where a model's parameters live: everything a layer needs to build itself.
 
-    ``products`` are the names and weights [N, K] of its matrix products on CUDA."""
+    ``expert_parallel``: each rank has some of a layer's experts whole, rather than a part of each.
+    ``products`` are the names and weights of its matrix products on CUDA: [N, K], or of experts
+    [experts, N, K]."""
 
     device: torch.device
     dtype: torch.dtype
     group: Group = Group()
+    expert_parallel: bool = False
     products: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def add_product(self, name: str, weight: Tensor) -> None:

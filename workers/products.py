@@ -33,8 +33,9 @@ def set_up(invariant: bool) -> None:
 
 @torch.inference_mode()
 def varying(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Which of the named weights [N, K] have products whose bits depend on the number of rows, as
-    "name (N × K)"; of weights of one shape the first is tried."""
+    """Which of the named weights have products whose bits depend on the number of rows, as
+    "name (N × K)"; of weights of one shape the first is tried. They are [N, K], or of experts
+    [experts, N, K], of which the first one is tried."""
     seen: set[tuple[int, ...]] = set()
     found: list[str] = []
     for name, weight in weights:
@@ -42,9 +43,18 @@ def varying(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
             continue
         seen.add(weight.shape)
         generator = torch.Generator(weight.device).manual_seed(0)
-        shape = max(ROWS) + 247, weight.shape[1]
+        shape = max(ROWS) + 247, weight.shape[-1]
         x = torch.randn(shape, generator=generator, device=weight.device).to(weight.dtype)
-        whole = kernels.product(x, weight)
-        if not all(torch.equal(kernels.product(x[:n], weight), whole[:n]) for n in ROWS):
-            found.append(f"{name} ({weight.shape[0]} × {weight.shape[1]})")
+        product = kernels.product if weight.dim() == 2 else _first_experts
+        whole = product(x, weight)
+        if not all(torch.equal(product(x[:n], weight), whole[:n]) for n in ROWS):
+            found.append(f"{name} ({weight.shape[-2]} × {weight.shape[-1]})")
     return found
+
+
+def _first_experts(x: Tensor, weight: Tensor) -> Tensor:
+    """All rows of x [T, K] by the first of [experts, N, K], in tiles of so many rows."""
+    from workers.kernels.gpu import experts
+
+    chosen = torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)
+    return experts.product(x, weight[:1], experts.sort(chosen, 0, 1, 1), 1)

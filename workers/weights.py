@@ -86,11 +86,13 @@ class Parameter:
 @dataclass(frozen=True)
 class Piece:
     """A parameter within a checkpoint tensor [``shape``] that holds several: ``at`` is its place, a
-    number for each dimension that the parameter has not, a slice for each that it has."""
+    number for each dimension that the parameter has not, a slice for each that it has; those are
+    the other way round if it is ``transposed`` there."""
 
     name: str
     at: tuple[int | slice, ...]
     shape: tuple[int, ...]
+    transposed: bool = False
 
 
 class Loadable(Protocol):
@@ -184,18 +186,20 @@ class _Found:
         """The parameter, or the ``cut`` of it."""
         if self.piece is None:
             return self.source.read(self.raw, cut)
-        cuts = iter(cut)
+        cuts = iter(cut[::-1] if self.piece.transposed else cut)
         at = [
             index if isinstance(index, int) else _within(index, next(cuts, slice(None)))
             for index in self.piece.at
         ]
-        return self.source.read(self.raw, tuple(at))
+        part = self.source.read(self.raw, tuple(at))
+        return part.t() if self.piece.transposed else part
 
 
 def _within(whole: slice, cut: slice) -> slice:
     """``cut`` of what ``whole`` selects."""
-    start = whole.start or 0
-    return slice(start + (cut.start or 0), whole.stop if cut.stop is None else start + cut.stop)
+    start, step = whole.start or 0, whole.step or 1
+    stop = whole.stop if cut.stop is None else start + step * (cut.stop - 1) + 1
+    return slice(start + step * (cut.start or 0), stop, whole.step)
 
 
 @contextmanager

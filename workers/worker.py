@@ -71,7 +71,8 @@ def check_split(config: EngineConfig, path: Path) -> None:
     block_size = config.cache.block_size or DEFAULT_BLOCK_SIZE
     meta = torch.device("meta")
     dtype = resolve_dtype(config.model.dtype, checkpoint, meta)
-    place = Place(meta, dtype, Group(parallel.tensor_parallel_size, 0))
+    group = Group(parallel.tensor_parallel_size, 0)
+    place = Place(meta, dtype, group, parallel.enable_expert_parallel)
     backend = choose_backend(attention_shape(traits, place, block_size), "gather")
     size = parallel.pipeline_parallel_size
     for stage in Stage.split(traits.num_layers, size, parallel.partition):
@@ -161,7 +162,10 @@ class Worker:
         traits = self.traits = read_traits(checkpoint)
         self.pooling = read_pooling(self.path, checkpoint, traits, options.pooling, self._token_ids)
         dtype = resolve_dtype(options.dtype, checkpoint, self.device)
-        self.place = place = Place(self.device, dtype, self.ranks.group)
+        parallel = self.config.parallel
+        self.place = place = Place(
+            self.device, dtype, self.ranks.group, parallel.enable_expert_parallel
+        )
         block_size = self.config.cache.block_size or DEFAULT_BLOCK_SIZE
         sizes.check(self.config.cache, traits.recurrent, block_size)
         self.backend = choose_backend(
@@ -172,7 +176,6 @@ class Worker:
         self.max_model_len = self.config.resolve_model_len(longest)
         if not traits.causal:
             self.config = self.config.with_whole_prompts(self.max_model_len)
-        parallel = self.config.parallel
         stages = Stage.split(traits.num_layers, self.ranks.num_stages, parallel.partition)
         self.stage = stages[self.ranks.stage]
         self.model = build_model(checkpoint, place, self.stage, self.backend, self.max_model_len)

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA G
 
 NAMES = [
     "llama", "llama-yarn", "mistral", "qwen2-sliding", "qwen3", "opt-post-norm",
-    "olmo3", "granite", "ministral3", "gemma2", "gemma3", "glm4", "mixtral",
+    "olmo3", "granite", "ministral3", "gemma2", "gemma3", "glm4", "mixtral", "qwen3-moe",
+    "glm4-moe", "gpt-oss", "minimax-m2",
 ]  # fmt: skip
 QUESTIONS = ["What is manta?", "Tell me a joke.", "What is the capital of France?", "Count to 5."]
 

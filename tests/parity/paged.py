@@ -30,11 +30,12 @@ def build(
     dtype: torch.dtype = torch.float32,
     block_size: int = BLOCK_SIZE,
     load_format: str = "auto",
+    expert_parallel: bool = False,
 ) -> tuple[Model, AttentionBackend]:
     """A loaded model and its backend (the one that manta would choose, unless given)."""
     config = load_config(path)
     traits = read_traits(config)
-    place = Place(CPU, dtype, group or Group())
+    place = Place(CPU, dtype, group or Group(), expert_parallel)
     shape: AttentionShape = attention_shape(traits, place, block_size)
     attention = backend(shape) if backend else choose_backend(shape)
     stage = stage or Stage.whole(traits.num_layers)

@@ -122,7 +122,7 @@ def test_ragged_chunks_equal_transformers(name: str, checkpoint: Checkpoint) -> 
     assert_close(ours, [reference(name, tokens) for tokens in SEQUENCES])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "opt-post-norm"])
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "gpt-oss", "opt-post-norm"])
 def test_plain_attention_equals_transformers(name: str, checkpoint: Checkpoint) -> None:
     model = build(checkpoint(name), backend=GatherAttention, block_size=4)
     ours = Paged([model], SEQUENCES, block_size=4).logits(RAGGED)
@@ -143,7 +143,17 @@ def test_dynamic_rope_beyond_the_original_length_is_as_generated(checkpoint: Che
 @pytest.mark.parametrize("dtype", BIT_STABLE)
 @pytest.mark.parametrize(
     "name",
-    ["llama", "qwen3-sliding", "olmo3", "gemma3", "qwen3-moe", "qwen3-5", "opt", "opt-post-norm"],
+    [
+        "llama",
+        "qwen3-sliding",
+        "olmo3",
+        "gemma3",
+        "qwen3-moe",
+        "gpt-oss",
+        "qwen3-5",
+        "opt",
+        "opt-post-norm",
+    ],
 )
 def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
     model = build(checkpoint(name), dtype=dtype)
@@ -255,6 +265,9 @@ class _ThreadGroup(Group):
         ("qwen3-5", 2),
         ("qwen3-5-even", 4),
         ("qwen3-next", 2),
+        ("glm4-moe-dense-front", 2),
+        ("gpt-oss", 2),
+        ("minimax-m2", 4),
         ("opt", 2),
         ("opt-post-norm", 4),
     ],
@@ -274,11 +287,37 @@ def test_tensor_parallel_ranks_equal_one(name: str, size: int, checkpoint: Check
         assert torch.equal(torch.cat((logits[0][:, :share], *logits[1:]), 1), logits[0])
 
 
+@pytest.mark.parametrize("name", ["mixtral", "glm4-moe", "gpt-oss"])
+def test_ranks_with_some_experts_each_equal_one(name: str, checkpoint: Checkpoint) -> None:
+    path = checkpoint(name)
+
+    def work(group: Group) -> tuple[list[Tensor], set[str]]:
+        model = build(path, group=group, expert_parallel=True)
+        names = {p.name for p in model[0].parameters() if ".mlp.experts." in p.name}
+        return Paged([model], SEQUENCES).logits(RAGGED), names
+
+    whole = Paged([build(path)], SEQUENCES).logits(RAGGED)
+    (logits, first), (_, second) = _Ranks(2).run(work)
+    assert_close(logits, whole)
+    assert len(first) == len(second) and not first & second
+
+
+def test_experts_that_cannot_be_given_to_ranks_are_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match="enable_expert_parallel: the model has no experts"):
+        build(checkpoint("llama"), expert_parallel=True)
+    message = (
+        r"tensor_parallel_size=4 does not divide the number of experts \(6\); allowed: 1, 2, 3, 6"
+    )
+    with pytest.raises(ConfigError, match=message):
+        build(checkpoint("qwen3-moe"), group=Group(4, 0), expert_parallel=True)
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "llama", "llama-tied", "phi3", "olmo3", "smollm3", "exaone4", "gemma3", "qwen3-moe-some",
-        "qwen3-5", "opt", "opt-post-norm", "opt-untied-gelu",
+        "glm4-moe-dense-front", "gpt-oss", "minimax-m2", "qwen3-5", "opt", "opt-post-norm",
+        "opt-untied-gelu",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("cut", [1, 2])

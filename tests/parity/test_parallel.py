@@ -50,6 +50,7 @@ CASES = [
     ("qwen3-5", 2, 1),
     ("qwen3-5", 1, 3),  # one stage has blocks, the others states
 ]
+EXPERT_PARALLEL = ["qwen3-moe"]
 POOLS = [("llama", 2, 1), ("qwen3", 2, 2), ("opt", 1, 3)]  # where vectors are asked for, too
 CANCELS = [("llama", 1, 2), ("qwen3", 2, 2), ("opt", 1, 3)]  # where requests come and go
 
@@ -208,6 +209,7 @@ def test_ranks_generate_what_one_process_does(
         model=str(checkpoint(name)),
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,
+        enable_expert_parallel=name in EXPERT_PARALLEL,
         **OPTIONS,
     )
     pool.size = tensor * pipeline

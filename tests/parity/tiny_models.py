@@ -45,6 +45,9 @@ class TinyModel:
                     tensor.normal_(0, 0.7 / tensor.shape[1] ** 0.5 if "embed" not in name else 0.6)
                 else:
                     tensor.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+            for name, tensor in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    tensor.normal_(0.0, 0.2)
         return model
 
 
@@ -152,6 +155,50 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     "glm4": (transformers.Glm4Config, transformers.Glm4ForCausalLM, _LLAMA | {"head_dim": 24}),
+    "glm4_moe": (
+        transformers.Glm4MoeConfig,
+        transformers.Glm4MoeForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "moe_intermediate_size": 48,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        transformers.GptOssForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "sliding_window": 6,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "truncate": False,
+            },
+        },
+    ),
+    "minimax_m2": (
+        transformers.MiniMaxM2Config,
+        transformers.MiniMaxM2ForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "rotary_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "mixtral": (
         transformers.MixtralConfig,
         transformers.MixtralForCausalLM,
@@ -269,6 +316,23 @@ TINY_MODELS = [
     TinyModel("gemma3", "gemma3"),
     TinyModel("gemma3-capped", "gemma3", {"final_logit_softcapping": 2.0}, generates="no"),
     TinyModel("glm4", "glm4", generates="pressed"),
+    TinyModel("glm4-moe", "glm4_moe", generates="pressed"),
+    TinyModel(
+        "glm4-moe-dense-front",
+        "glm4_moe",
+        {
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "first_k_dense_replace": 2,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        generates="no",
+    ),
+    TinyModel("gpt-oss", "gpt_oss", generates="pressed"),
+    TinyModel("minimax-m2", "minimax_m2", generates="pressed"),
     TinyModel("mixtral", "mixtral"),
     TinyModel("qwen3-moe", "qwen3_moe", generates="pressed"),
     TinyModel(

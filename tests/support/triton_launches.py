@@ -66,7 +66,8 @@ class Launch:
         types = {}
         for name in self.kernel.arg_names:
             value = self.arguments[name]
-            types[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            number = "fp32" if isinstance(value, float) else "i32"
+            types[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else number
         return types | dict.fromkeys(self._constants, "constexpr")
 
 

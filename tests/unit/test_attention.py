@@ -54,6 +54,7 @@ class World:
     def __init__(self, shape: AttentionShape, contexts: list[int], seed: int = 0) -> None:
         random = torch.Generator().manual_seed(seed)
         self.shape, self.contexts = shape, contexts
+        self.sinks: Tensor | None = None
         counts = [-(-c // shape.block_size) for c in contexts]
         self.num_blocks = sum(counts) + 2
         order = torch.randperm(self.num_blocks, generator=random).int()
@@ -87,7 +88,7 @@ class World:
         batch = replace(batch, attention=backend.begin(batch, ()))
         parts = [self.qkv[s][context - n : context] for s, n, context in rows]
         qkv = torch.cat(parts).flatten(1)
-        out = backend.attend(batch, cache, qkv, Prologue(window=window))
+        out = backend.attend(batch, cache, qkv, Prologue(window=window, sinks=self.sinks))
         return list(out.split([n for _, n, _ in rows]))
 
     def run(
@@ -113,8 +114,12 @@ class World:
         hidden = key > position
         if window is not None:
             hidden |= key <= position - window
-        out = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
-        return out.flatten(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if self.sinks is not None:
+            sinks = self.sinks.double()[:, None, None].expand(-1, queries, 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights = scores.softmax(-1)[..., : len(k)]
+        return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
     def check(self, results: list[Tensor], queries: list[int], window: int | None = None) -> None:
         for s, (result, n) in enumerate(zip(results, queries, strict=True)):
@@ -153,6 +158,18 @@ def test_long_contexts(backend: type, dtype: torch.dtype, window: int | None) ->
     queries = [1, 1, 60, 600, 3]
     world = World(shape_of(4, 2, 64, 32, dtype), [513, 1301, 1100, 600, 5])
     world.check(world.run(backend(world.shape), queries, window), queries, window)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 40])
+def test_sinks_take_their_share(backend: type, dtype: torch.dtype, window: int | None) -> None:
+    queries = [1, 60, 300, 3]
+    world = World(shape_of(4, 2, 64, 32, dtype), [1301, 90, 600, 3])
+    world.sinks = torch.tensor([-1e4, 0.5, 3.0, 1e4])  # nothing, some, much, everything
+    results = world.run(backend(world.shape), queries, window)
+    world.check(results, queries, window)
+    assert all((result[:, 3 * 64 :] == 0).all() for result in results)
 
 
 @pytest.mark.parametrize("heads, kv_heads, dim", [(48, 1, 16), (7, 1, 64), (2, 1, 256)])

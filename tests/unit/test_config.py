@@ -28,7 +28,8 @@ VLLM = {
     "mamba_block_size",
     "max_cudagraph_capture_size",
     "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "scheduling_policy",
-    "enforce_eager", "tensor_parallel_size", "pipeline_parallel_size", "use_tqdm_on_load",
+    "enforce_eager", "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel",
+    "use_tqdm_on_load",
     "pipeline_partition", "distributed_executor_backend", "worker_cpus", "worker_gpus",
     "worker_resource", "placement_timeout", "rendezvous_port", "step_timeout",
 }  # fmt: skip

@@ -96,6 +96,21 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3", {"sliding_window": None}, "sliding_window=None: is missing"),
     ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok=5: must be at most .* 4"),
     ("qwen3-moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers=.*list of layers' numbers"),
+    ("glm4-moe", {"n_group": 3}, r"n_group=3: must cut n_routed_experts \(8\) into groups of 2"),
+    ("glm4-moe", {"n_group": 8}, r"n_group=8: must cut n_routed_experts \(8\) into groups of 2"),
+    ("glm4-moe", {"topk_group": 5}, r"topk_group=5: must be at most n_group \(4\)"),
+    ("glm4-moe", {"topk_group": 1}, "num_experts_per_tok=3: must be at most .* 2"),
+    (
+        "glm4-moe",
+        {"first_k_dense_replace": -1},
+        "first_k_dense_replace=-1: must be an integer from",
+    ),
+    ("gpt-oss", {"swiglu_limit": 0}, "swiglu_limit=0: must be a positive number"),
+    ("gpt-oss", {"num_experts_per_tok": 5}, "num_experts_per_tok=5: must be at most .* 4"),
+    ("gpt-oss", {"layer_types": ["full_attention"]}, "layer_types=.*must hold 3 times"),
+    ("minimax-m2", {"scoring_func": "softmax"}, "scoring_func='softmax': .*allowed: sigmoid"),
+    ("minimax-m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8: is not supported"),
+    ("minimax-m2", {"rotary_dim": 64, "rope_parameters": None}, "must be at most 1, not 2"),
     ("qwen3-moe", {"num_local_experts": 0}, "num_local_experts=0: must be a positive integer"),
 ]
 
@@ -122,6 +137,13 @@ def test_neutral_values_of_foreign_fields_are_harmless(copy: Callable[[str], Pat
         architectures=None,
         anything_else=3,
     )
+    assert read_traits(load_config(path)) == before
+
+
+def test_minimax_may_say_the_rotation_by_its_size(copy: Callable[[str], Path]) -> None:
+    path = copy("minimax-m2")
+    before = read_traits(load_config(path))
+    configure(path, rope_parameters=None, rotary_dim=16)
     assert read_traits(load_config(path)) == before
 
 

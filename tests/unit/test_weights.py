@@ -444,6 +444,22 @@ def test_parameters_may_share_a_tensor(
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def test_layers_that_predict_further_tokens_are_skipped(copy: Callable[[str], Path]) -> None:
+    path = copy("glm4-moe")
+    change(path, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.ones(2)}))
+    fill(path)
+    change(path, lambda tensors: tensors.update({"model.layers.4.eh_proj.weight": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=r"does not know: model\.layers\.4\.eh_proj\.weight"):
+        fill(path)
+
+
+def test_a_missing_expert_is_named(copy: Callable[[str], Path]) -> None:
+    path = copy("glm4-moe")
+    change(path, lambda tensors: tensors.pop("model.layers.2.mlp.experts.7.up_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks: model\.layers\.2\.mlp\.experts\.7\.up_proj"):
+        fill(path)
+
+
 def test_a_shared_tensor_of_the_wrong_shape_is_named(copy: Callable[[str], Path]) -> None:
     path = copy("qwen3-moe")
     change(path, fuse_experts)

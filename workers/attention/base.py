@@ -44,13 +44,17 @@ class AttentionShape:
 @dataclass(frozen=True)
 class Prologue:
     """What becomes of a layer's fused projection before attention: ``bias`` (where the product
-    has not added it), RMS norms of q and k of ``eps``, rotation by tables of cos and sin."""
+    has not added it), RMS norms of q and k of ``eps``, rotation by tables of cos and sin. And how
+    the layer attends: ``window`` w lets a query at position p see positions p - w + 1 to p;
+    ``sinks`` [num_heads], float32, are logits that take a share of each query's attention and give
+    nothing (gpt-oss)."""
 
     bias: Tensor | None = None
     norms: tuple[Tensor, Tensor] | None = None
     eps: float = 0.0
     rotation: tuple[Tensor, Tensor] | None = None
     window: int | None = None
+    sinks: Tensor | None = None
 
     def split(
         self, qkv: Tensor, positions: Tensor, shape: AttentionShape
@@ -105,7 +109,6 @@ class AttentionBackend(Protocol):
         """Write a layer's keys and values into ``cache``, then attend.
 
         qkv is [T, (num_heads + 2 num_kv_heads) * head_dim]; it may be written to.
-        ``prologue.window`` w lets a query at position p see positions p - w + 1 to p.
         Returns [T, num_heads * head_dim].
         """
         ...

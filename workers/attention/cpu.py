@@ -121,6 +121,7 @@ class CpuAttention:
         self.kernel(
             ctypes.byref(batch.attention.step), cache.data_ptr(), q.data_ptr(), q.stride(0),
             k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(),
+            None if prologue.sinks is None else prologue.sinks.data_ptr(),
             prologue.window or 0, torch.get_num_threads(),
         )  # fmt: skip
         return out

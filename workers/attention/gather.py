@@ -80,12 +80,12 @@ class GatherAttention:
         cache[block, 1, offset] = v
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for group in batch.attention:
-            part = self._rows(batch, cache, q[group.tokens], group, prologue.window)
+            part = self._rows(batch, cache, q[group.tokens], group, prologue)
             out[group.tokens] = part.to(out.dtype)
         return out.view(q.shape[0], -1)
 
     def _rows(
-        self, batch: Batch, cache: Tensor, q: Tensor, group: Group, window: int | None
+        self, batch: Batch, cache: Tensor, q: Tensor, group: Group, prologue: Prologue
     ) -> Tensor:
         """Attention of q [rows * queries, heads, D], each row with as many queries."""
         s, rows, context = self.shape, group.rows, group.context
@@ -97,8 +97,8 @@ class GatherAttention:
         key = torch.arange(blocks * s.block_size, device=q.device)
         last = position if s.causal else lens - 1
         seen = (key <= last).expand(-1, queries, -1)  # [rows, queries, keys]
-        if window is not None:
-            seen = seen & (key > position - window)
+        if prologue.window is not None:
+            seen = seen & (key > position - prologue.window)
         # Cells that no query sees may hold anything, blocks that none sees may be gone.
         used = seen.any(1)
         alive = used.view(len(rows), blocks, -1).any(-1)
@@ -108,8 +108,8 @@ class GatherAttention:
             for i in (0, 1)
         )
         q = q.view(len(rows), queries, s.num_heads, s.head_dim).transpose(1, 2)
-        if s.cap is not None:
-            attended = _capped(q, keys, values, seen[:, None], s.scale, s.cap)
+        if s.cap is not None or prologue.sinks is not None:
+            attended = _attended(q, keys, values, seen[:, None], s, prologue.sinks)
         else:
             attended = F.scaled_dot_product_attention(
                 q,
@@ -122,13 +122,24 @@ class GatherAttention:
         return attended.transpose(1, 2).reshape(-1, s.num_heads, s.head_dim)
 
 
-def _capped(
-    q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, cap: float
+def _attended(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    shape: AttentionShape,
+    sinks: Tensor | None,
 ) -> Tensor:
     """softmax(cap · tanh(q · k · scale / cap)) · v of q [rows, heads, queries, D], keys and values
-    [rows, kv_heads, keys, D]; ``seen`` is the mask [rows, 1, queries, keys]."""
+    [rows, kv_heads, keys, D]; ``seen`` is the mask [rows, 1, queries, keys]. ``sinks`` [heads] are
+    among the logits of the softmax."""
     shared = q.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(shared, 1) for x in (keys, values))
-    scores = cap * torch.tanh(q @ keys.transpose(2, 3) * (scale / cap))
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32)
+    scores = q @ keys.transpose(2, 3) * shape.scale
+    if shape.cap is not None:
+        scores = shape.cap * torch.tanh(scores / shape.cap)
+    scores = scores.masked_fill(~seen, -torch.inf).float()
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(*scores.shape[:3], 1)), -1)
+    weights = scores.softmax(-1)[..., : keys.shape[2]]
     return weights.to(q.dtype) @ values

@@ -98,7 +98,7 @@ class TritonAttention:
         )  # fmt: skip
         out = torch.empty_like(q)
         traits = self._kernels.Traits(
-            shape.num_heads, shape.scale, prologue.window, shape.cap or 0.0
+            shape.num_heads, shape.scale, prologue.window, shape.cap or 0.0, prologue.sinks
         )
         if len(rows.decode):
             programs = min(len(rows.decode), max(2 * len(rows.slots), self._busy))

@@ -277,6 +277,7 @@ class Attention {
     const int64_t q_stride;
     const Source<E> source;
     T* out;
+    const float* sinks;  // [heads]: logits that take a share of the attention and give nothing
     const int window;  // a query at p sees p - window + 1 .. p
     const int group;  // query heads of a kv head
     const float factor;  // scale * log2 e
@@ -298,8 +299,8 @@ class Attention {
 
   public:
     Attention(const Step& s, uint32_t* cache, const T* q, int64_t q_stride,
-              const Source<E>& source, T* out, int window)
-        : s(s), cache(cache), q(q), q_stride(q_stride), source(source), out(out),
+              const Source<E>& source, T* out, const float* sinks, int window)
+        : s(s), cache(cache), q(q), q_stride(q_stride), source(source), out(out), sinks(sinks),
           window(window > 0 ? window : std::numeric_limits<int>::max() / 2),
           group(s.heads / s.kv_heads), factor(s.scale * LOG2E) {}
 
@@ -417,8 +418,11 @@ class Attention {
         }
         for (int i = 0; i < rows; i++) {
             const int t = s.query_starts[task.row] + task.first + i / group;
-            T* to = out + (int64_t(t) * s.heads + h * group + i % group) * dim;
-            const float inverse = 1.0f / hsum(load<vf>(w.run.sum + i * VL));
+            const int head = h * group + i % group;
+            T* to = out + (int64_t(t) * s.heads + head) * dim;
+            float total = hsum(load<vf>(w.run.sum + i * VL));
+            if (sinks) total += std::exp2(sinks[head] * LOG2E - w.run.max[i]);
+            const float inverse = 1.0f / total;
             for (int d = 0; d < dim; d += VL)
                 E::put(to + d, load<vf>(w.run.out + i * dim + d) * inverse);
         }
@@ -595,11 +599,11 @@ class Attention {
 
 template <class E>
 void attend(const Step& s, void* cache, const void* q, int64_t q_stride, const void* k,
-            int64_t k_stride, const void* v, int64_t v_stride, void* out, int window,
-            int threads) {
+            int64_t k_stride, const void* v, int64_t v_stride, void* out, const float* sinks,
+            int window, int threads) {
     using T = typename E::T;
     const Source<E> source{static_cast<const T*>(k), k_stride, static_cast<const T*>(v), v_stride};
     Attention<E>(s, static_cast<uint32_t*>(cache), static_cast<const T*>(q), q_stride, source,
-                 static_cast<T*>(out), window)
+                 static_cast<T*>(out), sinks, window)
         .run(threads);
 }

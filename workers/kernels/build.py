@@ -27,7 +27,9 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
 POINTER, I64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # fmt: off
 SIGNATURES = {
-    "attend": (POINTER, POINTER, POINTER, I64, POINTER, I64, POINTER, I64, POINTER, INT, INT),
+    "attend": (
+        POINTER, POINTER, POINTER, I64, POINTER, I64, POINTER, I64, POINTER, POINTER, INT, INT,
+    ),
     "rope": (POINTER, I64, INT, POINTER, I64, INT, INT, I64, POINTER, POINTER, POINTER, INT, INT),
     "rms_norm": (POINTER, I64, I64, I64, I64, POINTER, FLOAT, POINTER, INT),
     "layer_norm": (POINTER, I64, I64, I64, POINTER, POINTER, FLOAT, POINTER, INT),

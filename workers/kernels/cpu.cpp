@@ -50,8 +50,9 @@ namespace {
 #define FOR_TYPE(name, E)                                                                         \
     extern "C" void manta_attend_##name(const Step* s, void* cache, const void* q, int64_t qs,    \
                                         const void* k, int64_t ks, const void* v, int64_t vs,     \
-                                        void* out, int window, int threads) {                     \
-        attend<E>(*s, cache, q, qs, k, ks, v, vs, out, window, threads);                          \
+                                        void* out, const float* sinks, int window,                \
+                                        int threads) {                                            \
+        attend<E>(*s, cache, q, qs, k, ks, v, vs, out, sinks, window, threads);                   \
     }                                                                                             \
     extern "C" void manta_rope_##name(void* q, int64_t q_stride, int q_heads, void* k,            \
                                       int64_t k_stride, int k_heads, int dim, int64_t tokens,     \

@@ -58,6 +58,8 @@ class Attention:
     ``rotary`` rotates q and k, behind their ``norm``; ``window`` is the sliding window in tokens.
     ``query_scales`` [max_length] multiply q by its position (Llama 4). ``gated``: q's projection
     has a gate beside each head, whose sigmoid the head's result is multiplied by (Qwen3-Next).
+    With ``sinks`` each head has a learned logit that takes a share of its attention and gives
+    nothing (gpt-oss).
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Attention:
         rotary: Rotary | None = None,
         query_scales: Tensor | None = None,
         gated: bool = False,
+        sinks: bool = False,
     ) -> None:
         mine, shared = heads.split(place.group)
         self._backend = backend
@@ -113,6 +116,12 @@ class Attention:
             self._head_norms = [
                 RMSNorm(place, which, heads.size, norm.eps, norm.offset) for which in names
             ]
+        self._sinks: list[Parameter] = []
+        values = None
+        if sinks:
+            count = mine.stop - mine.start
+            values = torch.empty(count, dtype=torch.float32, device=place.device)
+            self._sinks = [Parameter(f"{name}.sinks", (heads.count,), values, (mine,))]
         weights = [norm.weight for norm in self._head_norms]
         self._prologue = Prologue(
             bias=self._qkv.late_bias,
@@ -120,12 +129,13 @@ class Attention:
             eps=norm.eps if norm else 0.0,
             rotation=None if rotary is None else (rotary.cos, rotary.sin),
             window=window,
+            sinks=values,
         )
 
     def parameters(self) -> Iterable[Parameter]:
         norms = chain.from_iterable(norm.parameters() for norm in self._head_norms)
         wide = self._wide_norm.parameters() if self._wide_norm is not None else ()
-        return chain(self._qkv.parameters(), norms, wide, self.output.parameters())
+        return chain(self._qkv.parameters(), norms, wide, self._sinks, self.output.parameters())
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         """x [T, hidden] to the heads' [T, heads * size], for ``output``; keys and values go to

@@ -7,75 +7,101 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from workers.layers.linear import ColumnLinear, Part, ReplicatedLinear, RowLinear
+from workers import kernels
+from workers.layers.expert_products import LoopedExperts, StackedExperts
+from workers.layers.linear import ReplicatedLinear
+from workers.layers.mlp import GatedMLP
+from workers.layers.routing import Router, Routing
 from workers.layers.stream import Stream
 from workers.parallel import Place
 from workers.weights import Parameter
 
 
 @dataclass(frozen=True)
+class SharedExpert:
+    """A gated MLP ``name`` of ``inner`` units that every token gets; its output is multiplied by
+    the sigmoid of the linear layer ``gate``, if there is one."""
+
+    inner: int
+    name: str = "shared_experts"
+    gate: str | None = None
+
+
+@dataclass(frozen=True)
+class ClampedGate:
+    """(up + 1) · gate · sigmoid(alpha · gate), where gate is at most ``limit`` and up within it on
+    either side (gpt-oss)."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2 I], gate before up, to [T, I]."""
+        gate, up = gate_up.float().chunk(2, -1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return ((up + 1) * gate * torch.sigmoid(self.alpha * gate)).to(gate_up.dtype)
+
+
+@dataclass(frozen=True)
 class ExpertTraits:
-    """``count`` experts of ``inner`` units, of which a token gets ``chosen``; ``normed``: the
-    weights of those sum to 1."""
+    """``count`` experts of ``inner`` units each, and one that is ``shared``.
+
+    Between an expert's products is its ``gate``, else silu(gate) · up; all of them may have a
+    ``bias``. ``interleaved``: in the checkpoint they are one tensor, whose matrices have gates and
+    ups in turns and are transposed (gpt-oss).
+    """
 
     count: int
-    chosen: int
     inner: int
-    normed: bool
+    routing: Routing
+    shared: SharedExpert | None = None
+    gate: ClampedGate | None = None
+    bias: bool = False
+    interleaved: bool = False
 
 
 class Experts:
-    """Σ weight · down(silu(gate(x)) · up(x)) over a token's experts, plus the residual (Mixtral,
-    arXiv 2401.04088). The weights are the softmax of the router's outputs, in float32.
-
-    An expert is computed for its tokens alone, and a token's experts are added in the order of
-    their weights, so that no token depends on another. Every rank has a part of each expert's inner
-    units. How many tokens an expert gets is looked at on the host.
+    """Σ weight · down(act(gate(x)) · up(x)) over a token's experts, plus the residual (Mixtral,
+    arXiv 2401.04088). Every rank has a part of each expert's inner units or, ``expert_parallel``,
+    some of the experts.
     """
 
     def __init__(self, place: Place, name: str, hidden: int, traits: ExpertTraits) -> None:
         self._group = place.group
-        self._traits = traits
-        self._router = ReplicatedLinear(place, f"{name}.gate", hidden, traits.count)
-        cut = place.group.split(traits.inner, "the experts' intermediate size")
-        self._gate_up: list[ColumnLinear] = []
-        self._down: list[RowLinear] = []
-        for expert in range(traits.count):
-            mlp = f"{name}.experts.{expert}"
-            parts = [Part(f"{mlp}.{part}", traits.inner, cut) for part in ("gate_proj", "up_proj")]
-            self._gate_up.append(ColumnLinear(place, parts, hidden, bias=False))
-            self._down.append(
-                RowLinear(place, f"{mlp}.down_proj", traits.inner, hidden, bias=False)
-            )
+        self._router = Router(place, name, hidden, traits.count, traits.routing)
+        shared = traits.shared
+        self._shared = None if shared is None else _Shared(place, name, hidden, shared)
+        kind = StackedExperts if kernels.has_triton(place.device) else LoopedExperts
+        self._experts = kind(place, f"{name}.experts", hidden, traits)
 
     def parameters(self) -> Iterable[Parameter]:
-        products: list[ColumnLinear | RowLinear] = [self._router, *self._gate_up, *self._down]
-        return chain.from_iterable(product.parameters() for product in products)
+        shared = () if self._shared is None else self._shared.parameters()
+        return chain(self._router.parameters(), shared, self._experts.parameters())
 
     def __call__(self, x: Tensor, residual: Tensor) -> Stream:
         return Stream(residual, self.update(x))
 
     def update(self, x: Tensor) -> Tensor:
         """What is added to the residual stream: x [T, hidden] to [T, hidden]."""
-        weights, chosen = self._route(x)
-        tokens, each = chosen.shape
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=self._traits.count).tolist()
-        outputs = x.new_empty(tokens * each, x.shape[1])
-        for expert, pairs in enumerate(order.split_with_sizes(counts)):
-            if len(pairs):
-                inner = self._gate_up[expert].gated(x[pairs // each])
-                outputs[pairs] = self._down[expert].share(inner)
-        by_choice = outputs.view(tokens, each, -1).unbind(1)
-        total = torch.zeros_like(x, dtype=torch.float32)
-        for column, output in enumerate(by_choice):
-            total += weights[:, column, None] * output
-        return self._group.all_reduce(total.to(x.dtype))
+        weights, chosen = self._router(x)
+        shared = None if self._shared is None else self._shared.share(x)
+        return self._group.all_reduce(self._experts(x, weights, chosen, shared))
 
-    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights, float32, and numbers of each token's experts, both [T, chosen]."""
-        scores = self._router(x).float().softmax(-1)
-        weights, chosen = scores.topk(self._traits.chosen, dim=-1)
-        if self._traits.normed:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights, chosen
+
+class _Shared:
+    """The expert that every token gets."""
+
+    def __init__(self, place: Place, name: str, hidden: int, traits: SharedExpert) -> None:
+        self._mlp = GatedMLP(place, f"{name}.{traits.name}", hidden, traits.inner, bias=False)
+        self._gate: ReplicatedLinear | None = None
+        if traits.gate is not None:
+            self._gate = ReplicatedLinear(place, f"{name}.{traits.gate}", hidden, 1)
+
+    def parameters(self) -> Iterable[Parameter]:
+        gate = () if self._gate is None else self._gate.parameters()
+        return chain(self._mlp.parameters(), gate)
+
+    def share(self, x: Tensor) -> Tensor:
+        """What this rank adds to the sum over the group [T, hidden]."""
+        y = self._mlp.share(x)
+        return y if self._gate is None else torch.sigmoid(self._gate(x)) * y

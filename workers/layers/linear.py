@@ -287,7 +287,16 @@ class RowLinear:
 
 
 class ReplicatedLinear(ColumnLinear):
-    """A small linear without bias that every rank computes whole."""
+    """A small linear that every rank computes whole."""
 
-    def __init__(self, place: Place, name: str, inputs: int, outputs: int) -> None:
-        super().__init__(place, [Part(name, outputs, slice(0, outputs))], inputs, bias=False)
+    def __init__(
+        self,
+        place: Place,
+        name: str,
+        inputs: int,
+        outputs: int,
+        bias: bool = False,
+        late_bias: bool = False,
+    ) -> None:
+        part = Part(name, outputs, slice(0, outputs))
+        super().__init__(place, [part], inputs, bias, late_bias=late_bias)

@@ -39,6 +39,10 @@ class GatedMLP:
         """What is added to the residual stream [T, hidden]."""
         return self._down.update(self._gate_up.gated(x, self._activation))
 
+    def share(self, x: Tensor) -> Tensor:
+        """What this rank adds to the sum over the group [T, hidden]; of one without biases."""
+        return self._down.share(self._gate_up.gated(x, self._activation))
+
 
 class MLP:
     """fc2(act(fc1(x))) + residual, as in OPT; the activation is fused into the first product."""

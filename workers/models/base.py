@@ -91,6 +91,10 @@ class Traits:
     text_part: bool = False
 
     @property
+    def has_experts(self) -> bool:
+        return False
+
+    @property
     def capturable(self) -> bool:
         return True
 

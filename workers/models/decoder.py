@@ -20,7 +20,7 @@ from workers.layers.residual import Residual
 from workers.layers.rotary import PositionScale, Rope, Rotary
 from workers.layers.stream import Stream
 from workers.models.base import Model, Traits, kept, whole_place
-from workers.models.tensors import decoder_name, decoder_pieces, text_name
+from workers.models.tensors import decoder_name, decoder_pieces, layer_of, text_name
 from workers.parallel import Place, Stage
 from workers.sweep import Sweep
 from workers.weights import Parameter, Piece
@@ -60,7 +60,8 @@ class DecoderTraits(Traits):
 
     ``norm_offset`` is added to the norms' weights. Embeddings and updates of the residual stream
     are multiplied by their scales; logits are divided by ``logits_divisor``, then softly capped at
-    ``logits_cap``.
+    ``logits_cap``. ``draft_layers`` follow the last in the checkpoint, to predict further tokens;
+    they are not read.
     """
 
     intermediate_size: int
@@ -75,14 +76,20 @@ class DecoderTraits(Traits):
     qk_norm: QKNorm | None = None
     gated_attention: bool = False
     query_scale: PositionScale | None = None
+    sinks: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
     logits_cap: float | None = None
+    draft_layers: int = 0
+
+    @property
+    def has_experts(self) -> bool:
+        return any(layer.experts for layer in self.layers)
 
     @property
     def capturable(self) -> bool:
-        return not any(layer.experts or layer.delta for layer in self.layers)
+        return not self.recurrent
 
     @property
     def recurrent(self) -> bool:
@@ -124,6 +131,7 @@ class DecoderLayer:
                 rotary=rotary,
                 query_scales=query_scales,
                 gated=traits.gated_attention,
+                sinks=traits.sinks,
             )
         self.memory = self._attention.memory
         self._mlp_residual = self._residual(traits, place, name, names.mlp, names.mlp_output)
@@ -245,6 +253,9 @@ class DecoderModel(Model):
                 return None
             name = text
         if name.startswith(f"{HEAD}.") and not self._traits.generates:
+            return None
+        last = self._traits.num_layers
+        if last <= layer_of(name) < last + self._traits.draft_layers:
             return None
         return decoder_name(name)
 

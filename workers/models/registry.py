@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.log import get_logger
 from workers.attention.base import AttentionBackend
 from workers.checkpoint import CONDITIONAL, Config
@@ -17,8 +17,11 @@ from workers.models.families import (
     exaone4,
     gemma,
     glm4,
+    glm4_moe,
+    gpt_oss,
     granite,
     llama,
+    minimax_m2,
     mistral,
     mixtral,
     olmo,
@@ -67,6 +70,9 @@ DECODERS: dict[str, tuple[str, Network]] = {
     "SeedOss": ("seed_oss", _decoder(seed_oss.read_traits)),
     "Exaone4": ("exaone4", _decoder(exaone4.read_traits)),
     "Glm4": ("glm4", _decoder(glm4.read_traits)),
+    "Glm4Moe": ("glm4_moe", _decoder(glm4_moe.read_traits)),
+    "GptOss": ("gpt_oss", _decoder(gpt_oss.read_traits)),
+    "MiniMaxM2": ("minimax_m2", _decoder(minimax_m2.read_traits)),
     "Gemma2": ("gemma2", _decoder(gemma.read_gemma2)),
     "Gemma3": ("gemma3_text", _decoder(gemma.read_gemma3)),
     "Qwen3Next": ("qwen3_next", _decoder(qwen_hybrid.read_qwen3_next)),
@@ -160,10 +166,13 @@ def build_model(
 
     ``backend`` serves ``attention_shape(traits, place, block_size)``; ``max_length`` is the
     longest sequence in tokens. Raises CheckpointError for what the config has and the model lacks,
-    for more parameters than there is memory, ConfigError where the group does not divide the model.
+    for more parameters than there is memory, ConfigError where the group does not divide the model
+    or experts are to be split that it does not have.
     """
     network = find_network(config)
     traits = read_traits(config)
+    if place.expert_parallel and not traits.has_experts:
+        raise ConfigError("enable_expert_parallel: the model has no experts; leave it out")
     if traits.text_part and stage.first and place.group.rank == 0:
         log.info("%s: the text model alone is served, other parts are skipped", config.source)
     if place.device.type != "meta":

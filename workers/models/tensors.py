@@ -41,6 +41,12 @@ def decoder_name(name: str) -> str | None:
     return f"model.{name}" if bare else name
 
 
+def layer_of(name: str) -> int:
+    """The number of the layer that a tensor is in; -1 for one outside of layers."""
+    found = re.match(r"(?:model\.)?layers\.(\d{1,9})\.", name)
+    return int(found[1]) if found else -1
+
+
 def _expert_part(match: re.Match[str]) -> str:
     return f"{match[1]}.{EXPERT_PARTS[match[2]]}."
 
@@ -60,7 +66,7 @@ def decoder_pieces(name: str, traits: "DecoderTraits") -> list[Piece]:
         return _stacked([f"{part}.{leaf}" for part in names], widths, traits)
     if re.fullmatch(r"model\.layers\.\d+\.linear_attn\.(in_proj_qkv|conv1d)\.weight", name):
         return _delta(module, traits)
-    if re.fullmatch(r"model\.layers\.\d+\.mlp\.experts\.(gate_up_proj|down_proj)", name):
+    if re.fullmatch(r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj(_bias)?", name):
         return _experts(module, leaf, traits)
     return []
 
@@ -76,7 +82,7 @@ def _stacked(names: list[str], widths: list[int], traits: "DecoderTraits") -> li
 
 def _delta(module: str, traits: "DecoderTraits") -> list[Piece]:
     """q, k and v of a delta net: projections [all, hidden], or convolutions [all, 1, taps]."""
-    layer = int(module.split(".")[2])
+    layer = layer_of(module)
     delta = traits.layers[layer].delta if layer < len(traits.layers) else None
     if delta is None:
         return []
@@ -92,20 +98,30 @@ def _delta(module: str, traits: "DecoderTraits") -> list[Piece]:
 
 
 def _experts(module: str, leaf: str, traits: "DecoderTraits") -> list[Piece]:
-    """[experts, 2 · inner, hidden] of gates and ups, or [experts, hidden, inner]."""
-    layer = int(module.split(".")[2])
+    """[experts, 2 · inner, hidden] of gates and ups, or [experts, hidden, inner]; interleaved they
+    are [experts, hidden, 2 · inner] and [experts, inner, hidden], beside biases [experts, ...]."""
+    layer = layer_of(module)
     experts = traits.layers[layer].experts if layer < len(traits.layers) else None
     if experts is None:
         return []
-    inner, hidden, whole = experts.inner, traits.hidden_size, slice(None)
-    if leaf == "down_proj":
-        shape = (experts.count, hidden, inner)
-        rows = {"down_proj": whole}
-    else:
-        shape = (experts.count, 2 * inner, hidden)
-        rows = {"gate_proj": slice(0, inner), "up_proj": slice(inner, 2 * inner)}
+    count, inner, turned = experts.count, experts.inner, experts.interleaved
+    gates = slice(0, 2 * inner, 2) if turned else slice(0, inner)
+    ups = slice(1, 2 * inner, 2) if turned else slice(inner, 2 * inner)
+    outputs, inputs, parts = {
+        "gate_up_proj": (2 * inner, traits.hidden_size, {"gate_proj": gates, "up_proj": ups}),
+        "down_proj": (traits.hidden_size, inner, {"down_proj": slice(None)}),
+    }[leaf.removesuffix("_bias")]
+
+    def piece(name: str, expert: int, cut: slice) -> Piece:
+        if leaf.endswith("_bias"):
+            return Piece(f"{name}.bias", (expert, cut), (count, outputs))
+        if turned:
+            shape = (count, inputs, outputs)
+            return Piece(f"{name}.weight", (expert, slice(None), cut), shape, transposed=True)
+        return Piece(f"{name}.weight", (expert, cut, slice(None)), (count, outputs, inputs))
+
     return [
-        Piece(f"{module}.{expert}.{part}.weight", (expert, cut, whole), shape)
-        for expert in range(experts.count)
-        for part, cut in rows.items()
+        piece(f"{module}.{expert}.{part}", expert, cut)
+        for expert in range(count)
+        for part, cut in parts.items()
     ]

@@ -15,6 +15,15 @@ def gated(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
+def clamped(gate, up, alpha, limit):
+    """(up + 1) · gate · sigmoid(alpha · gate) in float32, gate at most ``limit`` and up within it
+    on either side (gpt-oss)."""
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    return (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate))
+
+
+@triton.jit
 def _silu_mul(
     x, bias, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
     CHAINED: tl.constexpr,

@@ -78,7 +78,7 @@ def _product(
     tl.store(to, value.to(dtype), mask=there[:, None] & (m < rows)[None, :])
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Of a program: its rows and outputs, and how it goes through K."""
 
     rows: int
@@ -93,18 +93,18 @@ class _Tile(NamedTuple):
 
 
 # The fastest of some twelve kinds tried for each number of rows (benchmarks/README.md).
-_FEW = (_Tile(16, 64, 6, 4), _Tile(32, 64, 6, 4))
-_MANY = (_Tile(64, 128, 4, 8), _Tile(64, 64, 6, 4), _Tile(64, 32, 7, 4))
+_FEW = (Tile(16, 64, 6, 4), Tile(32, 64, 6, 4))
+_MANY = (Tile(64, 128, 4, 8), Tile(64, 64, 6, 4), Tile(64, 32, 7, 4))
 
 
-def _tile(rows: int, outputs: int) -> _Tile:
+def _tile(rows: int, outputs: int) -> Tile:
     if rows <= 32:
         return _FEW[rows > 16]
     return next((t for t in _MANY if outputs >= BUSY_PROGRAMS * t.outputs), _MANY[-1])
 
 
 @functools.cache
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
     """Bytes that a program may have."""
     if device.type != "cuda":
         return 1 << 30
@@ -131,6 +131,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool =
         x, x.stride(0), weight, bias, y, rows, outputs, inputs, BM=tile.rows, BN=tile.outputs,
         BK=BLOCK_K, GATED=gated, BIAS=bias is not None, ROWS_FIRST=tile.outputs < 64,
         AHEAD=1 << (ahead.bit_length() - 1) if ahead and options["CHAINED"] else 0,
-        num_warps=tile.warps, num_stages=tile.stages_on(_shared_memory(x.device)), **options,
+        num_warps=tile.warps, num_stages=tile.stages_on(shared_memory(x.device)), **options,
     )  # fmt: skip
     return y

@@ -1,12 +1,13 @@
 """Mixtral: experts in every layer."""
 
-from dataclasses import replace
 from typing import Any
 
 from workers.checkpoint import Config
 from workers.layers.experts import ExpertTraits
+from workers.layers.routing import Routing
 from workers.models.decoder import DecoderTraits
 from workers.models.families.llama import COMMON, read_decoder, with_one_window
+from workers.models.families.moe import read_chosen, with_experts
 
 MIXTRAL: dict[str, Any] = COMMON | {
     "intermediate_size": 14336,
@@ -24,16 +25,6 @@ def read_traits(config: Config) -> DecoderTraits:
     config = config.over(MIXTRAL)
     traits = read_decoder(config, {"sliding_window", "num_local_experts"})
     count = config.integer("num_local_experts")
-    chosen = read_chosen(config, count)
-    experts = ExpertTraits(count, chosen, traits.intermediate_size, normed=True)
-    traits = with_one_window(config, traits)
-    layers = tuple(replace(layer, experts=experts) for layer in traits.layers)
-    return replace(traits, layers=layers)
-
-
-def read_chosen(config: Config, count: int) -> int:
-    """How many of ``count`` experts a token gets. Raises CheckpointError for more than all."""
-    chosen = config.integer("num_experts_per_tok")
-    if chosen > count:
-        raise config.error("num_experts_per_tok", f"must be at most the number of experts, {count}")
-    return chosen
+    routing = Routing(read_chosen(config, count), normed=True)
+    experts = ExpertTraits(count, traits.intermediate_size, routing)
+    return with_experts(with_one_window(config, traits), experts)

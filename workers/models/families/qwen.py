@@ -8,6 +8,7 @@ from workers.checkpoint import Config
 from workers.layers.attention import QKNorm
 from workers.layers.experts import ExpertTraits
 from workers.layers.rotary import FULL, WINDOW
+from workers.layers.routing import Routing
 from workers.models.decoder import DecoderTraits
 from workers.models.families.llama import (
     COMMON,
@@ -16,7 +17,7 @@ from workers.models.families.llama import (
     with_one_window,
     with_windows,
 )
-from workers.models.families.mixtral import read_chosen
+from workers.models.families.moe import read_chosen
 
 QWEN2: dict[str, Any] = COMMON | {
     "vocab_size": 151936,
@@ -59,12 +60,9 @@ def read_qwen3_moe(config: Config) -> DecoderTraits:
     named = next((name for name in EXPERTS if name in config), EXPERTS[0])
     traits = read_decoder(config, {"sliding_window", "attention_bias", *EXPERTS})
     count = config.integer(named, 128)
-    experts = ExpertTraits(
-        count,
-        read_chosen(config, count),
-        config.integer("moe_intermediate_size"),
-        config.boolean("norm_topk_prob", False),
-    )
+    normed = config.boolean("norm_topk_prob", False)
+    routing = Routing(read_chosen(config, count), normed=normed)
+    experts = ExpertTraits(count, config.integer("moe_intermediate_size"), routing)
     if config.boolean("use_sliding_window", False):
         traits = with_one_window(config, traits)
     step, dense = config.integer("decoder_sparse_step", 1), config.get("mlp_only_layers", [])

@@ -1,0 +1,138 @@
+"""The products of experts: one after the other, or in one tensor for the kernels of a GPU.
+
+Both are called with x [T, hidden], the weights, float32, and numbers of each token's experts, both
+[T, chosen], and what ``shared`` experts add [T, hidden]. They give what this rank adds to the sum
+over the group [T, hidden]. A token's experts are added in the order of their choice, so that no
+token depends on another.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workers.layers.linear import ColumnLinear, Part, RowLinear
+from workers.parallel import Group, Place
+from workers.weights import Cut, Parameter
+
+if TYPE_CHECKING:
+    from workers.layers.experts import ExpertTraits
+
+
+def split(place: Place, traits: "ExpertTraits") -> tuple[slice, Place]:
+    """This rank's experts, and the place where each of them lives: all, on the group, or some of
+    their own. Raises ConfigError, with the allowed sizes, if the group does not divide them."""
+    if not place.expert_parallel:
+        return slice(0, traits.count), place
+    mine = place.group.split(traits.count, "the number of experts")
+    return mine, replace(place, group=Group())
+
+
+class LoopedExperts:
+    """An expert is computed for its tokens alone; how many it gets is looked at on the host."""
+
+    def __init__(self, place: Place, name: str, hidden: int, traits: "ExpertTraits") -> None:
+        self._traits = traits
+        self._mine, place = split(place, traits)
+        cut = place.group.split(traits.inner, "the experts' intermediate size")
+        self._gate_up: list[ColumnLinear] = []
+        self._down: list[RowLinear] = []
+        for expert in range(self._mine.start, self._mine.stop):
+            mlp = f"{name}.{expert}"
+            parts = [Part(f"{mlp}.{part}", traits.inner, cut) for part in ("gate_proj", "up_proj")]
+            self._gate_up.append(ColumnLinear(place, parts, hidden, traits.bias))
+            down = f"{mlp}.down_proj"
+            self._down.append(RowLinear(place, down, traits.inner, hidden, traits.bias))
+
+    def parameters(self) -> Iterable[Parameter]:
+        products: list[ColumnLinear | RowLinear] = [*self._gate_up, *self._down]
+        return chain.from_iterable(product.parameters() for product in products)
+
+    def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor, shared: Tensor | None) -> Tensor:
+        tokens, each = chosen.shape
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=self._traits.count).tolist()
+        outputs = x.new_zeros(tokens * each, x.shape[1])
+        mine = order.split_with_sizes(counts)[self._mine]
+        for pairs, gate_up, down in zip(mine, self._gate_up, self._down, strict=True):
+            if len(pairs):
+                outputs[pairs] = down.share(self._inner(gate_up, x[pairs // each]))
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for column, output in enumerate(outputs.view(tokens, each, -1).unbind(1)):
+            total += weights[:, column, None] * output
+        return (total if shared is None else total + shared).to(x.dtype)
+
+    def _inner(self, product: ColumnLinear, x: Tensor) -> Tensor:
+        """The inner units of one expert [T, this rank's part]."""
+        gate = self._traits.gate
+        return product.gated(x) if gate is None else gate(product(x))
+
+
+class StackedExperts:
+    """The weights of all experts are one tensor for each product, and nothing is looked at on the
+    host (workers/kernels/gpu/experts.py)."""
+
+    def __init__(self, place: Place, name: str, hidden: int, traits: "ExpertTraits") -> None:
+        self._traits, self._name = traits, name
+        self._mine, place = split(place, traits)
+        cut = place.group.split(traits.inner, "the experts' intermediate size")
+        share, held = cut.stop - cut.start, self._mine.stop - self._mine.start
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(held, *shape, dtype=place.dtype, device=place.device)
+
+        self._gate_up, self._down = empty(2 * share, hidden), empty(hidden, share)
+        place.add_product(f"{name}.gate_up_proj", self._gate_up)
+        place.add_product(f"{name}.down_proj", self._down)
+        # The bias of what is summed over the group is to be in the sum once.
+        self._gate_up_bias = empty(2 * share) if traits.bias else None
+        self._down_bias = empty(hidden) if traits.bias and place.group.rank == 0 else None
+        everything = slice(None)
+        gate, up = slice(0, share), slice(share, 2 * share)
+        rows = (traits.inner, hidden), (cut, everything)
+        self._parameters = [
+            *self._fill("gate_proj", *rows, self._gate_up[:, gate], self._gate_up_bias, gate),
+            *self._fill("up_proj", *rows, self._gate_up[:, up], self._gate_up_bias, up),
+            *self._fill(
+                "down_proj", (hidden, traits.inner), (everything, cut), self._down, self._down_bias
+            ),
+        ]
+
+    def _fill(
+        self,
+        part: str,
+        shape: tuple[int, int],
+        cut: Cut,
+        weights: Tensor,
+        biases: Tensor | None,
+        at: slice = slice(None),
+    ) -> Iterable[Parameter]:
+        """The parameters that fill the ``cut`` of a linear layer of every expert."""
+        for i, expert in enumerate(range(self._mine.start, self._mine.stop)):
+            name = f"{self._name}.{expert}.{part}"
+            yield Parameter(f"{name}.weight", shape, weights[i], cut)
+            if biases is not None:
+                yield Parameter(f"{name}.bias", shape[:1], biases[i, at], cut[:1])
+
+    def parameters(self) -> Iterable[Parameter]:
+        return self._parameters
+
+    def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor, shared: Tensor | None) -> Tensor:
+        from workers.kernels.gpu import experts
+
+        gate, held = self._traits.gate, len(self._down)
+        order = experts.sort(chosen, self._mine.start, held, self._traits.count)
+        inner = experts.product(
+            x,
+            self._gate_up,
+            order,
+            chosen.shape[1],
+            self._gate_up_bias,
+            gated=True,
+            clamp=None if gate is None else (gate.alpha, gate.limit),
+        )
+        y = experts.product(inner, self._down, order, 1, self._down_bias)
+        return experts.combine(y, weights, chosen, self._mine.start, held, shared)
