@@ -225,7 +225,6 @@ _TABLE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "enable_dbo": (False,), "ubatch_size": (0,), "dbo_decode_token_threshold": (32,),
         "dbo_prefill_token_threshold": (512,), "enable_return_routed_experts": (False,),
     },
-    },
 }  # fmt: skip
 FOREIGN: Mapping[str, Foreign] = MappingProxyType(
     {

@@ -79,6 +79,7 @@ IMAGES = {
         ("ministral3", "Mistral3", "pixtral"),
         ("mistral", "Mistral3", "pixtral"),
         ("qwen3-5", "Qwen3_5", "qwen3_5_vision"),
+        ("qwen3-5-moe", "Qwen3_5Moe", "qwen3_5_moe_vision"),
     ],
 )
 @pytest.mark.parametrize("old", [False, True])
@@ -264,6 +265,7 @@ class _ThreadGroup(Group):
         ("qwen3-moe-some", 4),
         ("qwen3-5", 2),
         ("qwen3-5-even", 4),
+        ("qwen3-5-moe", 2),
         ("qwen3-next", 2),
         ("glm4-moe-dense-front", 2),
         ("gpt-oss", 2),
@@ -287,7 +289,7 @@ def test_tensor_parallel_ranks_equal_one(name: str, size: int, checkpoint: Check
         assert torch.equal(torch.cat((logits[0][:, :share], *logits[1:]), 1), logits[0])
 
 
-@pytest.mark.parametrize("name", ["mixtral", "glm4-moe", "gpt-oss"])
+@pytest.mark.parametrize("name", ["mixtral", "glm4-moe", "gpt-oss", "qwen3-next"])
 def test_ranks_with_some_experts_each_equal_one(name: str, checkpoint: Checkpoint) -> None:
     path = checkpoint(name)
 

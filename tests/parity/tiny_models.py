@@ -84,6 +84,12 @@ _HYBRID = _LLAMA | {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+_HYBRID_MOE = _HYBRID | {
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 40,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, _LLAMA),
     "mistral": (
@@ -217,10 +223,15 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     "qwen3_5": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM, _HYBRID),
+    "qwen3_5_moe": (
+        transformers.Qwen3_5MoeTextConfig,
+        transformers.Qwen3_5MoeForCausalLM,
+        _HYBRID_MOE,
+    ),
     "qwen3_next": (
         transformers.Qwen3NextConfig,
         transformers.Qwen3NextForCausalLM,
-        _HYBRID | {"mlp_only_layers": [0, 1, 2]},
+        _HYBRID_MOE,
     ),
     "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, _OPT),
 }
@@ -349,7 +360,14 @@ TINY_MODELS = [
         | {"full_attention_interval": 2, "layer_types": None},
         generates="pressed",
     ),
-    TinyModel("qwen3-next", "qwen3_next", generates="pressed"),
+    TinyModel("qwen3-5-moe", "qwen3_5_moe", generates="pressed"),
+    TinyModel(
+        "qwen3-next",
+        "qwen3_next",
+        {"mlp_only_layers": [0], "norm_topk_prob": False},
+        generates="pressed",
+    ),
+    TinyModel("qwen3-next-dense", "qwen3_next", {"num_experts": 0}, generates="no"),
     TinyModel("opt", "opt"),
     TinyModel("opt-post-norm", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     TinyModel("opt-no-bias", "opt", {"enable_bias": False}),

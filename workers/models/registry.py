@@ -77,9 +77,10 @@ DECODERS: dict[str, tuple[str, Network]] = {
     "Gemma3": ("gemma3_text", _decoder(gemma.read_gemma3)),
     "Qwen3Next": ("qwen3_next", _decoder(qwen_hybrid.read_qwen3_next)),
     "Qwen3_5": ("qwen3_5_text", _decoder(qwen_hybrid.read_qwen3_5)),
+    "Qwen3_5Moe": ("qwen3_5_moe_text", _decoder(qwen_hybrid.read_qwen3_5_moe)),
 }
 # Those whose names of other heads are of models of images and text.
-CONDITIONALS = ("Gemma3", "Qwen3_5")
+CONDITIONALS = ("Gemma3", "Qwen3_5", "Qwen3_5Moe")
 ARCHITECTURES = (
     {f"{family}{GENERATES}": network for family, network in DECODERS.items()}
     | {

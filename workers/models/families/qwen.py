@@ -17,7 +17,7 @@ from workers.models.families.llama import (
     with_one_window,
     with_windows,
 )
-from workers.models.families.moe import read_chosen
+from workers.models.families.moe import read_chosen, with_some_experts
 
 QWEN2: dict[str, Any] = COMMON | {
     "vocab_size": 151936,
@@ -54,8 +54,7 @@ def read_qwen3(config: Config) -> DecoderTraits:
 
 
 def read_qwen3_moe(config: Config) -> DecoderTraits:
-    """See ``llama.read_traits``. Every ``decoder_sparse_step``-th layer has experts, but for
-    ``mlp_only_layers``."""
+    """See ``llama.read_traits``."""
     config = config.over(QWEN3_MOE)
     named = next((name for name in EXPERTS if name in config), EXPERTS[0])
     traits = read_decoder(config, {"sliding_window", "attention_bias", *EXPERTS})
@@ -65,17 +64,8 @@ def read_qwen3_moe(config: Config) -> DecoderTraits:
     experts = ExpertTraits(count, config.integer("moe_intermediate_size"), routing)
     if config.boolean("use_sliding_window", False):
         traits = with_one_window(config, traits)
-    step, dense = config.integer("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
-    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
-        raise config.error("mlp_only_layers", "must be a list of layers' numbers")
-    return replace(
-        traits,
-        qk_norm=QKNorm(traits.norm_eps),
-        layers=tuple(
-            replace(layer, experts=None if i in dense or (i + 1) % step else experts)
-            for i, layer in enumerate(traits.layers)
-        ),
-    )
+    traits = replace(traits, qk_norm=QKNorm(traits.norm_eps))
+    return with_some_experts(config, traits, experts)
 
 
 def _windowed(config: Config, traits: DecoderTraits) -> DecoderTraits:
