@@ -15,10 +15,10 @@ from torch import Tensor
 
 from workers.batch import Batch
 from workers.kernels import delta
+from workers.layers.convolution import CausalConvolution
 from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head
 from workers.layers.memory import Memory
 from workers.parallel import Group, Place
-from workers.sweep import Sweep
 from workers.weights import Parameter
 
 
@@ -59,7 +59,6 @@ class GatedDeltaNet:
         keys, values = traits.split(place.group)
         key_cut, value_cut = _scaled(keys, traits.key_size), _scaled(values, traits.value_size)
         cuts = key_cut, key_cut, value_cut
-        self._widths = [cut.stop - cut.start for cut in cuts]
         self._in = ColumnLinear(place, self._parts(name, keys, values, cuts), hidden, bias=False)
         width = traits.value_heads * traits.value_size
         self.output = RowLinear(place, f"{name}.out_proj", width, hidden, bias=False)
@@ -67,8 +66,7 @@ class GatedDeltaNet:
         def floats(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=place.device)
 
-        channels, mine = sum(self._widths), values.stop - values.start
-        self._kernel = floats(channels, traits.taps)
+        mine = values.stop - values.start
         self._heads = delta.Heads(
             keys.stop - keys.start, mine, traits.key_size, traits.value_size,
             decay=floats(mine), dt=floats(mine), norm=floats(traits.value_size), eps=eps,
@@ -79,15 +77,9 @@ class GatedDeltaNet:
             Parameter(f"{name}.dt_bias", heads, self._heads.dt, (values,)),
             Parameter(f"{name}.A_log", heads, self._heads.decay, (values,), self._filled),
         ]
-        targets = self._kernel.split_with_sizes(self._widths)
-        for part, size, target, cut in zip("qkv", traits.widths, targets, cuts, strict=True):
-            shape = size, traits.taps
-            self._parameters.append(
-                Parameter(f"{name}.conv1d_{part}.weight", shape, target, (cut, slice(None)))
-            )
-        past = (traits.taps - 1) * channels
-        self._past = past
-        size = past + mine * traits.key_size * traits.value_size
+        names = [f"{name}.conv1d_{part}" for part in "qkv"]
+        self._convolution = CausalConvolution(place, names, traits.widths, cuts, traits.taps)
+        size = self._convolution.past_size + mine * traits.key_size * traits.value_size
         self.memory = Memory(
             lambda n: torch.zeros(n, size, dtype=torch.float32, device=place.device),
             4 * size,
@@ -118,29 +110,17 @@ class GatedDeltaNet:
         decay.exp_().neg_()
 
     def parameters(self) -> Iterable[Parameter]:
-        return chain(self._in.parameters(), self._parameters, self.output.parameters())
+        convolution = self._convolution.parameters()
+        return chain(self._in.parameters(), self._parameters, convolution, self.output.parameters())
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         """x [T, hidden] to the heads' [T, value heads * value size], for ``output``; the rows'
         states in ``cache`` go on."""
         y = self._in(x).float()
-        channels = sum(self._widths)
-        past = cache[:, : self._past].view(-1, self._traits.taps - 1, channels)
-        qkv = self._convolve(y[:, :channels], past, batch.sweep)
-        state = cache[:, self._past :]
-        return delta.recur(qkv, y[:, channels:], state, self._heads, batch.sweep).to(self._dtype)
-
-    def _convolve(self, x: Tensor, past: Tensor, sweep: Sweep) -> Tensor:
-        """The causal convolutions of x [T, channels], each channel's own, behind ``past`` [states,
-        taps - 1, channels], which is moved on."""
-        lines = x.new_empty(len(x) + sweep.past.numel(), x.shape[1])
-        lines[sweep.past] = past[sweep.states]
-        lines[sweep.lines] = x
-        past[sweep.states] = lines[sweep.next_past]
-        y = x * self._kernel[:, -1]
-        for tap in range(1, self._traits.taps):  # in one order, whatever the rows
-            y += lines[sweep.lines - tap] * self._kernel[:, -1 - tap]
-        return y
+        channels, past = self._convolution.channels, self._convolution.past_size
+        qkv = self._convolution(y[:, :channels], cache[:, :past], batch.sweep)
+        rest, state = y[:, channels:], cache[:, past:]
+        return delta.recur(qkv, rest, state, self._heads, batch.sweep).to(self._dtype)
 
 
 def _scaled(cut: slice, size: int) -> slice:
