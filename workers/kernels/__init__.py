@@ -189,6 +189,14 @@ def silu_mul(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)). On a CPU the bits of torch's depend on where in a tensor an element is;
+    those of its exp do not."""
+    if not x.is_cpu:
+        return torch.sigmoid(x)
+    return (1 + torch.exp(-x.float())).reciprocal_().to(x.dtype)
+
+
 def gelu_mul(x: Tensor) -> Tensor:
     """gelu(gate) * up [T, I] of x = [gate, up] [T, 2 I], with gelu's approximation by tanh."""
     gate, up = x.chunk(2, dim=-1)

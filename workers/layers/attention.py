@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
+from workers import kernels
 from workers.attention.base import AttentionBackend, Prologue
 from workers.batch import Batch
 from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head
@@ -144,7 +145,7 @@ class Attention:
         if self._gated:
             q, gate, kv = qkv.tensor_split([self._width, 2 * self._width], 1)
             heads = self._backend.attend(batch, cache, torch.cat((q, kv), 1), self._prologue)
-            return heads * gate.sigmoid()
+            return heads * kernels.sigmoid(gate)
         if self._wide_norm is not None:
             self._wide_norm(qkv)
         if self._query_scales is not None:

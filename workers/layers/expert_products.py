@@ -40,9 +40,10 @@ class LoopedExperts:
         cut = place.group.split(traits.inner, "the experts' intermediate size")
         self._gate_up: list[ColumnLinear] = []
         self._down: list[RowLinear] = []
+        names = ("gate_proj", "up_proj") if traits.gated else ("up_proj",)
         for expert in range(self._mine.start, self._mine.stop):
             mlp = f"{name}.{expert}"
-            parts = [Part(f"{mlp}.{part}", traits.inner, cut) for part in ("gate_proj", "up_proj")]
+            parts = [Part(f"{mlp}.{part}", traits.inner, cut) for part in names]
             self._gate_up.append(ColumnLinear(place, parts, hidden, traits.bias))
             down = f"{mlp}.down_proj"
             self._down.append(RowLinear(place, down, traits.inner, hidden, traits.bias))
@@ -67,6 +68,8 @@ class LoopedExperts:
 
     def _inner(self, product: ColumnLinear, x: Tensor) -> Tensor:
         """The inner units of one expert [T, this rank's part]."""
+        if not self._traits.gated:
+            return product(x).relu_().square_()
         gate = self._traits.gate
         return product.gated(x) if gate is None else gate(product(x))
 
@@ -84,22 +87,26 @@ class StackedExperts:
         def empty(*shape: int) -> Tensor:
             return torch.empty(held, *shape, dtype=place.dtype, device=place.device)
 
-        self._gate_up, self._down = empty(2 * share, hidden), empty(hidden, share)
+        width = 2 * share if traits.gated else share
+        self._gate_up, self._down = empty(width, hidden), empty(hidden, share)
         place.add_product(f"{name}.gate_up_proj", self._gate_up)
         place.add_product(f"{name}.down_proj", self._down)
         # The bias of what is summed over the group is to be in the sum once.
-        self._gate_up_bias = empty(2 * share) if traits.bias else None
+        self._gate_up_bias = empty(width) if traits.bias else None
         self._down_bias = empty(hidden) if traits.bias and place.group.rank == 0 else None
         everything = slice(None)
-        gate, up = slice(0, share), slice(share, 2 * share)
+        gate, up = slice(0, share), slice(width - share, width)
         rows = (traits.inner, hidden), (cut, everything)
         self._parameters = [
-            *self._fill("gate_proj", *rows, self._gate_up[:, gate], self._gate_up_bias, gate),
             *self._fill("up_proj", *rows, self._gate_up[:, up], self._gate_up_bias, up),
             *self._fill(
                 "down_proj", (hidden, traits.inner), (everything, cut), self._down, self._down_bias
             ),
         ]
+        if traits.gated:
+            self._parameters.extend(
+                self._fill("gate_proj", *rows, self._gate_up[:, gate], self._gate_up_bias, gate)
+            )
 
     def _fill(
         self,
@@ -131,8 +138,10 @@ class StackedExperts:
             order,
             chosen.shape[1],
             self._gate_up_bias,
-            gated=True,
+            gated=self._traits.gated,
             clamp=None if gate is None else (gate.alpha, gate.limit),
         )
+        if not self._traits.gated:
+            inner = inner.relu_().square_()
         y = experts.product(inner, self._down, order, 1, self._down_bias)
         return experts.combine(y, weights, chosen, self._mine.start, held, shared)

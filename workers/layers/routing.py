@@ -100,7 +100,7 @@ def route(
     if routing.scores == "chosen":
         best, chosen = logits.topk(routing.chosen)
         return best.softmax(-1) * routing.scale, chosen
-    scores = logits.sigmoid() if routing.scores == "sigmoid" else logits.softmax(-1)
+    scores = kernels.sigmoid(logits) if routing.scores == "sigmoid" else logits.softmax(-1)
     ranked = scores if correction is None else scores + correction
     if routing.groups > 1:
         ranked = _within_groups(ranked, routing)
