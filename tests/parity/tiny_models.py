@@ -380,7 +380,7 @@ TINY_MODELS = [
         | {"full_attention_interval": 2, "layer_types": None},
         generates="pressed",
     ),
-    TinyModel("qwen3-5-moe", "qwen3_5_moe", generates="pressed"),
+    TinyModel("qwen3-5-moe", "qwen3_5_moe", generates="no"),
     TinyModel(
         "qwen3-next",
         "qwen3_next",
@@ -394,7 +394,7 @@ TINY_MODELS = [
         "nemotron_h",
         {"layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention"]}
         | {"moe_latent_size": 24, "n_group": 2, "topk_group": 1, "norm_topk_prob": False},
-        generates="pressed",
+        generates="no",
     ),
     TinyModel(
         "nemotron-h-other",
