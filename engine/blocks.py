@@ -102,9 +102,8 @@ class BlockPool:
             self._hashes[block] = None
         return block_hash
 
-    def discard(self, block: int) -> None:
-        """Drop a free block from the prefix cache and let it be the next that is taken."""
-        self.forget(block)
+    def age(self, block: int) -> None:
+        """Let a free block be the next that is taken."""
         self._free.move_to_end(block, last=False)
 
     def forget_all(self) -> None:

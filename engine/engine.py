@@ -74,6 +74,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.on_begin: Callable[[list[Sequence]], None] = lambda begun: None
+        cache = config.cache
         states = None
         if capacity.num_states:
             states = States(
@@ -81,13 +82,13 @@ class Engine:
                 capacity.num_cpu_states,
                 capacity.block_size,
                 -(-capacity.state_bytes // max(1, capacity.block_bytes)),
-                config.cache.mamba_block_size,
+                cache.mamba_block_size if cache.enable_prefix_caching else None,
             )
         kv = KVBlocks(
             capacity.num_device_blocks,
             capacity.num_cpu_blocks,
             capacity.block_size,
-            config.cache.enable_prefix_caching,
+            cache.enable_prefix_caching,
             states,
         )
         batches = executor.steps_ahead + 1 if executor.pipelined else 1

@@ -29,12 +29,13 @@ class KVStats(TierStats):
 class Prefix:
     """The longest cached prefix of a sequence: (tier is device, block) for each block.
 
-    Of ``blocks_alone`` blocks there is no more than the blocks. ``coming``: a state for more of
-    them is computed by the plan that is being made, and there for the next one.
+    Of a model with states, ``shared`` blocks are cached, these and those without a state at the
+    end. ``coming``: the plan that is being made computes a state for more of them, which the next
+    one will find.
     """
 
     blocks: list[tuple[bool, int]] = field(default_factory=list)
-    blocks_alone: int = 0
+    shared: int = 0
     coming: bool = False
 
 
@@ -184,7 +185,7 @@ class KVBlocks:
             self.states.claim(seq, hashes[seq.published - 1] if seq.published else None)
             if self.prefix_caching:
                 last = (len(seq.tokens) - 1) // self.block_size
-                self.states.mark(seq, {prefix.blocks_alone, last})
+                self.states.mark(seq, prefix.shared, last)
 
     # ---- swapping ----
 
@@ -203,7 +204,8 @@ class KVBlocks:
         """(blocks to copy out, blocks to copy in again) if ``seq`` is swapped out now.
 
         Content that a CPU block has already is not copied out. What others hold is likely to be
-        on the device still when the sequence comes back, and then is not copied in.
+        on the device still when the sequence comes back, and then is not copied in. A state counts
+        as as many blocks as it has bytes for.
         """
         copies = sum(self._cpu_twin(seq, i) is None for i in range(len(seq.blocks)))
         state = 0 if self.states is None else self.states.weight

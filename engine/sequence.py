@@ -43,7 +43,7 @@ class Sequence:
         "slot", "prefill_end", "computed", "pending", "untold", "blocks", "swapped", "published",
         "planned_in", "cached_tokens", "scheduled_time", "lost_tokens", "moved_tokens",
         "preempted_at", "deaths", "begun", "from_start", "live", "parked", "marks", "due",
-        "rolling", "_hashes",
+        "trail", "_hashes",
     )  # fmt: skip
 
     def __init__(
@@ -86,7 +86,7 @@ class Sequence:
         self.live = self.parked = -1  # its state on the device, or while swapped out on the CPU
         self.marks: tuple[int, ...] = ()  # ends of blocks of its prompt whose states are to be kept
         self.due: BlockHash | None = None  # what its state is to be kept as
-        self.rolling: BlockHash | None = None  # what its last state among its output is kept as
+        self.trail: tuple[BlockHash, int] | None = None  # its last kept state, and where that is
         self.planned_in = -1  # the last step that has a row for it
         self.cached_tokens = 0  # prompt tokens found in the prefix cache at first admission
         self.scheduled_time: float | None = None  # of the first admission

@@ -11,10 +11,12 @@ off there too (a system prompt); the last one that was generated, each in place 
 and, if asked for, every ``interval`` tokens of a prompt. A prompt's steps end there (``cut``).
 
 States cost their requests nothing that they need: a sequence is admitted while there is a slot, a
-snapshot is kept while there are two, and what is least recently used goes first.
+snapshot is kept while there are two, and what is least recently used goes first. But before that
+goes what a sequence has passed: a conversation needs the last of its snapshots only. Those from
+which two have started stay.
 """
 
-from collections.abc import Iterable
+from collections import Counter
 from collections.abc import Sequence as Items
 
 from engine.blocks import BlockHash
@@ -23,10 +25,12 @@ from engine.sequence import Sequence
 from engine.tiers import Tiers, TierStats
 
 ZERO = -1  # the source of a new sequence's state
+BRANCH = 2  # sequences that start from a snapshot: prompts branch off there
+MOST_COUNTED = 100_000
 
 
 class States:
-    """The slots of both tiers. Sequences' ``live``, ``parked``, ``marks``, ``due`` and ``rolling``
+    """The slots of both tiers. Sequences' ``live``, ``parked``, ``marks``, ``due`` and ``trail``
     are changed here only.
 
     ``weight`` is what a state has for bytes, in blocks.
@@ -49,6 +53,7 @@ class States:
         self._cells: dict[int, int] = {}  # live state: slot
         self._forks: dict[int, int] = {}  # target: source
         self._due: dict[BlockHash, Sequence] = {}  # whose live state is to be kept as it is
+        self._starts = Counter[BlockHash]()  # from a snapshot
 
     # ---- the prefix cache ----
 
@@ -83,11 +88,8 @@ class States:
             seq.due = None
             if device.num_free < 2 or device.find(block_hash) is not None:
                 continue  # one is for whoever waits
-            if seq.computed >= seq.prefill_end:
-                self._supersede(seq, block_hash)
             kept = seq.live
-            device.publish(kept, block_hash)
-            self.kept += 1
+            self._keep(seq, block_hash)
             self._fork(seq, kept)
 
     def cut(self, seq: Sequence, count: int) -> int:
@@ -110,18 +112,23 @@ class States:
         """Whether one more state can be swapped out."""
         return self.tiers.cpu.num_free > 0
 
-    def mark(self, seq: Sequence, blocks: Iterable[int]) -> None:
-        """Say after which of its prompt's blocks the state is to be kept."""
-        seq.marks = tuple(count * self._block_size for count in blocks)
+    def mark(self, seq: Sequence, shared: int, last: int) -> None:
+        """Have the state of an admitted sequence kept after its ``last`` full block, and after
+        those blocks that it has in common with another."""
+        seq.marks = shared * self._block_size, last * self._block_size
+        if seq.marks[0] > seq.computed:
+            self._count(seq.hashes(shared, self._block_size)[shared - 1], BRANCH)
 
     def claim(self, seq: Sequence, block_hash: BlockHash | None) -> None:
         """Give an admitted sequence the state known by ``block_hash``, which ``match`` found, or
         without one the first. The caller looked whether there is ``room``."""
-        seq.rolling = None
+        seq.trail = None
         found = None if block_hash is None else self.tiers.find(block_hash)
-        if found is None:
+        if found is None or block_hash is None:
             self._fork(seq, ZERO)
             return
+        self._count(block_hash, 1)
+        seq.trail = block_hash, seq.computed
         device = self.tiers.device
         on_device, unit = found
         if on_device:
@@ -192,18 +199,30 @@ class States:
 
     def _leave(self, seq: Sequence) -> None:
         if seq.due is not None:
-            self.tiers.device.publish(seq.live, seq.due)
-            self.kept += 1
             del self._due[seq.due]
+            self._keep(seq, seq.due)
             seq.due = None
         self._forks.pop(seq.live, None)
         self._cells.pop(seq.live, None)
         self.tiers.device.release(seq.live)
         seq.live = -1
 
-    def _supersede(self, seq: Sequence, block_hash: BlockHash) -> None:
-        """A sequence that generates keeps the last of its snapshots, unless others hold them."""
-        last, seq.rolling = seq.rolling, block_hash
-        state = None if last is None else self.tiers.device.find(last)
-        if state is not None and self.tiers.device.is_free(state):
-            self.tiers.device.discard(state)
+    def _keep(self, seq: Sequence, block_hash: BlockHash) -> None:
+        """Make a sequence's live state a snapshot. What it passed last is not needed by it."""
+        device = self.tiers.device
+        if not device.publish(seq.live, block_hash):
+            return
+        self.kept += 1
+        passed, seq.trail = seq.trail, (block_hash, seq.computed)
+        state = None if passed is None else device.find(passed[0])
+        if passed is None or state is None or not device.is_free(state):
+            return
+        if self._starts[passed[0]] < BRANCH:
+            device.age(state)
+        if not self._starts[passed[0]] and passed[1] > seq.prefill_end:  # among its own output
+            device.forget(state)
+
+    def _count(self, block_hash: BlockHash, starts: int) -> None:
+        if len(self._starts) > MOST_COUNTED:
+            self._starts.clear()
+        self._starts[block_hash] += starts

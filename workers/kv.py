@@ -60,9 +60,9 @@ class KVCache:
 
     def move_states(self, moves: StateMoves) -> None:
         """Carry out what a plan says of states."""
-        self._state_tiers.copy(moves.copies)
-        if not len(moves.forks):
+        if not self._states:  # another stage of the pipeline has them
             return
+        self._state_tiers.copy(moves.copies)
         sources, targets = torch.from_numpy(moves.forks).long().to(self._device).unbind(1)
         new = sources < 0
         for layer in self._states:
@@ -72,6 +72,7 @@ class KVCache:
 
     def copied(self) -> CopyTimes:
         """The copies of blocks between the tiers that ended since the last call."""
+        self._state_tiers.copied()  # not told, but not to be remembered either
         return self._tiers.copied()
 
     def measure(self) -> tuple[float, float]:
@@ -92,7 +93,7 @@ class Row:
     """How one unit of every layer stands in a row of bytes, side by side."""
 
     def __init__(self, layers: Sequence[Tensor]) -> None:
-        self._kinds = [(layer.dtype, layer[:0].flatten(1).shape[1]) for layer in layers]
+        self._kinds = [(layer.dtype, layer[0].numel()) for layer in layers]
         sizes = [-(-count * dtype.itemsize // ALIGNMENT) for dtype, count in self._kinds]
         self._starts = [ALIGNMENT * start for start in itertools.accumulate(sizes, initial=0)]
 
@@ -111,7 +112,7 @@ class Row:
 def make_tiers(layers: Sequence[Tensor], num_cpu_units: int, device: torch.device) -> "Tiers":
     """The copies between the units of ``layers``, tensors [n, ...], and as many CPU units as asked
     for, whose memory is taken as they are written, so that start-up stays short."""
-    row, flat = Row(layers), [layer.flatten(1) for layer in layers]
+    row, flat = Row(layers), [layer.view(len(layer), -1) for layer in layers]
     shape = num_cpu_units, row.bytes
     if device.type == "cuda":
         cpu = torch.empty(shape, dtype=torch.uint8, pin_memory=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.stats_scheduler import scheduler_metrics
 from manta import LLM, SamplingParams
 from tests.parity.tiny_models import TINY_MODELS
 from tests.support.tiny_llm import assert_idle, start_llm
@@ -93,3 +94,6 @@ def test_no_token_depends_on_the_cache_or_on_preemption(mode: str, model, expect
     states = llm.engine.scheduler.kv.states
     assert states is not None and states.kept > 50 and states.stats.demoted_blocks > 5
     assert_idle(llm)
+    metrics = scheduler_metrics(llm.engine.scheduler, llm.engine.capacity)
+    told = {metric.name: metric.samples[0].value for metric in metrics}
+    assert (told["states"], told["states_used"], told["kept_states"]) == (14, 0, states.kept)

@@ -86,7 +86,7 @@ _HYBRID = _LLAMA | {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-_HYBRID_MOE = _HYBRID | {
+_SHARED_EXPERT = {
     "moe_intermediate_size": 48,
     "shared_expert_intermediate_size": 40,
     "num_experts": 6,
@@ -228,12 +228,12 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3_5_moe": (
         transformers.Qwen3_5MoeTextConfig,
         transformers.Qwen3_5MoeForCausalLM,
-        _HYBRID_MOE,
+        _HYBRID | _SHARED_EXPERT,
     ),
     "qwen3_next": (
         transformers.Qwen3NextConfig,
         transformers.Qwen3NextForCausalLM,
-        _HYBRID_MOE,
+        _HYBRID | _SHARED_EXPERT | {"mlp_only_layers": [0]},
     ),
     "nemotron_h": (
         transformers.NemotronHConfig,
@@ -381,12 +381,7 @@ TINY_MODELS = [
         generates="pressed",
     ),
     TinyModel("qwen3-5-moe", "qwen3_5_moe", generates="no"),
-    TinyModel(
-        "qwen3-next",
-        "qwen3_next",
-        {"mlp_only_layers": [0], "norm_topk_prob": False},
-        generates="pressed",
-    ),
+    TinyModel("qwen3-next", "qwen3_next", generates="pressed"),
     TinyModel("qwen3-next-dense", "qwen3_next", {"num_experts": 0}, generates="no"),
     TinyModel("nemotron-h", "nemotron_h"),
     TinyModel(

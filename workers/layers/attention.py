@@ -57,10 +57,9 @@ class Attention:
     """Projections q, k and v as one product, the backend, and the output projection.
 
     ``rotary`` rotates q and k, behind their ``norm``; ``window`` is the sliding window in tokens.
-    ``query_scales`` [max_length] multiply q by its position (Llama 4). ``gated``: q's projection
-    has a gate beside each head, whose sigmoid the head's result is multiplied by (Qwen3-Next).
-    With ``sinks`` each head has a learned logit that takes a share of its attention and gives
-    nothing (gpt-oss).
+    ``query_scales`` [max_length] multiply q by its position (Llama 4). With ``sinks`` each head has
+    a learned logit that takes a share of its attention and gives nothing (gpt-oss). ``gated``: q's
+    projection has a gate beside each head, whose sigmoid multiplies its result (Qwen3-Next).
     """
 
     def __init__(

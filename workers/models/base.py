@@ -96,7 +96,7 @@ class Traits:
 
     @property
     def capturable(self) -> bool:
-        return True
+        return not self.recurrent
 
     @property
     def recurrent(self) -> bool:

@@ -88,10 +88,6 @@ class DecoderTraits(Traits):
         return any(layer.experts for layer in self.layers)
 
     @property
-    def capturable(self) -> bool:
-        return not self.recurrent
-
-    @property
     def recurrent(self) -> bool:
         return any(layer.delta for layer in self.layers)
 
@@ -130,8 +126,8 @@ class DecoderLayer:
                 window=mine.window,
                 rotary=rotary,
                 query_scales=query_scales,
-                gated=traits.gated_attention,
                 sinks=traits.sinks,
+                gated=traits.gated_attention,
             )
         self.memory = self._attention.memory
         self._mlp_residual = self._residual(traits, place, name, names.mlp, names.mlp_output)

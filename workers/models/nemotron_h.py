@@ -84,10 +84,6 @@ class NemotronHTraits(Traits):
         return self.experts is not None
 
     @property
-    def capturable(self) -> bool:
-        return not self.recurrent
-
-    @property
     def recurrent(self) -> bool:
         return self.mamba is not None
 

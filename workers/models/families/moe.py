@@ -46,21 +46,6 @@ def read_grouped(config: Config) -> ExpertTraits:
     return ExpertTraits(count, inner, routing, SharedExpert(shared * inner) if shared else None)
 
 
-def with_some_experts(
-    config: Config, traits: DecoderTraits, experts: ExpertTraits
-) -> DecoderTraits:
-    """``traits`` with ``experts`` in every ``decoder_sparse_step``-th layer, but for
-    ``mlp_only_layers``. Raises CheckpointError where these are no numbers."""
-    step, dense = config.integer("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
-    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
-        raise config.error("mlp_only_layers", "must be a list of layers' numbers")
-    layers = (
-        layer if i in dense or (i + 1) % step else replace(layer, experts=experts)
-        for i, layer in enumerate(traits.layers)
-    )
-    return replace(traits, layers=tuple(layers))
-
-
 def with_experts(traits: DecoderTraits, experts: ExpertTraits, dense: int = 0) -> DecoderTraits:
     """``traits`` with ``experts`` in all layers but the first ``dense``."""
     layers = (

@@ -17,7 +17,7 @@ from workers.models.families.llama import (
     with_one_window,
     with_windows,
 )
-from workers.models.families.moe import read_chosen, with_some_experts
+from workers.models.families.moe import read_chosen
 
 QWEN2: dict[str, Any] = COMMON | {
     "vocab_size": 151936,
@@ -64,8 +64,21 @@ def read_qwen3_moe(config: Config) -> DecoderTraits:
     experts = ExpertTraits(count, config.integer("moe_intermediate_size"), routing)
     if config.boolean("use_sliding_window", False):
         traits = with_one_window(config, traits)
-    traits = replace(traits, qk_norm=QKNorm(traits.norm_eps))
-    return with_some_experts(config, traits, experts)
+    return with_sparse_experts(config, replace(traits, qk_norm=QKNorm(traits.norm_eps)), experts)
+
+
+def with_sparse_experts(
+    config: Config, traits: DecoderTraits, experts: ExpertTraits
+) -> DecoderTraits:
+    """``traits`` with experts in every ``decoder_sparse_step``-th layer but ``mlp_only_layers``."""
+    step, dense = config.integer("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        raise config.error("mlp_only_layers", "must be a list of layers' numbers")
+    layers = (
+        replace(layer, experts=None if i in dense or (i + 1) % step else experts)
+        for i, layer in enumerate(traits.layers)
+    )
+    return replace(traits, layers=tuple(layers))
 
 
 def _windowed(config: Config, traits: DecoderTraits) -> DecoderTraits:

@@ -1,6 +1,5 @@
 """Qwen3-Next and Qwen 3.5: three layers of gated delta nets to one of gated attention, or as
-``layer_types`` say; norms' weights are added to 1, and a quarter of a head is rotated. And their
-mixtures of experts, with one that every token gets."""
+``layer_types`` say; norms' weights are added to 1, and a quarter of a head is rotated."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,8 @@ from workers.layers.rotary import FULL, read_rope
 from workers.layers.routing import Routing
 from workers.models.decoder import DecoderTraits, LayerTraits
 from workers.models.families.llama import COMMON, read_decoder, read_heads
-from workers.models.families.moe import read_chosen, with_experts, with_some_experts
+from workers.models.families.moe import read_chosen, with_experts
+from workers.models.families.qwen import with_sparse_experts
 
 LINEAR = "linear_attention"
 QWEN3_NEXT: dict[str, Any] = COMMON | {
@@ -26,23 +26,23 @@ QWEN3_NEXT: dict[str, Any] = COMMON | {
     "head_dim": 256,
     "max_position_embeddings": 32768,
     "partial_rotary_factor": 0.25,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
 }
 QWEN3_5: dict[str, Any] = QWEN3_NEXT | {
+    "num_experts": None,
     "vocab_size": 248320,
     "hidden_size": 4096,
     "intermediate_size": 12288,
     "num_hidden_layers": 32,
     "num_key_value_heads": 4,
-    "num_experts": 0,
 }
 QWEN3_5_MOE: dict[str, Any] = QWEN3_NEXT | {
     "vocab_size": 248320,
@@ -59,13 +59,6 @@ def read_qwen3_5(config: Config) -> DecoderTraits:
     return _read(config.over(QWEN3_5), HONOURED, by_head=False)
 
 
-def read_qwen3_5_moe(config: Config) -> DecoderTraits:
-    """See ``llama.read_traits``."""
-    config = config.over(QWEN3_5_MOE)
-    traits = _read(config, HONOURED | {"num_experts"}, by_head=False)
-    return with_experts(traits, _read_experts(config, normed=True))
-
-
 def read_qwen3_next(config: Config) -> DecoderTraits:
     """See ``llama.read_traits``."""
     config = config.over(QWEN3_NEXT)
@@ -73,7 +66,23 @@ def read_qwen3_next(config: Config) -> DecoderTraits:
     if not config.whole("num_experts", 0):
         return traits
     normed = config.boolean("norm_topk_prob", True)
-    return with_some_experts(config, traits, _read_experts(config, normed))
+    return with_sparse_experts(config, traits, _read_experts(config, normed))
+
+
+def read_qwen3_5_moe(config: Config) -> DecoderTraits:
+    """See ``llama.read_traits``."""
+    config = config.over(QWEN3_5_MOE)
+    traits = _read(config, HONOURED | {"num_experts"}, by_head=False)
+    return with_experts(traits, _read_experts(config, normed=True))
+
+
+def _read_experts(config: Config, normed: bool) -> ExpertTraits:
+    count = config.integer("num_experts")
+    shared = SharedExpert(
+        config.integer("shared_expert_intermediate_size"), "shared_expert", "shared_expert_gate"
+    )
+    routing = Routing(read_chosen(config, count), normed=normed)
+    return ExpertTraits(count, config.integer("moe_intermediate_size"), routing, shared)
 
 
 def _read(config: Config, honoured: set[str], *, by_head: bool) -> DecoderTraits:
@@ -104,14 +113,6 @@ def _read_kinds(config: Config, layers: int) -> list[str]:
     if FULL not in kinds:
         raise config.error("layer_types", f"must hold {FULL}")
     return kinds
-
-
-def _read_experts(config: Config, normed: bool) -> ExpertTraits:
-    count = config.integer("num_experts")
-    inner = config.integer("shared_expert_intermediate_size")
-    shared = SharedExpert(inner, "shared_expert", gate="shared_expert_gate")
-    routing = Routing(read_chosen(config, count), normed=normed)
-    return ExpertTraits(count, config.integer("moe_intermediate_size"), routing, shared)
 
 
 def _read_delta(config: Config, by_head: bool) -> DeltaTraits:
