@@ -380,7 +380,7 @@ TINY_MODELS = [
         | {"full_attention_interval": 2, "layer_types": None},
         generates="pressed",
     ),
-    TinyModel("qwen3-5-moe", "qwen3_5_moe", generates="no"),
+    TinyModel("qwen3-5-moe", "qwen3_5_moe", generates="pressed"),
     TinyModel("qwen3-next", "qwen3_next", generates="pressed"),
     TinyModel("qwen3-next-dense", "qwen3_next", {"num_experts": 0}, generates="no"),
     TinyModel("nemotron-h", "nemotron_h"),
