@@ -140,14 +140,18 @@ def test_pairs_are_sorted_by_expert() -> None:
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
-def test_ranks_add_up_to_what_one_computes_without_a_gpu(expert_parallel: bool) -> None:
-    traits = ExpertTraits(4, 32, Routing(2), gate=ClampedGate(1.7, 1.0), bias=True)
+@pytest.mark.parametrize("gated", [False, True])
+def test_ranks_add_up_to_what_one_computes_without_a_gpu(
+    gated: bool, expert_parallel: bool
+) -> None:
+    gate = ClampedGate(1.7, 1.0) if gated else None
+    traits = ExpertTraits(4, 32, Routing(2), gate=gate, gated=gated, bias=True)
     values: dict[str, Tensor] = {}
 
     def build(kind: type[StackedExperts] | type[LoopedExperts], group: Group) -> Any:
         layer = kind(Place(DEVICE, torch.float32, group, expert_parallel), "experts", 24, traits)
         for parameter in layer.parameters():
-            whole = values.setdefault(parameter.name, torch.randn(parameter.shape))
+            whole = values.setdefault(parameter.name, torch.randn(parameter.shape) / 4)
             parameter.fill(whole[parameter.cut])
         return layer
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from workers.batch import Batch
 from workers.kernels import delta
 from workers.layers.convolution import CausalConvolution
-from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head
+from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head, scaled
 from workers.layers.memory import Memory
 from workers.parallel import Group, Place
 from workers.weights import Parameter
@@ -57,7 +57,7 @@ class GatedDeltaNet:
     ) -> None:
         self._traits, self._dtype = traits, place.dtype
         keys, values = traits.split(place.group)
-        key_cut, value_cut = _scaled(keys, traits.key_size), _scaled(values, traits.value_size)
+        key_cut, value_cut = scaled(keys, traits.key_size), scaled(values, traits.value_size)
         cuts = key_cut, key_cut, value_cut
         self._in = ColumnLinear(place, self._parts(name, keys, values, cuts), hidden, bias=False)
         width = traits.value_heads * traits.value_size
@@ -121,7 +121,3 @@ class GatedDeltaNet:
         qkv = self._convolution(y[:, :channels], cache[:, :past], batch.sweep)
         rest, state = y[:, channels:], cache[:, past:]
         return delta.recur(qkv, rest, state, self._heads, batch.sweep).to(self._dtype)
-
-
-def _scaled(cut: slice, size: int) -> slice:
-    return slice(cut.start * size, cut.stop * size)

@@ -16,7 +16,7 @@ from torch import Tensor
 from workers.batch import Batch
 from workers.kernels import mamba2
 from workers.layers.convolution import CausalConvolution
-from workers.layers.linear import ColumnLinear, Part, RowLinear
+from workers.layers.linear import ColumnLinear, Part, RowLinear, scaled
 from workers.layers.memory import Memory
 from workers.parallel import Group, Place
 from workers.weights import Parameter
@@ -47,8 +47,7 @@ class Mamba2Traits:
     @property
     def projected(self) -> dict[str, int]:
         """What the checkpoint's one projection makes, in its order, and the width of each."""
-        convolved = self.convolved
-        return {"z": self.inner, **convolved, "dt": self.heads}
+        return {"z": self.inner, **self.convolved, "dt": self.heads}
 
     @property
     def convolved(self) -> dict[str, int]:
@@ -72,7 +71,7 @@ class Mamba2:
     ) -> None:
         self._dtype = place.dtype
         groups, heads = traits.split(place.group)
-        inner, shared = _scaled(heads, traits.size), _scaled(groups, traits.state_size)
+        inner, shared = scaled(heads, traits.size), scaled(groups, traits.state_size)
         cuts = {"x": inner, "B": shared, "C": shared, "z": inner, "dt": heads}
         sizes = traits.projected
         parts = [Part(f"{name}.in_proj_{part}", sizes[part], cut) for part, cut in cuts.items()]
@@ -126,7 +125,3 @@ class Mamba2:
         xbc = self._convolution(y[:, :channels], cache[:, :past], batch.sweep)
         rest, state = y[:, channels:], cache[:, past:]
         return mamba2.recur(xbc, rest, state, self._heads, batch.sweep).to(self._dtype)
-
-
-def _scaled(cut: slice, size: int) -> slice:
-    return slice(cut.start * size, cut.stop * size)

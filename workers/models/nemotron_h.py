@@ -245,30 +245,36 @@ class NemotronHModel(Model):
 
     def pieces(self, name: str) -> list[Piece]:
         module, _, leaf = name.rpartition(".")
-        traits, layer = self._traits, layer_of(name.removeprefix("backbone."))
-        kind = traits.kinds[layer] if layer < traits.num_layers else None
-        if kind == MAMBA and traits.mamba is not None:
-            if name.endswith(".mixer.in_proj.weight"):
-                widths = traits.mamba.projected
-                names = [f"{module}_{part}.{leaf}" for part in widths]
-                rest = (slice(None),), (traits.hidden_size,)
-                return side_by_side(names, list(widths.values()), *rest)
-            if module.endswith(".mixer.conv1d"):
-                parts = traits.mamba.convolved
-                return convolution_pieces(
-                    module, parts, leaf, list(parts.values()), traits.mamba.taps
-                )
-        if kind == MOE and traits.experts is not None and module.endswith(".mixer.experts"):
-            return self._stacked(name, leaf, traits.experts)
+        layer = layer_of(name.removeprefix("backbone."))
+        kind = self._traits.kinds[layer] if 0 <= layer < self._traits.num_layers else None
+        if kind == MAMBA:
+            return self._mamba_pieces(module, leaf)
+        if kind == MOE and module.endswith(".mixer.experts"):
+            return self._expert_pieces(module, leaf)
         return []
 
-    def _stacked(self, name: str, leaf: str, experts: ExpertTraits) -> list[Piece]:
+    def _mamba_pieces(self, module: str, leaf: str) -> list[Piece]:
+        """The projection, and the convolution."""
+        mamba = self._traits.mamba
+        assert mamba is not None
+        if module.endswith(".mixer.in_proj"):
+            names = [f"{module}_{part}.{leaf}" for part in mamba.projected]
+            shape = (self._traits.hidden_size,)
+            return side_by_side(names, list(mamba.projected.values()), (slice(None),), shape)
+        if module.endswith(".mixer.conv1d"):
+            widths = list(mamba.convolved.values())
+            return convolution_pieces(module, mamba.convolved, leaf, widths, mamba.taps)
+        return []
+
+    def _expert_pieces(self, module: str, leaf: str) -> list[Piece]:
         """All experts in one tensor, as transformers 5 has them in memory."""
+        experts = self._traits.experts
+        assert experts is not None
         width = experts.latent or self._traits.hidden_size
         shape = (experts.inner, width) if leaf == "up_proj" else (width, experts.inner)
         return [
             Piece(
-                f"{name.removesuffix(leaf)}{expert}.{leaf}.weight",
+                f"{module}.{expert}.{leaf}.weight",
                 (expert, slice(None), slice(None)),
                 (experts.count, *shape),
             )
