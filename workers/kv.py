@@ -43,7 +43,11 @@ class KVCache:
         self.layers = [
             memory.allocate(units.states if memory.state else units.blocks) for memory in memories
         ]
-        pairs = list(zip(memories, self.layers, strict=True))
+        pairs = [
+            (memory, layer)
+            for memory, layer in zip(memories, self.layers, strict=True)
+            if memory.unit_bytes
+        ]
         blocks = [layer for memory, layer in pairs if not memory.state]
         self._tiers = make_tiers(blocks, units.cpu_blocks, device)
         self._states = [layer for memory, layer in pairs if memory.state]

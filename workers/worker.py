@@ -214,7 +214,7 @@ class Worker:
         found = products.varying(self.place.products)
         if not self._on_triton:
             found.append(f"attention ({self._attention_name})")
-        if self.traits.recurrent and not kernels.has_triton(self.device):
+        if self.traits.recurrent and not (self.traits.capturable and self._on_triton):
             found.append("recurrent layers")
         if self.traits.latent is not None:
             found.append("the heads' products of latents")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from engine.errors import ConfigError
@@ -81,6 +82,7 @@ IMAGES = {
         ("ministral3", "Mistral3", "pixtral"),
         ("mistral", "Mistral3", "pixtral"),
         ("qwen3-5", "Qwen3_5", "qwen3_5_vision"),
+        ("qwen3-5-moe", "Qwen3_5Moe", "qwen3_5_moe_vision"),
     ],
 )
 @pytest.mark.parametrize("old", [False, True])
@@ -155,6 +157,9 @@ def test_dynamic_rope_beyond_the_original_length_is_as_generated(checkpoint: Che
         "gemma3",
         "qwen3-moe",
         "deepseek-v3",
+        "glm4-moe",
+        "qwen3-5-moe",
+        "nemotron-h-experts",
         "opt",
         "opt-post-norm",
         "gpt-oss",
@@ -172,7 +177,8 @@ def test_no_bit_depends_on_the_batch(name: str, dtype: torch.dtype, checkpoint: 
 @pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize(
     "name",
-    ["llama", "qwen3-sliding", "olmo3", "granite", "mixtral", "qwen3-5", "opt", "opt-post-norm"],
+    ["llama", "qwen3-sliding", "olmo3", "granite", "mixtral", "qwen3-5", "nemotron-h", "opt"]
+    + ["opt-post-norm"],
 )
 def test_outputs_alone_are_carried_to_the_end(
     name: str, cut: int, dtype: torch.dtype, checkpoint: Checkpoint
@@ -280,6 +286,8 @@ class _ThreadGroup(Group):
         ("qwen3-5-even", 4),
         ("qwen3-5-moe", 2),
         ("qwen3-next", 2),
+        ("nemotron-h", 2),
+        ("nemotron-h-experts", 2),
         ("opt", 2),
         ("opt-post-norm", 4),
     ],
@@ -299,13 +307,13 @@ def test_tensor_parallel_ranks_equal_one(name: str, size: int, checkpoint: Check
         assert torch.equal(torch.cat((logits[0][:, :share], *logits[1:]), 1), logits[0])
 
 
-@pytest.mark.parametrize("name", ["mixtral", "glm4-moe", "gpt-oss"])
+@pytest.mark.parametrize("name", ["mixtral", "glm4-moe", "gpt-oss", "nemotron-h-experts"])
 def test_ranks_with_some_experts_each_equal_one(name: str, checkpoint: Checkpoint) -> None:
     path = checkpoint(name)
 
     def work(group: Group) -> tuple[list[Tensor], set[str]]:
         model = build(path, group=group, expert_parallel=True)
-        names = {p.name for p in model[0].parameters() if ".mlp.experts." in p.name}
+        names = {p.name for p in model[0].parameters() if ".experts." in p.name}
         return Paged([model], SEQUENCES).logits(RAGGED), names
 
     whole = Paged([build(path)], SEQUENCES).logits(RAGGED)
@@ -329,7 +337,7 @@ def test_experts_that_cannot_be_given_to_ranks_are_refused(checkpoint: Checkpoin
     [
         "llama", "llama-tied", "phi3", "olmo3", "smollm3", "exaone4", "gemma3", "qwen3-moe-some",
         "glm4-moe-dense-front", "gpt-oss", "minimax-m2", "deepseek-v3", "gemma4-alike", "qwen3-5",
-        "opt", "opt-post-norm", "opt-untied-gelu",
+        "nemotron-h", "opt", "opt-post-norm", "opt-untied-gelu",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("cut", [1, 2])
@@ -339,6 +347,18 @@ def test_pipeline_stages_equal_the_whole(name: str, cut: int, checkpoint: Checkp
     ours = Paged(stages, SEQUENCES).logits(RAGGED)
     whole = Paged([build(path)], SEQUENCES).logits(RAGGED)
     for a, b in zip(ours, whole, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_experts_of_nemotron_in_one_tensor(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    """As transformers 5 holds them in memory, under names of its own."""
+    name = "nemotron-h-experts"
+    tiny = next(m for m in TINY_MODELS if m.name == name)
+    path = tiny.save(tmp_path, save_original_format=False)
+    with safe_open(path / "model.safetensors", "pt") as file:
+        assert file.get_slice("model.layers.1.mixer.experts.up_proj").get_shape() == [8, 48, 24]
+    ours = Paged([build(path)], SEQUENCES).logits(ALONE)
+    for a, b in zip(ours, Paged([build(checkpoint(name))], SEQUENCES).logits(ALONE), strict=True):
         assert torch.equal(a, b)
 
 

@@ -49,6 +49,7 @@ CASES = [
     ("qwen3-moe", 2, 2),
     ("qwen3-5", 2, 1),
     ("qwen3-5", 1, 3),  # one stage has blocks, the others states
+    ("nemotron-h", 1, 3),  # and here one has neither
 ]
 EXPERT_PARALLEL = ["qwen3-moe"]
 POOLS = [("llama", 2, 1), ("qwen3", 2, 2), ("opt", 1, 3)]  # where vectors are asked for, too

@@ -44,7 +44,9 @@ class TinyModel:
                 if tensor.dim() == 2:
                     tensor.normal_(0, 0.7 / tensor.shape[1] ** 0.5 if "embed" not in name else 0.6)
                 else:
-                    tensor.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+                    tensor.normal_(
+                        1.0 if name.endswith(("norm.weight", "norm_f.weight")) else 0.0, 0.2
+                    )
             for name, tensor in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):
                     tensor.normal_(0.0, 0.2)
@@ -278,6 +280,24 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.Qwen3NextForCausalLM,
         _HYBRID | _SHARED_EXPERT | {"mlp_only_layers": [0]},
     ),
+    "nemotron_h": (
+        transformers.NemotronHConfig,
+        transformers.NemotronHForCausalLM,
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 20,
+            "n_groups": 2,
+            "ssm_state_size": 12,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "moe_shared_expert_intermediate_size": 40,
+            "routed_scaling_factor": 1.7,
+            "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+        },
+    ),
     "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, _OPT),
 }
 
@@ -457,6 +477,21 @@ TINY_MODELS = [
     TinyModel("qwen3-5-moe", "qwen3_5_moe", generates="pressed"),
     TinyModel("qwen3-next", "qwen3_next", generates="pressed"),
     TinyModel("qwen3-next-dense", "qwen3_next", {"num_experts": 0}, generates="no"),
+    TinyModel("nemotron-h", "nemotron_h"),
+    TinyModel(
+        "nemotron-h-experts",
+        "nemotron_h",
+        {"layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention"]}
+        | {"moe_latent_size": 24, "n_group": 2, "topk_group": 1, "norm_topk_prob": False},
+        generates="no",
+    ),
+    TinyModel(
+        "nemotron-h-other",
+        "nemotron_h",
+        {"layers_block_type": ["full_attention", "moe", "linear_attention"], "conv_kernel": 3}
+        | {"use_conv_bias": False},
+        generates="no",
+    ),
     TinyModel("opt", "opt"),
     TinyModel("opt-post-norm", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     TinyModel("opt-no-bias", "opt", {"enable_bias": False}),

@@ -20,7 +20,7 @@ from workers.attention import AttentionShape, Prologue
 from workers.attention.cpu import CpuAttention
 from workers.attention.gather import GatherAttention
 from workers.batch import Batch
-from workers.kernels import build, delta, plain
+from workers.kernels import build, delta, mamba2, plain
 from workers.sweep import Sweep
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -345,6 +345,22 @@ def test_generic_rows(
     test_nan_is_not_lost(lambda x: kernels.rms_norm(x, torch.ones(64, dtype=x.dtype), 0.0), dtype)
 
 
+TOKENS = 40
+
+
+def make_sweep() -> Sweep:
+    """Rows of 3, 1, 0 and 36 tokens, whose states are four of six."""
+    starts, slots = (
+        torch.tensor([0, 3, 4, 4, TOKENS], dtype=torch.int32),
+        torch.tensor([5, 0, 3, 2]),
+    )
+    batch = Batch(
+        tokens=torch.zeros(TOKENS), positions=slots, cells=slots, slots=slots, query_starts=starts,
+        context_lens=starts[1:], block_tables=slots, max_context_len=0, states=slots,
+    )  # fmt: skip
+    return Sweep(batch, 4)
+
+
 @pytest.mark.parametrize("keys, values, key_size, value_size", [(2, 6, 12, 20), (1, 1, 64, 128)])
 @pytest.mark.parametrize("machine", ["this", "any"])
 def test_delta_net(
@@ -364,20 +380,47 @@ def test_delta_net(
         keys, values, key_size, value_size,
         decay=-torch.rand(values), dt=torch.randn(values), norm=torch.randn(value_size), eps=1e-6,
     )  # fmt: skip
-    starts, slots = torch.tensor([0, 3, 4, 4, 40], dtype=torch.int32), torch.tensor([5, 0, 3, 2])
-    tokens = int(starts[-1])
-    batch = Batch(
-        tokens=torch.zeros(tokens), positions=slots, cells=slots, slots=slots, query_starts=starts,
-        context_lens=starts[1:], block_tables=slots, max_context_len=0, states=slots,
-    )  # fmt: skip
-    sweep = Sweep(batch, 4)
-    qkv = torch.randn(tokens, 2 * keys * key_size + values * value_size)
-    rest = torch.randn(tokens, values * (value_size + 2) + 7)[:, 7:]
+    sweep = make_sweep()
+    qkv = torch.randn(TOKENS, 2 * keys * key_size + values * value_size)
+    rest = torch.randn(TOKENS, values * (value_size + 2) + 7)[:, 7:]
     states = torch.randn(6, values * key_size * value_size + 3)
     before = states.clone()
     y = delta.recur(qkv, rest, states[:, 3:], heads, sweep)
     expected_states = before.clone()
     expected = delta._plain(qkv, rest, expected_states[:, 3:], heads, sweep.turns)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states, expected_states, rtol=1e-4, atol=1e-5)
+    idle = [1, 3, 4]
+    assert torch.equal(states[idle], before[idle]) and not torch.equal(states[5], before[5])
+
+
+@pytest.mark.parametrize("groups, shared, size, state_size", [(2, 3, 20, 12), (1, 2, 64, 128)])
+@pytest.mark.parametrize("machine", ["this", "any"])
+def test_mamba2(
+    machine: str,
+    groups: int,
+    shared: int,
+    size: int,
+    state_size: int,
+    generic: build.Library,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The heads of Mamba-2 are those of the PyTorch code, for rows of any length."""
+    if machine == "any":
+        monkeypatch.setattr(mamba2, "library", lambda: generic)
+    count = groups * shared
+    heads = mamba2.Heads(
+        groups, count, size, state_size, decay=-torch.rand(count), dt=torch.randn(count),
+        skip=torch.randn(count), norm=torch.randn(count * size), eps=1e-5,
+    )  # fmt: skip
+    sweep = make_sweep()
+    xbc = torch.randn(TOKENS, count * size + 2 * groups * state_size)
+    rest = torch.randn(TOKENS, count * (size + 1) + 7)[:, 7:]
+    states = torch.randn(6, count * state_size * size + 3)
+    before = states.clone()
+    y = mamba2.recur(xbc, rest, states[:, 3:], heads, sweep)
+    expected_states = before.clone()
+    expected = mamba2._plain(xbc, rest, expected_states[:, 3:], heads, sweep.turns)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(states, expected_states, rtol=1e-4, atol=1e-5)
     idle = [1, 3, 4]

@@ -145,6 +145,7 @@ def test_pairs_are_sorted_by_expert() -> None:
         (False, ExpertTraits(4, 32, Routing(2), gate=ClampedGate(1.7, 1.0), bias=True)),
         (True, ExpertTraits(4, 32, Routing(2), gate=ClampedGate(1.7, 1.0), bias=True)),
         (False, ExpertTraits(4, 32, Routing(2), activation="gelu_tanh")),
+        (True, ExpertTraits(4, 32, Routing(2), gated=False, bias=True)),
     ],
 )
 def test_ranks_add_up_to_what_one_computes_without_a_gpu(
@@ -155,7 +156,7 @@ def test_ranks_add_up_to_what_one_computes_without_a_gpu(
     def build(kind: type[StackedExperts] | type[LoopedExperts], group: Group) -> Any:
         layer = kind(Place(DEVICE, torch.float32, group, expert_parallel), "experts", 24, traits)
         for parameter in layer.parameters():
-            whole = values.setdefault(parameter.name, torch.randn(parameter.shape))
+            whole = values.setdefault(parameter.name, torch.randn(parameter.shape) / 4)
             parameter.fill(whole[parameter.cut])
         return layer
 

@@ -54,6 +54,26 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3-5", {"linear_num_value_heads": 3}, "linear_num_value_heads=3: must be a multiple"),
     ("qwen3-5", {"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim=1: must be at least 2"),
     ("qwen3-5", {"num_experts": 8}, "num_experts=8: is not supported"),
+    ("qwen3-5-moe", {"num_experts": 0}, "num_experts=0: must be a positive integer"),
+    ("qwen3-next", {"num_experts_per_tok": 7}, "num_experts_per_tok=7: must be at most .* 6"),
+    ("qwen3-next", {"mlp_only_layers": 0}, "mlp_only_layers=0: must be a list of layers' numbers"),
+    ("nemotron-h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act='silu': .*must be relu2"),
+    ("nemotron-h", {"use_bias": True}, "use_bias=True: is not supported; it must be False"),
+    ("nemotron-h", {"time_step_limit": [0.1, 1.0]}, r"time_step_limit=\[0.1, 1.0\]: is not supp"),
+    ("nemotron-h", {"attention_bias": True}, "attention_bias=True: is not supported"),
+    ("nemotron-h", {"layers_block_type": ["mamba", "mlp"]}, "block_type=.*must hold attention"),
+    ("nemotron-h", {"layers_block_type": ["conv"]}, "block_type=.*nothing but linear_attention,"),
+    ("nemotron-h", {"layers_block_type": "M*-"}, "layers_block_type='M..': must hold nothing but"),
+    (
+        "nemotron-h",
+        {"layers_block_type": None, "hybrid_override_pattern": "M*X"},
+        r"hybrid_override_pattern='M\*X': must hold nothing but M, \*, -, E",
+    ),
+    ("nemotron-h", {"num_hidden_layers": 5}, "num_hidden_layers=5: must be the length of layers"),
+    ("nemotron-h", {"n_groups": 3}, r"n_groups=3: must divide mamba_num_heads \(4\)"),
+    ("nemotron-h", {"conv_kernel": 1}, "conv_kernel=1: must be at least 2"),
+    ("nemotron-h-experts", {"n_shared_experts": 2}, "n_shared_experts=2: .*must be 1"),
+    ("nemotron-h-experts", {"moe_latent_size": 0}, "moe_latent_size=0: must be a positive"),
     ("opt", {"activation_function": "silu"}, "activation_function='silu': .*allowed: relu, gelu"),
     ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: .* at most 4096"),
     ("opt", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: .* at most 4096"),
@@ -164,6 +184,17 @@ def test_minimax_may_say_the_rotation_by_its_size(copy: Callable[[str], Path]) -
     before = read_traits(load_config(path))
     configure(path, rope_parameters=None, rotary_dim=16)
     assert read_traits(load_config(path)) == before
+
+
+def test_mixers_of_nemotron_by_letters_or_by_older_names(copy: Callable[[str], Path]) -> None:
+    path = copy("nemotron-h-experts")
+    before = read_traits(load_config(path))
+    configure(path, layers_block_type=["mamba", "moe", "attention", "mamba"])
+    assert read_traits(load_config(path)) == before
+    configure(path, layers_block_type=None, hybrid_override_pattern="ME*M")
+    assert read_traits(load_config(path)) == before
+    configure(path, hybrid_override_pattern="M-*M", time_step_limit=[0.0, float("inf")])
+    assert read_traits(load_config(path)) != before
 
 
 @pytest.mark.parametrize("name", ["qwen2-sliding", "qwen3-sliding"])

@@ -65,9 +65,9 @@ class Library:
             POINTER, I64, INT, POINTER, INT,
         )  # fmt: skip
         self.gemm_pack.restype = self.gemm.restype = self.gemm_codes.restype = None
-        self.delta = library.manta_delta
-        self.delta.argtypes = (POINTER, POINTER, POINTER, POINTER, POINTER, INT)
-        self.delta.restype = None
+        self.delta, self.mamba2 = library.manta_delta, library.manta_mamba2
+        for recur in (self.delta, self.mamba2):
+            recur.argtypes, recur.restype = (POINTER,) * 5 + (INT,), None
         self.group_reduce = {
             torch.float32: library.manta_group_reduce_fp32,
             torch.bfloat16: library.manta_group_reduce_bf16,

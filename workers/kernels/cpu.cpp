@@ -1,5 +1,6 @@
 // manta's CPU kernels: matrix products (gemm.h, codes.h), paged attention, rotary embedding, norms,
-// SiLU, argmax, gated delta nets (delta.h), sums over the ranks of a host (group.h).
+// SiLU, argmax, gated delta nets (delta.h), Mamba-2 (mamba2.h), sums over the ranks of a host
+// (group.h).
 //
 // Plain C ABI, no headers but the standard library's and the system's. Vectors are GCC/Clang vector extensions, so
 // the same source is right on any CPU; a few primitives have faster forms under #if. The loop over
@@ -41,6 +42,7 @@ namespace {
 #include "attention.h"
 #include "rows.h"
 #include "delta.h"
+#include "mamba2.h"
 #include "group.h"
 
 }  // namespace
@@ -115,6 +117,14 @@ extern "C" void manta_delta(const DeltaStep* s, const float* qkv, const float* r
     parallel_for(threads, int64_t(s->rows) * s->keys, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++)
             delta_head(*s, int(i / s->keys), int(i % s->keys), qkv, rest, state, y);
+    });
+}
+
+extern "C" void manta_mamba2(const Mamba2Step* s, const float* xbc, const float* rest,
+                             float* state, float* y, int threads) {
+    parallel_for(threads, int64_t(s->rows) * s->groups, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+            mamba2_group(*s, int(i / s->groups), int(i % s->groups), xbc, rest, state, y);
     });
 }
 

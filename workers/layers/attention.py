@@ -156,7 +156,7 @@ class Attention:
         if self._gated:
             q, gate, kv = qkv.tensor_split([self._width, 2 * self._width], 1)
             heads = self._backend.attend(batch, cache, torch.cat((q, kv), 1), self._prologue)
-            return heads * gate.sigmoid()
+            return heads * kernels.sigmoid(gate)
         if self._wide_norm is not None:
             self._wide_norm(qkv)
         if self._query_scales is not None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from workers import kernels
 from workers.batch import Batch
 from workers.kernels import delta
-from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head
+from workers.layers.convolution import CausalConvolution
+from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head, scaled
 from workers.layers.memory import Memory
 from workers.parallel import Group, Place
 from workers.sweep import Sweep
@@ -58,9 +59,8 @@ class GatedDeltaNet:
     ) -> None:
         self._traits, self._dtype = traits, place.dtype
         keys, values = traits.split(place.group)
-        key_cut, value_cut = _scaled(keys, traits.key_size), _scaled(values, traits.value_size)
+        key_cut, value_cut = scaled(keys, traits.key_size), scaled(values, traits.value_size)
         cuts = key_cut, key_cut, value_cut
-        self._widths = [cut.stop - cut.start for cut in cuts]
         self._in = ColumnLinear(place, self._parts(name, keys, values, cuts), hidden, bias=False)
         width = traits.value_heads * traits.value_size
         self.output = RowLinear(place, f"{name}.out_proj", width, hidden, bias=False)
@@ -68,8 +68,7 @@ class GatedDeltaNet:
         def floats(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=place.device)
 
-        channels, mine = sum(self._widths), values.stop - values.start
-        self._kernel = floats(channels, traits.taps)
+        mine = values.stop - values.start
         self._heads = delta.Heads(
             keys.stop - keys.start, mine, traits.key_size, traits.value_size,
             decay=floats(mine), dt=floats(mine), norm=floats(traits.value_size), eps=eps,
@@ -80,15 +79,9 @@ class GatedDeltaNet:
             Parameter(f"{name}.dt_bias", heads, self._heads.dt, (values,)),
             Parameter(f"{name}.A_log", heads, self._heads.decay, (values,), self._filled),
         ]
-        targets = self._kernel.split_with_sizes(self._widths)
-        for part, size, target, cut in zip("qkv", traits.widths, targets, cuts, strict=True):
-            shape = size, traits.taps
-            self._parameters.append(
-                Parameter(f"{name}.conv1d_{part}.weight", shape, target, (cut, slice(None)))
-            )
-        past = (traits.taps - 1) * channels
-        self._past = past
-        size = past + mine * traits.key_size * traits.value_size
+        names = [f"{name}.conv1d_{part}" for part in "qkv"]
+        self._convolution = CausalConvolution(place, names, traits.widths, cuts, traits.taps)
+        size = self._convolution.past_size + mine * traits.key_size * traits.value_size
         self.memory = Memory(
             lambda n: torch.zeros(n, size, dtype=torch.float32, device=place.device),
             4 * size,
@@ -119,45 +112,29 @@ class GatedDeltaNet:
         decay.exp_().neg_()
 
     def parameters(self) -> Iterable[Parameter]:
-        return chain(self._in.parameters(), self._parameters, self.output.parameters())
+        convolution = self._convolution.parameters()
+        return chain(self._in.parameters(), self._parameters, convolution, self.output.parameters())
 
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         """x [T, hidden] to the heads' [T, value heads * value size], for ``output``; the rows'
         states in ``cache`` go on."""
         y = self._in(x)
-        channels = sum(self._widths)
-        past = cache[:, : self._past].view(-1, self._traits.taps - 1, channels)
-        state = cache[:, self._past :]
+        channels, past = self._convolution.channels, self._convolution.past_size
         qkv, rest = y[:, :channels], y[:, channels:]
+        lines, state = cache[:, :past], cache[:, past:]
         if kernels.has_triton(y.device):
-            return self._on_gpu(qkv, rest, past, state, batch.sweep)
-        qkv = self._convolve(qkv.float(), past, batch.sweep)
+            return self._on_gpu(qkv, rest, lines, state, batch.sweep)
+        qkv = self._convolution(qkv.float(), lines, batch.sweep)
         return delta.recur(qkv, rest.float(), state, self._heads, batch.sweep).to(self._dtype)
 
     def _on_gpu(
-        self, qkv: Tensor, rest: Tensor, past: Tensor, state: Tensor, sweep: Sweep
+        self, qkv: Tensor, rest: Tensor, lines: Tensor, state: Tensor, sweep: Sweep
     ) -> Tensor:
         """The same by Triton's kernels."""
         from workers.kernels import gpu
 
         heads, starts, states = self._heads, sweep.starts, sweep.states
-        z, gates = rest.split_with_sizes([self._widths[2], 2 * heads.values], 1)
-        qkv = gpu.convolution.convolve(qkv, self._kernel, past, starts, states)
+        z, gates = rest.split_with_sizes([heads.values * heads.value_size, 2 * heads.values], 1)
+        qkv = self._convolution.with_silu_on_gpu(qkv, lines, sweep)
         found = gpu.delta.recur(qkv, gates, state, heads, starts, states)
         return gpu.norm.gated_rms_norm(found, z, heads.norm, heads.eps)
-
-    def _convolve(self, x: Tensor, past: Tensor, sweep: Sweep) -> Tensor:
-        """The causal convolutions of x [T, channels], each channel's own, behind ``past`` [states,
-        taps - 1, channels], which is moved on."""
-        lines = x.new_empty(len(x) + sweep.past.numel(), x.shape[1])
-        lines[sweep.past] = past[sweep.states]
-        lines[sweep.lines] = x
-        past[sweep.states] = lines[sweep.next_past]
-        y = x * self._kernel[:, -1]
-        for tap in range(1, self._traits.taps):  # in one order, whatever the rows
-            y += lines[sweep.lines - tap] * self._kernel[:, -1 - tap]
-        return y
-
-
-def _scaled(cut: slice, size: int) -> slice:
-    return slice(cut.start * size, cut.stop * size)

@@ -42,9 +42,10 @@ class LoopedExperts:
         cut = place.group.split(traits.inner, "the experts' intermediate size")
         self._gate_up: list[ColumnLinear] = []
         self._down: list[RowLinear] = []
+        names = ("gate_proj", "up_proj") if traits.gated else ("up_proj",)
         for expert in range(self._mine.start, self._mine.stop):
             mlp = f"{name}.{expert}"
-            parts = [Part(f"{mlp}.{part}", traits.inner, cut) for part in ("gate_proj", "up_proj")]
+            parts = [Part(f"{mlp}.{part}", traits.inner, cut) for part in names]
             self._gate_up.append(ColumnLinear(place, parts, hidden, traits.bias))
             down = f"{mlp}.down_proj"
             self._down.append(RowLinear(place, down, traits.inner, hidden, traits.bias))
@@ -69,6 +70,8 @@ class LoopedExperts:
 
     def _inner(self, product: ColumnLinear, x: Tensor) -> Tensor:
         """The inner units of one expert [T, this rank's part]."""
+        if not self._traits.gated:
+            return product(x).relu_().square_()
         gate = self._traits.gate
         return product.gated(x, self._traits.activation) if gate is None else gate(product(x))
 
@@ -86,22 +89,22 @@ class StackedExperts:
         def empty(*shape: int) -> Tensor:
             return torch.empty(held, *shape, dtype=place.dtype, device=place.device)
 
+        width = 2 * share if traits.gated else share
+        parts = ("gate_proj", "up_proj") if traits.gated else ("up_proj",)
+
         def named(*parts: str) -> list[str]:
             experts = range(self._mine.start, self._mine.stop)
             return [f"{name}.{expert}.{part}" for expert in experts for part in parts]
 
-        self._gate_up = place.weight(named("gate_proj", "up_proj"), 2 * share, hidden, None, held)
+        self._gate_up = place.weight(named(*parts), width, hidden, None, held)
         self._down = place.weight(named("down_proj"), hidden, traits.inner, cut, held)
         # The bias of what is summed over the group is to be in the sum once.
-        self._gate_up_bias = empty(2 * share) if traits.bias else None
+        self._gate_up_bias = empty(width) if traits.bias else None
         self._down_bias = empty(hidden) if traits.bias and place.group.rank == 0 else None
         everything = slice(None)
-        gate, up = slice(0, share), slice(share, 2 * share)
+        gate, up = slice(0, share), slice(width - share, width)
         rows = (traits.inner, hidden), (cut, everything)
         self._parameters = [
-            *self._fill(
-                place, "gate_proj", *rows, self._gate_up[:, gate], self._gate_up_bias, gate
-            ),
             *self._fill(place, "up_proj", *rows, self._gate_up[:, up], self._gate_up_bias, up),
             *self._fill(
                 place,
@@ -112,6 +115,12 @@ class StackedExperts:
                 self._down_bias,
             ),
         ]
+        if traits.gated:
+            self._parameters.extend(
+                self._fill(
+                    place, "gate_proj", *rows, self._gate_up[:, gate], self._gate_up_bias, gate
+                )
+            )
 
     def _fill(
         self,
@@ -144,10 +153,12 @@ class StackedExperts:
             order,
             chosen.shape[1],
             self._gate_up_bias,
-            gated=self._traits.activation == "silu",
+            gated=self._traits.gated and self._traits.activation == "silu",
             clamp=None if gate is None else (gate.alpha, gate.limit),
         )
-        if self._traits.activation == "gelu_tanh":
+        if not self._traits.gated:
+            inner = inner.relu_().square_()
+        elif self._traits.activation == "gelu_tanh":
             inner = kernels.gelu_mul(inner)
         y = experts.product(inner, self._down, order, 1, self._down_bias)
         return experts.combine(y, weights, chosen, self._mine.start, held, shared)

@@ -49,13 +49,18 @@ class Part:
         return share
 
 
+def scaled(cut: slice, size: int) -> slice:
+    """``cut`` of units, say heads, as one of the outputs that they are, ``size`` each."""
+    return slice(cut.start * size, cut.stop * size)
+
+
 def part_by_head(name: str, widths: list[int], heads: int, cut: slice) -> Part:
     """A linear whose outputs are one head's after the other's, each of several ``widths``: here all
     heads' outputs of the first width come first. ``cut`` is of the heads."""
     width = sum(widths)
     rows = torch.arange((cut.stop - cut.start) * width).view(-1, width)
     order = torch.cat([part.flatten() for part in rows.split_with_sizes(widths, 1)])
-    return Part(name, heads * width, slice(cut.start * width, cut.stop * width), order)
+    return Part(name, heads * width, scaled(cut, width), order)
 
 
 class Packed:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +19,6 @@ class Memory:
     allocate: Callable[[int], Tensor]
     unit_bytes: int
     state: bool = False
+
+
+NONE = Memory(lambda n: torch.empty(n, 0), 0)  # of a layer that keeps nothing

@@ -44,6 +44,25 @@ class GatedMLP:
         return self._down.share(self._gate_up.gated(x, self._activation))
 
 
+class SquaredMLP:
+    """down(relu(up(x))²) + residual (arXiv 2109.08668), as in Nemotron."""
+
+    def __init__(self, place: Place, name: str, hidden: int, inner: int) -> None:
+        part = Part(f"{name}.up_proj", inner, place.group.split(inner, "intermediate_size"))
+        self._up = ColumnLinear(place, [part], hidden, False, "relu")
+        self._down = RowLinear(place, f"{name}.down_proj", inner, hidden, bias=False)
+
+    def parameters(self) -> Iterable[Parameter]:
+        return chain(self._up.parameters(), self._down.parameters())
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Stream:
+        return self._down(self._up(x).square_(), residual)
+
+    def share(self, x: Tensor) -> Tensor:
+        """What this rank adds to the sum over the group [T, hidden]."""
+        return self._down.share(self._up(x).square_())
+
+
 class MLP:
     """fc2(act(fc1(x))) + residual, as in OPT; the activation is fused into the first product."""
 

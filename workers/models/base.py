@@ -94,7 +94,7 @@ class Traits:
 
     @property
     def capturable(self) -> bool:
-        return not self.recurrent
+        return True
 
     @property
     def head_kinds(self) -> tuple[Heads, ...]:

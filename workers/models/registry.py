@@ -11,7 +11,7 @@ from engine.log import get_logger
 from workers.attention import Backend
 from workers.checkpoint import CONDITIONAL, Config
 from workers.host_memory import host_memory
-from workers.models import bert, decoder, opt
+from workers.models import bert, decoder, nemotron_h, opt
 from workers.models.base import Model, Traits
 from workers.models.families import (
     deepseek,
@@ -54,6 +54,7 @@ def _decoder(read_traits: Callable[[Config], Any]) -> Network:
 
 BERT = Network(bert.read_traits, bert.BertModel)
 OPT = Network(opt.read_traits, opt.OPTModel)
+NEMOTRON_H = Network(nemotron_h.read_traits, nemotron_h.NemotronHModel)
 GENERATES = "ForCausalLM"
 CLASSIFIES = "ForSequenceClassification"
 EMBEDS = "Model"
@@ -93,6 +94,7 @@ ARCHITECTURES = (
     {f"{family}{GENERATES}": network for family, network in DECODERS.items()}
     | {
         "OPTForCausalLM": ("opt", OPT),
+        "NemotronHForCausalLM": ("nemotron_h", NEMOTRON_H),
         "BertModel": ("bert", BERT),
         "RobertaModel": ("roberta", BERT),
         "XLMRobertaModel": ("xlm-roberta", BERT),

@@ -1,6 +1,7 @@
 """The names that checkpoints give a decoder's tensors, and tensors that hold several of them."""
 
 import re
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -66,22 +67,42 @@ def decoder_pieces(name: str, traits: "DecoderTraits") -> list[Piece]:
         widths = [traits.intermediate_size] * 2
         return _stacked([f"{part}.{leaf}" for part in names], widths, traits)
     if re.fullmatch(r"model\.layers\.\d+\.linear_attn\.(in_proj_qkv|conv1d)\.weight", name):
-        return _delta(module, traits)
+        return _delta(module, leaf, traits)
     if re.fullmatch(r"model\.layers\.\d+\.(mlp\.)?experts\.(gate_up|down)_proj(_[a-z]+)?", name):
         return _experts(module, leaf, traits)
     return []
 
 
-def _stacked(names: list[str], widths: list[int], traits: "DecoderTraits") -> list[Piece]:
-    shape = (sum(widths), traits.hidden_size)
-    starts = [sum(widths[:i]) for i in range(len(widths))]
+def side_by_side(
+    names: list[str],
+    widths: Sequence[int],
+    at: tuple[int | slice, ...] = (),
+    shape: tuple[int, ...] = (),
+) -> list[Piece]:
+    """Parameters that are rows, so many each, of a tensor [Σ widths, *shape]; ``at`` is their place
+    in its other dimensions."""
+    starts = accumulate(widths, initial=0)
     return [
-        Piece(name, (slice(start, start + width), slice(None)), shape)
-        for name, start, width in zip(names, starts, widths, strict=True)
+        Piece(name, (slice(start, start + width), *at), (sum(widths), *shape))
+        for name, width, start in zip(names, widths, starts, strict=False)
     ]
 
 
-def _delta(module: str, traits: "DecoderTraits") -> list[Piece]:
+def convolution_pieces(
+    stem: str, parts: Iterable[str], leaf: str, widths: Sequence[int], taps: int
+) -> list[Piece]:
+    """The convolutions ``stem``_part in one tensor: weights [Σ widths, 1, taps], or biases."""
+    names = [f"{stem}_{part}.{leaf}" for part in parts]
+    if leaf == "bias":
+        return side_by_side(names, widths)
+    return side_by_side(names, widths, (0, slice(None)), (1, taps))
+
+
+def _stacked(names: list[str], widths: list[int], traits: "DecoderTraits") -> list[Piece]:
+    return side_by_side(names, widths, (slice(None),), (traits.hidden_size,))
+
+
+def _delta(module: str, leaf: str, traits: "DecoderTraits") -> list[Piece]:
     """q, k and v of a delta net: projections [all, hidden], or convolutions [all, 1, taps]."""
     layer = layer_of(module)
     delta = traits.layers[layer].delta if layer < len(traits.layers) else None
@@ -89,13 +110,8 @@ def _delta(module: str, traits: "DecoderTraits") -> list[Piece]:
         return []
     stem = module.removesuffix("qkv")
     if stem != module:
-        names = [f"{stem}{part}.weight" for part in "qkv"]
-        return _stacked(names, list(delta.widths), traits)
-    shape, starts = (sum(delta.widths), 1, delta.taps), accumulate(delta.widths, initial=0)
-    return [
-        Piece(f"{module}_{part}.weight", (slice(start, start + width), 0, slice(None)), shape)
-        for part, width, start in zip("qkv", delta.widths, starts, strict=False)
-    ]
+        return _stacked([f"{stem}{part}.{leaf}" for part in "qkv"], list(delta.widths), traits)
+    return convolution_pieces(module, "qkv", leaf, delta.widths, delta.taps)
 
 
 def _experts(module: str, leaf: str, traits: "DecoderTraits") -> list[Piece]:

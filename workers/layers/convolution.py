@@ -1,0 +1,72 @@
+"""The short causal convolutions in front of recurrent layers, each channel's own."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from workers.parallel import Place
+from workers.sweep import Sweep
+from workers.weights import Parameter
+
+
+class CausalConvolution:
+    """Channels of several parts side by side: ``names``, sizes (the whole ones) and cuts (this
+    rank's) are the parts'. A channel's output is a sum over its last ``taps`` inputs, in float32,
+    and in one order whatever shares the step.
+
+    ``past_size`` are the elements of a sequence's state that hold its last taps - 1 inputs.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        cuts: Sequence[slice],
+        taps: int,
+        bias: bool = False,
+    ) -> None:
+        self._taps = taps
+        shares = [cut.stop - cut.start for cut in cuts]
+        self.channels = sum(shares)
+        self.past_size = (taps - 1) * self.channels
+
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=place.device)
+
+        self._kernel = floats(self.channels, taps)
+        self._bias = floats(self.channels) if bias else None
+        self._parameters: list[Parameter] = []
+        for tensor, leaf in ((self._kernel, "weight"), (self._bias, "bias")):
+            if tensor is None:
+                continue
+            rest = tensor.shape[1:]
+            for name, size, cut, target in zip(
+                names, sizes, cuts, tensor.split_with_sizes(shares), strict=True
+            ):
+                both = (cut, *(slice(None) for _ in rest))
+                self._parameters.append(Parameter(f"{name}.{leaf}", (size, *rest), target, both))
+
+    def parameters(self) -> Iterable[Parameter]:
+        return self._parameters
+
+    def __call__(self, x: Tensor, cache: Tensor, sweep: Sweep) -> Tensor:
+        """x [T, channels] to as much; the past in ``cache`` [states, past_size] is moved on."""
+        past = cache.view(-1, self._taps - 1, self.channels)
+        lines = x.new_empty(len(x) + sweep.past.numel(), x.shape[1])
+        lines[sweep.past] = past[sweep.states]
+        lines[sweep.lines] = x
+        past[sweep.states] = lines[sweep.next_past]
+        y = x * self._kernel[:, -1]
+        for tap in range(1, self._taps):
+            y += lines[sweep.lines - tap] * self._kernel[:, -1 - tap]
+        return y if self._bias is None else y.add_(self._bias)
+
+    def with_silu_on_gpu(self, x: Tensor, cache: Tensor, sweep: Sweep) -> Tensor:
+        """silu of the same, by Triton's kernel, which has no bias; x may be of another type."""
+        from workers.kernels.gpu import convolution
+
+        assert self._bias is None
+        past = cache.view(-1, self._taps - 1, self.channels)
+        return convolution.convolve(x, self._kernel, past, sweep.starts, sweep.states)
