@@ -101,15 +101,16 @@ def test_what_was_interrupted_goes_on_where_it_was(
 ) -> None:
     """Killed, then stopped by Ctrl-C, then run to its end."""
     lines = [
-        asked(f"r{i}", prompt=f"Number {i} is", max_tokens=40, ignore_eos=True) for i in range(40)
+        asked(f"r{i}", prompt=f"Number {i} is", max_tokens=100, ignore_eos=True) for i in range(40)
     ]
     write(tmp_path / "in.jsonl", *lines)
     target = tmp_path / "out.jsonl"
-    words = command(tmp_path, "--max-concurrency", "4")
+    words = command(tmp_path, "--max-concurrency", "8")
+    slowly = command(tmp_path, "--max-concurrency", "1")  # so that it is not over when interrupted
     before = b""
     for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.cli", *words], cwd=ROOT, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "deploy.cli", *slowly], cwd=ROOT, stderr=subprocess.DEVNULL
         )
         enough = len(before) + 1000
         until(lambda size=enough: target.exists() and target.stat().st_size > size, PATIENCE)
@@ -125,7 +126,7 @@ def test_what_was_interrupted_goes_on_where_it_was(
     assert target.read_bytes().startswith(before)
     out = read(target)
     assert sorted(line["custom_id"] for line in out) == sorted(line["custom_id"] for line in lines)
-    assert all(line["response"]["body"]["usage"]["completion_tokens"] == 40 for line in out)
+    assert all(line["response"]["body"]["usage"]["completion_tokens"] == 100 for line in out)
     done = before.count(b"\n")
     assert f"40 lines: {40 - done} answered, 0 with an error, {done} were in" in caplog.text
     with caplog.at_level("INFO"):

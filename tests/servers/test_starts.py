@@ -88,13 +88,16 @@ def _catches(pid: int, number: int) -> bool:
 
 
 class Request:
-    """A completion that a thread waits for: its events if it is a stream, and its status."""
+    """Long completions that a thread waits for: their events if it is a stream, and the status.
 
-    def __init__(self, server: Served, max_tokens: int, stream: bool) -> None:
+    They are more than a machine computes while a test sleeps.
+    """
+
+    def __init__(self, server: Served, stream: bool) -> None:
         self.lines: list[str] = []
         self.status = 0
         self._url = f"{server.url}/v1/completions"
-        self._body = dict(prompt="Hello", ignore_eos=True, stream=stream, max_tokens=max_tokens)
+        self._body = dict(prompt="Hello", ignore_eos=True, stream=stream, max_tokens=2000, n=8)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -203,7 +206,7 @@ def test_haproxy_that_is_killed_comes_back_and_follows_what_changes(server: Serv
 
 def test_what_a_shutdown_cuts_off_ends_with_an_error(server: Served, temporary: Path) -> None:
     """The last of the module: SIGHUP stops the server, as SIGTERM would."""
-    requests = [Request(server, 2000, stream) for stream in (True, False)]
+    requests = [Request(server, stream) for stream in (True, False)]
     until(lambda: len(requests[0].lines) > 20)
     server.process.send_signal(signal.SIGHUP)
     *_, error, end = requests[0].join()
@@ -224,7 +227,7 @@ def test_a_ray_that_ends_takes_the_server_along(name: str, words: str, tmp_path:
     options = [*SMALL, "--host", "127.0.0.1", "--shutdown-timeout", "2"]
     with serve(*options, status=1, TMPDIR=str(tmp_path), MANTA_TEST=session) as server:
         until(lambda: "Ready at" in server.log.read_text())
-        request = Request(server, 2000, stream=True)
+        request = Request(server, stream=True)
         until(lambda: len(request.lines) > 20)
         os.kill(process_of(session, words), signal.SIGKILL)
         *_, error, end = request.join()

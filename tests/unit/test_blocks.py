@@ -434,9 +434,11 @@ def test_block_pool_agrees_with_a_plain_model():
 
 def test_kv_blocks_hold_what_they_should():
     KVMachine.done.clear()
-    run_state_machine_as_test(KVMachine, settings=settings(COMMON, max_examples=200))
-    for name, count in KVMachine.done.items():  # it did everything, and often
-        assert count > 20, name
+    for _ in range(5):
+        run_state_machine_as_test(KVMachine, settings=settings(COMMON, max_examples=200))
+        if min(KVMachine.done.values()) > 20:
+            break
+    assert min(KVMachine.done.values()) > 20, KVMachine.done  # it did everything, and often
 
 
 def test_a_prefix_is_held_whole_before_a_part_of_it_is_promoted():
