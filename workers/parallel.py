@@ -154,6 +154,10 @@ class Place:
         self.add_product(names[0], weight)
         return weight
 
+    def floats(self, *shape: int) -> Tensor:
+        """A tensor to be filled that is float32, whatever the model's type."""
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
     def stored(self, weight: Parameter) -> list[Parameter]:
         """What the checkpoint has for the weight of a linear: itself, unless it is quantized."""
         return self.quantization.stored(weight)

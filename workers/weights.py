@@ -9,7 +9,7 @@ import pickle
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,11 +84,6 @@ class Parameter:
         return self._target is None
 
     @property
-    def device(self) -> torch.device | None:
-        """Of what is to be filled; None once it is."""
-        return None if self._target is None else self._target.device
-
-    @property
     def nbytes(self) -> int:
         """The bytes of what is to be filled; 0 once it is."""
         return 0 if self._target is None else self._target.nbytes
@@ -146,9 +141,8 @@ class Loadable(Protocol):
         """Every parameter that this rank holds."""
         ...
 
-    def names(self) -> dict[str, bool]:
-        """The checkpoint names of the whole model, on whichever rank and stage they live, and
-        whether each is optional."""
+    def network(self) -> Sequence[Parameter]:
+        """The parameters of the whole model, on whichever rank and stage they live."""
         ...
 
     def parameter_name(self, name: str) -> str | None:
@@ -167,11 +161,13 @@ class Loadable(Protocol):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What loading took: bytes that this rank read, tensors, seconds."""
+    """What loading took: bytes that this rank read, tensors, seconds; and how many numbers the
+    whole model has."""
 
     bytes: int
     tensors: int
     seconds: float
+    num_parameters: int
 
 
 class _Source(Protocol):
@@ -320,18 +316,25 @@ def load(
         raise ConfigError(f"load_format={load_format!r}: allowed are {', '.join(LOAD_FORMATS)}")
     start = time.perf_counter()
     with torch.inference_mode():
+        network = model.network()
         if load_format == "dummy":
             read = _fill_dummy(model, progress)
         else:
-            read = _fill_from_files(model, find_files(path, load_format), progress)
-    return Loaded(sum(read), len(read), time.perf_counter() - start)
+            known = {parameter.name: parameter.optional for parameter in network}
+            read = _fill_from_files(model, known, find_files(path, load_format), progress)
+    numbers = sum(parameter.count for parameter in network)
+    return Loaded(sum(read), len(read), time.perf_counter() - start, numbers)
 
 
-def _fill_from_files(model: Loadable, files: list[Path], progress: Progress | None) -> list[int]:
-    """Check every name and shape, then read. Returns the bytes read of each tensor."""
+def _fill_from_files(
+    model: Loadable, known: dict[str, bool], files: list[Path], progress: Progress | None
+) -> list[int]:
+    """Check every name and shape, then read. Returns the bytes read of each tensor.
+
+    ``known`` are the names of the whole model, and whether each is optional.
+    """
     with ExitStack() as stack:
         where = _locate(model, [stack.enter_context(_open(file)) for file in files])
-        known = model.names()
         extra = [found for name, found in where.items() if name not in known]
         _complain("the model does not know", [f.raw for f in extra if not f.adds_nothing()])
         lacks = [name for name, optional in known.items() if name not in where and not optional]
@@ -395,7 +398,7 @@ def _fill_dummy(model: Loadable, progress: Progress | None) -> list[int]:
         if parameter.optional:
             parameter.absent()
             continue
-        values = values.to(parameter.device)  # a card repeats them faster
+        values = values.to(parameter.target.device)  # a card repeats them faster
         count = math.prod(parameter.shape)
         start = zlib.crc32(parameter.name.encode()) % DUMMY_VALUES
         repeats = -(-(start + count) // DUMMY_VALUES)

@@ -188,7 +188,7 @@ class Worker:
             architecture=str(checkpoint.get("architectures", [checkpoint.get("model_type")])[0]),
             vocab_size=traits.vocab_size,
             max_model_len=self.max_model_len,
-            num_parameters=sum(p.count for p in self.model.whole().parameters()),
+            num_parameters=loaded.num_parameters,
             weight_bytes=loaded.bytes,
             load_seconds=loaded.seconds,
             dtype=str(dtype).removeprefix("torch."),

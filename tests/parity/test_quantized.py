@@ -91,7 +91,6 @@ def test_dummy_codes_are_numbers(
     assert all(rows.isfinite().all() for rows in Paged([model], SEQUENCES).logits(RAGGED))
 
 
-@pytest.mark.skipif(not has_gemm(torch.bfloat16, 2), reason="no AVX512-BF16")
 @pytest.mark.parametrize(
     ("name", "format"),
     [("llama", "awq"), ("opt-untied-gelu", "gptq"), ("gpt-oss", "mxfp4 experts")],
@@ -99,7 +98,7 @@ def test_dummy_codes_are_numbers(
 def test_codes_on_a_cpu_are_as_close_as_bfloat16_can_be(
     name: str, format: str, made: Callable[[str, str], tuple[Path, Path]]
 ) -> None:
-    """And no bit depends on the batch."""
+    """Where the CPU has a kernel for them; then no bit depends on the batch, either."""
     quantized, reference = made(name, format)
     exact = logits_of(reference)
 
@@ -107,8 +106,9 @@ def test_codes_on_a_cpu_are_as_close_as_bfloat16_can_be(
         return sum(float((a - b).abs().mean()) for a, b in zip(logits, exact, strict=True))
 
     codes, numbers = (build(path, dtype=torch.bfloat16) for path in (quantized, reference))
-    assert codes[0].place.quantization.in_words().endswith(", kept as codes")
+    kept = has_gemm(torch.bfloat16, 2)
+    assert codes[0].place.quantization.in_words().endswith(", kept as codes") == kept
     ours = Paged([codes], SEQUENCES).logits(RAGGED)
     assert error(ours) < 1.2 * error(Paged([numbers], SEQUENCES).logits(RAGGED))
     for a, b in zip(ours, Paged([codes], SEQUENCES).logits(ALONE), strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b) or not kept

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -361,6 +362,19 @@ def make_sweep() -> Sweep:
     return Sweep(batch, 4)
 
 
+def check_recurrence(
+    kernel: ModuleType, x: Tensor, rest: Tensor, states: Tensor, heads: object
+) -> None:
+    """Outputs and states are those of the PyTorch code; states that no row has stay as they are."""
+    sweep, before, expected_states = make_sweep(), states.clone(), states.clone()
+    y = kernel.recur(x, rest, states[:, 3:], heads, sweep)
+    expected = kernel._plain(x, rest, expected_states[:, 3:], heads, sweep.turns)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states, expected_states, rtol=1e-4, atol=1e-5)
+    idle = [1, 3, 4]
+    assert torch.equal(states[idle], before[idle]) and not torch.equal(states[5], before[5])
+
+
 @pytest.mark.parametrize("keys, values, key_size, value_size", [(2, 6, 12, 20), (1, 1, 64, 128)])
 @pytest.mark.parametrize("machine", ["this", "any"])
 def test_delta_net(
@@ -380,18 +394,10 @@ def test_delta_net(
         keys, values, key_size, value_size,
         decay=-torch.rand(values), dt=torch.randn(values), norm=torch.randn(value_size), eps=1e-6,
     )  # fmt: skip
-    sweep = make_sweep()
     qkv = torch.randn(TOKENS, 2 * keys * key_size + values * value_size)
     rest = torch.randn(TOKENS, values * (value_size + 2) + 7)[:, 7:]
     states = torch.randn(6, values * key_size * value_size + 3)
-    before = states.clone()
-    y = delta.recur(qkv, rest, states[:, 3:], heads, sweep)
-    expected_states = before.clone()
-    expected = delta._plain(qkv, rest, expected_states[:, 3:], heads, sweep.turns)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(states, expected_states, rtol=1e-4, atol=1e-5)
-    idle = [1, 3, 4]
-    assert torch.equal(states[idle], before[idle]) and not torch.equal(states[5], before[5])
+    check_recurrence(delta, qkv, rest, states, heads)
 
 
 @pytest.mark.parametrize("groups, shared, size, state_size", [(2, 3, 20, 12), (1, 2, 64, 128)])
@@ -413,15 +419,7 @@ def test_mamba2(
         groups, count, size, state_size, decay=-torch.rand(count), dt=torch.randn(count),
         skip=torch.randn(count), norm=torch.randn(count * size), eps=1e-5,
     )  # fmt: skip
-    sweep = make_sweep()
     xbc = torch.randn(TOKENS, count * size + 2 * groups * state_size)
     rest = torch.randn(TOKENS, count * (size + 1) + 7)[:, 7:]
     states = torch.randn(6, count * state_size * size + 3)
-    before = states.clone()
-    y = mamba2.recur(xbc, rest, states[:, 3:], heads, sweep)
-    expected_states = before.clone()
-    expected = mamba2._plain(xbc, rest, expected_states[:, 3:], heads, sweep.turns)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(states, expected_states, rtol=1e-4, atol=1e-5)
-    idle = [1, 3, 4]
-    assert torch.equal(states[idle], before[idle]) and not torch.equal(states[5], before[5])
+    check_recurrence(mamba2, xbc, rest, states, heads)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support.rows import check_rows
 from workers.kernels.gemm import has_gemm
 from workers.layers.linear import Packed
 
@@ -47,15 +48,7 @@ def test_products_equal_float64(inputs: int, outputs: int, with_bias: bool, kind
 
 def test_no_bit_depends_on_the_batch_or_the_threads() -> None:
     weight, x = bf16(257, 770), bf16(200, 770)
-    packed = product(weight, None, relu=False)
-    whole = packed(x)
-    threads = torch.get_num_threads()
-    try:
-        for rows in ROWS:
-            torch.set_num_threads(1 + rows % 3)
-            assert torch.equal(packed(x[:rows]), whole[:rows])
-    finally:
-        torch.set_num_threads(threads)
+    check_rows(product(weight, None, relu=False), x, ROWS)
 
 
 def test_an_odd_number_of_inputs_and_other_types_are_left_to_others() -> None:

@@ -11,8 +11,8 @@ from engine.errors import ConfigError
 from workers import kernels
 from workers.attention.base import LayerAttention, Prologue, block_bytes
 from workers.batch import Batch
-from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head
-from workers.layers.memory import Memory
+from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head, scaled
+from workers.layers.memory import Memory, nothing
 from workers.layers.norm import RMSNorm, WideNorm
 from workers.layers.rotary import Rotary, halves
 from workers.parallel import Group, Place
@@ -88,24 +88,26 @@ class Attention:
     ) -> None:
         mine, shared = heads.split(place.group)
         self._backend = backend
-        self.memory = Memory(backend.allocate, block_bytes(backend))
         if shares:
-            self.memory = Memory(lambda count: torch.empty(count, 0, device=place.device), 0)
+            self.memory = nothing(place.device)
+        else:
+            self.memory = Memory(backend.allocate, block_bytes(backend))
 
         def part(which: str, count: int, cut: slice) -> Part:
-            width = slice(cut.start * heads.size, cut.stop * heads.size)
             order = None
             if which != "v" and rotary is not None and rotary.rope.interleaved:
                 order = halves(rotary.rope, heads.size, cut.stop - cut.start)
+            width = scaled(cut, heads.size)
             return Part(f"{name}.{which}_proj", count * heads.size, width, order)
 
         own = "" if shares else "k" if from_keys else "kv"
         parts = [part("q", heads.count, mine)]
         parts += [part(which, heads.kv_count, shared) for which in own]
         self._width = parts[0].share
-        self._from_keys = from_keys and not shares
-        self._value_norm = None if shares else value_norm
-        self._ones = torch.ones(heads.size, dtype=place.dtype, device=place.device)
+        self._from_keys = from_keys
+        self._value_norm: _ValueNorm | None = None
+        if value_norm is not None and not shares:
+            self._value_norm = _ValueNorm(place, heads.size, value_norm)
         self._gated = gated
         if gated:
             parts[0] = part_by_head(f"{name}.q_proj", [heads.size] * 2, heads.count, mine)
@@ -117,22 +119,11 @@ class Attention:
         self.output = RowLinear(
             place, f"{name}.{output}", heads.count * heads.size, hidden, output_bias
         )
-        names = f"{name}.q_norm", f"{name}.k_norm"
-        self._wide_norm: WideNorm | None = None
-        self._head_norms: list[RMSNorm] = []
-        if norm is not None and norm.wide:
-            sizes, cuts = (parts[0].size, parts[1].size), (parts[0].cut, parts[1].cut)
-            self._wide_norm = WideNorm(place, names, sizes, cuts, norm.eps)
-        elif norm is not None:
-            self._head_norms = [
-                RMSNorm(place, which, heads.size, norm.eps, norm.offset)
-                for which in names[: 1 if shares else 2]
-            ]
+        self._make_norms(place, name, heads.size, parts, norm)
         self._sinks: list[Parameter] = []
         values = None
         if sinks:
-            count = mine.stop - mine.start
-            values = torch.empty(count, dtype=torch.float32, device=place.device)
+            values = place.floats(mine.stop - mine.start)
             self._sinks = [Parameter(f"{name}.sinks", (heads.count,), values, (mine,))]
         weights = [norm.weight for norm in self._head_norms]
         self._prologue = Prologue(
@@ -143,6 +134,21 @@ class Attention:
             window=window,
             sinks=values,
         )
+
+    def _make_norms(
+        self, place: Place, name: str, size: int, parts: list[Part], norm: QKNorm | None
+    ) -> None:
+        """Of q and, if there are any, keys: the first two of ``parts``."""
+        names = f"{name}.q_norm", f"{name}.k_norm"
+        self._wide_norm: WideNorm | None = None
+        self._head_norms: list[RMSNorm] = []
+        if norm is not None and norm.wide:
+            sizes, cuts = (parts[0].size, parts[1].size), (parts[0].cut, parts[1].cut)
+            self._wide_norm = WideNorm(place, names, sizes, cuts, norm.eps)
+        elif norm is not None:
+            self._head_norms = [
+                RMSNorm(place, which, size, norm.eps, norm.offset) for which in names[: len(parts)]
+            ]
 
     def parameters(self) -> Iterable[Parameter]:
         norms = chain.from_iterable(norm.parameters() for norm in self._head_norms)
@@ -162,14 +168,20 @@ class Attention:
         if self._query_scales is not None:
             qkv[:, : self._width] *= self._query_scales[batch.positions][:, None]
         if self._value_norm is not None:
-            qkv = self._normed_values(qkv, self._value_norm)
+            if self._from_keys:
+                qkv = torch.cat((qkv, qkv[:, self._width :]), 1)
+            self._value_norm(qkv[:, (self._width + qkv.shape[1]) // 2 :])
         return self._backend.attend(batch, cache, qkv, self._prologue)
 
-    def _normed_values(self, qkv: Tensor, eps: float) -> Tensor:
-        """qkv with the norm of its values, or behind q and k that of the keys."""
-        if self._from_keys:
-            qkv = torch.cat((qkv, qkv[:, self._width :]), 1)
-        size = len(self._ones)
-        values = qkv.view(len(qkv), -1, size)[:, (self._width + qkv.shape[1]) // (2 * size) :]
-        values.copy_(kernels.rms_norm(values, self._ones, eps))
-        return qkv
+
+class _ValueNorm:
+    """An RMS norm of each head, in place, without weight."""
+
+    def __init__(self, place: Place, size: int, eps: float) -> None:
+        self._ones = torch.ones(size, dtype=place.dtype, device=place.device)
+        self._eps = eps
+
+    def __call__(self, values: Tensor) -> None:
+        """values [T, kv heads * size]"""
+        by_head = values.view(len(values), -1, len(self._ones))
+        by_head.copy_(kernels.rms_norm(by_head, self._ones, self._eps))

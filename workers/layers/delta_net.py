@@ -10,15 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from workers import kernels
 from workers.batch import Batch
 from workers.kernels import delta
-from workers.layers.convolution import CausalConvolution
 from workers.layers.linear import ColumnLinear, Part, RowLinear, part_by_head, scaled
-from workers.layers.memory import Memory
+from workers.layers.recurrent import CausalConvolution, make_decay, state_memory
 from workers.parallel import Group, Place
 from workers.sweep import Sweep
 from workers.weights import Parameter
@@ -65,28 +63,22 @@ class GatedDeltaNet:
         width = traits.value_heads * traits.value_size
         self.output = RowLinear(place, f"{name}.out_proj", width, hidden, bias=False)
 
-        def floats(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=place.device)
-
         mine = values.stop - values.start
         self._heads = delta.Heads(
             keys.stop - keys.start, mine, traits.key_size, traits.value_size,
-            decay=floats(mine), dt=floats(mine), norm=floats(traits.value_size), eps=eps,
+            decay=place.floats(mine), dt=place.floats(mine), norm=place.floats(traits.value_size),
+            eps=eps,
         )  # fmt: skip
         heads = (traits.value_heads,)
         self._parameters = [
             Parameter(f"{name}.norm.weight", (traits.value_size,), self._heads.norm),
             Parameter(f"{name}.dt_bias", heads, self._heads.dt, (values,)),
-            Parameter(f"{name}.A_log", heads, self._heads.decay, (values,), self._filled),
+            Parameter(f"{name}.A_log", heads, self._heads.decay, (values,), make_decay),
         ]
         names = [f"{name}.conv1d_{part}" for part in "qkv"]
         self._convolution = CausalConvolution(place, names, traits.widths, cuts, traits.taps)
         size = self._convolution.past_size + mine * traits.key_size * traits.value_size
-        self.memory = Memory(
-            lambda n: torch.zeros(n, size, dtype=torch.float32, device=place.device),
-            4 * size,
-            state=True,
-        )
+        self.memory = state_memory(size, place.device)
 
     def _parts(
         self, name: str, keys: slice, values: slice, cuts: tuple[slice, slice, slice]
@@ -106,10 +98,6 @@ class GatedDeltaNet:
                 ("ba", [shared, shared]),
             )
         ]
-
-    @staticmethod
-    def _filled(decay: Tensor) -> None:
-        decay.exp_().neg_()
 
     def parameters(self) -> Iterable[Parameter]:
         convolution = self._convolution.parameters()

@@ -97,7 +97,7 @@ class LabelLayer:
 
     def __init__(self, place: Place, name: str, size: int, labels: int) -> None:
         shape = (labels, size)
-        self._weight = torch.empty(shape, dtype=torch.float32, device=place.device)
+        self._weight = place.floats(labels, size)
         self._parameters = [Parameter(f"{name}.weight", shape, self._weight)]
 
     def parameters(self) -> Iterable[Parameter]:

@@ -10,14 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from workers.batch import Batch
 from workers.kernels import mamba2
-from workers.layers.convolution import CausalConvolution
 from workers.layers.linear import ColumnLinear, Part, RowLinear, scaled
-from workers.layers.memory import Memory
+from workers.layers.recurrent import CausalConvolution, make_decay, state_memory
 from workers.parallel import Group, Place
 from workers.weights import Parameter
 
@@ -87,31 +85,21 @@ class Mamba2:
             traits.conv_bias,
         )
 
-        def floats(size: int) -> Tensor:
-            return torch.empty(size, dtype=torch.float32, device=place.device)
-
         count, width = heads.stop - heads.start, inner.stop - inner.start
         self._heads = mamba2.Heads(
             groups.stop - groups.start, count, traits.size, traits.state_size,
-            decay=floats(count), dt=floats(count), skip=floats(count), norm=floats(width), eps=eps,
+            decay=place.floats(count), dt=place.floats(count), skip=place.floats(count),
+            norm=place.floats(width), eps=eps,
         )  # fmt: skip
         all_heads, mine = (traits.heads,), (heads,)
         self._parameters = [
-            Parameter(f"{name}.A_log", all_heads, self._heads.decay, mine, self._filled),
+            Parameter(f"{name}.A_log", all_heads, self._heads.decay, mine, make_decay),
             Parameter(f"{name}.dt_bias", all_heads, self._heads.dt, mine),
             Parameter(f"{name}.D", all_heads, self._heads.skip, mine),
             Parameter(f"{name}.norm.weight", (traits.inner,), self._heads.norm, (inner,)),
         ]
         size = self._convolution.past_size + width * traits.state_size
-        self.memory = Memory(
-            lambda n: torch.zeros(n, size, dtype=torch.float32, device=place.device),
-            4 * size,
-            state=True,
-        )
-
-    @staticmethod
-    def _filled(decay: Tensor) -> None:
-        decay.exp_().neg_()
+        self.memory = state_memory(size, place.device)
 
     def parameters(self) -> Iterable[Parameter]:
         convolution = self._convolution.parameters()

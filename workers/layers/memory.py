@@ -21,4 +21,6 @@ class Memory:
     state: bool = False
 
 
-NONE = Memory(lambda n: torch.empty(n, 0), 0)  # of a layer that keeps nothing
+def nothing(device: torch.device) -> Memory:
+    """Of a layer that keeps nothing."""
+    return Memory(lambda n: torch.empty(n, 0, device=device), 0)

@@ -66,13 +66,13 @@ class Router:
         self._correction: Tensor | None = None
         self._parameters = list(self._linear.parameters())
         if routing.correction is not None:
-            self._correction = torch.empty(experts, dtype=torch.float32, device=place.device)
+            self._correction = place.floats(experts)
             self._parameters.append(
                 Parameter(f"{name}.{routing.correction}", (experts,), self._correction)
             )
         self._scales: Tensor | None = None
         if routing.expert_scales is not None:
-            self._scales = torch.empty(experts, dtype=torch.float32, device=place.device)
+            self._scales = place.floats(experts)
             self._parameters.append(
                 Parameter(f"{name}.{routing.expert_scales}", (experts,), self._scales)
             )

@@ -166,8 +166,8 @@ class Model(ABC):
         """One step of this stage, after the backend's ``begin(batch)``.
 
         ``caches`` holds what ``memories`` allocate; ``hidden`` [T, H] comes from the stage before,
-        None on the first. Returns [T, H] for the next stage or, on the
-        last one, [n, H] of ``batch.outputs`` for ``logits``. See ``Traits.capturable``.
+        None on the first. Returns [T, H] for the next stage or, on the last one, [n, H] of
+        ``batch.outputs`` for ``logits``. See ``Traits.capturable``.
         """
 
     @abstractmethod
@@ -198,10 +198,10 @@ class Model(ABC):
         """Every parameter that this rank holds."""
         return [parameter for part in self.parts for parameter in part.parameters()]
 
-    def names(self) -> dict[str, bool]:
-        """The checkpoint names of the whole network, on whichever rank and stage they live, and
-        whether each is optional."""
-        return {parameter.name: parameter.optional for parameter in self.whole().parameters()}
+    def network(self) -> list[Parameter]:
+        """The parameters of the whole network, on whichever rank and stage they live; without
+        memory."""
+        return self.whole().parameters()
 
     @abstractmethod
     def canonical(self, name: str) -> str | None:

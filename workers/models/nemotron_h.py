@@ -166,7 +166,7 @@ class NemotronHLayer:
         mixer = f"{name}.mixer"
         self._norm = RMSNorm(place, f"{name}.norm", hidden, traits.norm_eps)
         self._mixer: Mamba2 | Attention | Experts | SquaredMLP
-        self.memory = memory.NONE
+        self.memory = memory.nothing(place.device)
         if kind == MAMBA:
             assert traits.mamba is not None
             self._mixer = Mamba2(place, mixer, hidden, traits.mamba, traits.norm_eps)

@@ -105,7 +105,7 @@ class StoredTensor(Parameter):
         super().__init__(
             f"{assembly.part.name}.{stored.leaf}",
             stored.shape,
-            torch.empty(0, device=assembly.weight.device),
+            torch.empty(0, device=assembly.weight.target.device),
             stored.cut,
             dtypes=stored.dtypes,
             optional=stored.optional,

@@ -1,13 +1,27 @@
-"""The short causal convolutions in front of recurrent layers, each channel's own."""
+"""What recurrent layers have in common: a state's memory, the decay, and the short causal
+convolutions in front, each channel's own."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from workers.layers.memory import Memory
 from workers.parallel import Place
 from workers.sweep import Sweep
 from workers.weights import Parameter
+
+
+def state_memory(size: int, device: torch.device) -> Memory:
+    """Of a layer whose state of a sequence is ``size`` elements, float32, zeros at first."""
+    return Memory(
+        lambda n: torch.zeros(n, size, dtype=torch.float32, device=device), 4 * size, state=True
+    )
+
+
+def make_decay(logarithm: Tensor) -> None:
+    """-exp(A) of A, in place: what a token's time is multiplied by."""
+    logarithm.exp_().neg_()
 
 
 class CausalConvolution:
@@ -32,11 +46,8 @@ class CausalConvolution:
         self.channels = sum(shares)
         self.past_size = (taps - 1) * self.channels
 
-        def floats(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=place.device)
-
-        self._kernel = floats(self.channels, taps)
-        self._bias = floats(self.channels) if bias else None
+        self._kernel = place.floats(self.channels, taps)
+        self._bias = place.floats(self.channels) if bias else None
         self._parameters: list[Parameter] = []
         for tensor, leaf in ((self._kernel, "weight"), (self._bias, "bias")):
             if tensor is None:
