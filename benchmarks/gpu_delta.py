@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.device_time import captured, microseconds
 from workers.kernels.delta import Heads
 from workers.kernels.gpu import convolution, delta, norm
 
@@ -66,24 +67,10 @@ class Layer:
         return self.gate(self.recur(self.convolve()))
 
 
-def time(runs: list[Callable[[], object]], times: int = 20) -> float:
+def time(runs: list[Callable[[], object]]) -> float:
     """Median microseconds of one of ``runs``, which are captured together."""
-    for run in runs:
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-    found = []
-    for _ in range(6):
-        started, stopped = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        started.record()
-        for _ in range(times):
-            graph.replay()
-        stopped.record()
-        torch.cuda.synchronize()
-        found.append(started.elapsed_time(stopped) * 1000 / (times * len(runs)))
+    graph = captured(runs)
+    found = [microseconds(graph.replay, 20) / len(runs) for _ in range(6)]
     return statistics.median(found[1:])
 
 

@@ -11,13 +11,14 @@ token's experts; and the weights that were read by the second.
 
 import argparse
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.device_time import captured, microseconds
 from workers import kernels
 from workers.kernels.gpu import experts
 
@@ -69,38 +70,19 @@ def grouped(layer: Layer) -> Tensor:
     return (y.view(tokens, each, -1).float() * layer.weights[..., None]).sum(1).to(x.dtype)
 
 
-def capture(way: Callable[[Layer], Tensor], layers: list[Layer]) -> torch.cuda.CUDAGraph:
-    for layer in layers:
-        way(layer)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in layers:
-            way(layer)
-    return graph
-
-
-def replay(graph: torch.cuda.CUDAGraph, times: int = 20) -> float:
-    """Microseconds a layer."""
-    started, stopped = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    started.record()
-    for _ in range(times):
-        graph.replay()
-    stopped.record()
-    torch.cuda.synchronize()
-    return started.elapsed_time(stopped) * 1000 / (times * LAYERS)
-
-
 @torch.inference_mode()
 def measure(rows: int, shape: list[int]) -> None:
     layers = [make(rows, shape) for _ in range(LAYERS)]
     a, b = ours(layers[0]), grouped(layers[0])
     error = ((a - b).float().norm() / b.float().norm()).item()
-    graphs = {"ours": capture(ours, layers), "grouped_mm": capture(grouped, layers)}
+    graphs = {
+        name: captured([partial(way, layer) for layer in layers])
+        for name, way in (("ours", ours), ("grouped_mm", grouped))
+    }
     found: dict[str, list[float]] = {name: [] for name in graphs}
     for turn in range(6):
         for name, graph in graphs.items():
-            time = replay(graph)
+            time = microseconds(graph.replay, 20) / LAYERS
             if turn:
                 found[name].append(time)
     hit = sum(len(layer.chosen.unique()) for layer in layers) / LAYERS

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.device_time import microseconds
 from engine.plan import Admit
 from engine.sampling_params import SamplingParams
 from workers.sampler import Sampler, SamplingTable
@@ -100,16 +101,7 @@ def device_seconds(sampler: Sampler, logits: Tensor) -> tuple[float, float]:
 
 def busy_seconds(work: Callable[[], Any]) -> float:
     """Median seconds of ``work`` on the device, of groups that follow each other closely."""
-    times = list[float]()
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / REPLAYS)
-    return statistics.median(times)
+    return statistics.median(microseconds(work, REPLAYS) / 1e6 for _ in range(5))
 
 
 def cell(params: SamplingParams, logits: Tensor, plain: bool) -> str:

@@ -110,7 +110,7 @@ class Row:
         ]
 
 
-def make_tiers(layers: Sequence[Tensor], num_cpu_units: int, device: torch.device) -> "Tiers":
+def make_tiers(layers: Sequence[Tensor], num_cpu_units: int, device: torch.device) -> "TierCopies":
     """The copies between the units of ``layers``, tensors [n, ...], and as many CPU units as asked
     for, whose memory is taken as they are written, so that start-up stays short."""
     row, flat = Row(layers), [layer.view(len(layer), -1) for layer in layers]
@@ -121,7 +121,7 @@ def make_tiers(layers: Sequence[Tensor], num_cpu_units: int, device: torch.devic
     return CPUTiers(flat, row.split(huge_tensor(shape, torch.uint8)))
 
 
-class Tiers(ABC):
+class TierCopies(ABC):
     """Units of both tiers."""
 
     def copy(self, copies: Copies) -> None:
@@ -148,7 +148,7 @@ class Tiers(ABC):
         """Until all copies are done."""
 
 
-class CPUTiers(Tiers):
+class CPUTiers(TierCopies):
     """Both tiers in host memory: of each layer [n, elements]."""
 
     def __init__(self, layers: list[Tensor], cpu: list[Tensor]) -> None:
@@ -178,7 +178,7 @@ class CPUTiers(Tiers):
         pass
 
 
-class CudaTiers(Tiers):
+class CudaTiers(TierCopies):
     """Device blocks and pinned CPU blocks, with the copies on a side stream.
 
     Every event is recorded and waited for by streams; the host waits for nothing.
