@@ -146,9 +146,12 @@ def _binary() -> str:
     return theirs if theirs and Path(theirs).name != NAME else str(get_haproxy_binary())
 
 
-def requests(folder: Path) -> int:
-    """How many requests HAProxy has whose answers are not all sent; 0 if it is not there."""
-    count = 0
+def has_requests(folder: Path) -> bool:
+    """Whether HAProxy has requests whose answers are not all sent; False if it is not there."""
+    return _current_has_requests(folder) or _replaced_one_lives(folder)
+
+
+def _current_has_requests(folder: Path) -> bool:
     for path in folder.glob(f"*/{ADMIN_SOCKET}"):  # Serve makes a folder for each node
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(1.0)
@@ -157,8 +160,26 @@ def requests(folder: Path) -> int:
             with connection.makefile() as answer:
                 text = answer.read()
             rows = csv.DictReader(text.removeprefix("# ").splitlines())
-            count += sum(int(row["scur"]) for row in rows if row["svname"] == "BACKEND")
-    return count
+            if any(int(row["scur"]) for row in rows if row["svname"] == "BACKEND"):
+                return True
+    return False
+
+
+def _replaced_one_lives(folder: Path) -> bool:
+    """Whether a process that a newer one has taken over from is still there.
+
+    Serve starts another HAProxy wherever its replicas change. From then on the old one answers no
+    questions, closes idle connections, and ends with its last request.
+    """
+    replaced, ours = set(), set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if any(argument.startswith(f"{folder}/") for argument in arguments):
+                ours.add(entry.name)
+                if "-sf" in arguments:
+                    replaced.update(arguments[arguments.index("-sf") + 1 :])
+    return not ours.isdisjoint(replaced)
 
 
 def adapt(

@@ -331,7 +331,7 @@ class _Server:
 
     async def _answers_taken(self, deadline: float) -> bool:
         """Whether clients have taken all answers to the end before the deadline."""
-        while self._files is not None and haproxy.requests(self._files.path):
+        while self._files is not None and haproxy.has_requests(self._files.path):
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.02)
