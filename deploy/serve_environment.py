@@ -27,6 +27,9 @@ def everywhere(router: RouterConfig) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         # Serve's controller looks around ten times a second: 3 % of a core, for nothing.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+        # An HAProxy that is not there after 5 s would be killed and started again: on a busy
+        # machine its process alone takes longer.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(router.startup_timeout),
         # Statistics of every event that its processes handle: an eighth of what they take.
         "RAY_event_stats": "0",
         # Else a replica whose host vanished is sent requests for 5 s more.

@@ -240,7 +240,11 @@ class _Server:
         if not self._own_serve:
             log.warning("Serve runs on this cluster already: HAProxy keeps the settings it has")
         try:
-            with waiting_for(log, "Serve and HAProxy to start"):
+            # Serve waits for a minute at most. ``_wait_until_ready`` has the user's patience.
+            with (
+                waiting_for(log, "Serve and HAProxy to start"),
+                contextlib.suppress(TimeoutError),
+            ):
                 serve.start(
                     # Serve's own processes listen there too; clients only come to HAProxy.
                     http_options={
