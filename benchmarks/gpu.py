@@ -21,52 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-    "rms_norm_eps": 1e-5, "attention_bias": False, "mlp_bias": False, "vocab_size": 128256,
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
-    "rope_theta": 500000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-    "torch_dtype": "bfloat16",
-}  # fmt: skip
-QWEN = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
-    "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 40960, "rope_theta": 1000000.0, "tie_word_embeddings": True,
-    "attention_bias": False, "use_sliding_window": False, "bos_token_id": 1, "eos_token_id": 2,
-    "torch_dtype": "bfloat16",
-}  # fmt: skip
-OPT = {
-    "architectures": ["OPTForCausalLM"], "model_type": "opt", "vocab_size": 50272,
-    "hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072, "num_attention_heads": 12,
-    "max_position_embeddings": 2048, "word_embed_proj_dim": 768, "do_layer_norm_before": True,
-    "activation_function": "relu", "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1,
-    "torch_dtype": "float16",
-}  # fmt: skip
-QWEN_EXPERTS = QWEN | {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
-    "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "tie_word_embeddings": False, "num_experts": 128,
-    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
-    "decoder_sparse_step": 1, "mlp_only_layers": [],
-}  # fmt: skip
-GPT_OSS = {
-    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_act": "silu",
-    "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
-    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 131072, "rope_theta": 150000, "sliding_window": 128,
-    "attention_bias": True, "num_local_experts": 32, "num_experts_per_tok": 4,
-    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
-    "rope_scaling": {
-        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
-        "truncate": False, "original_max_position_embeddings": 4096,
-    },
-}  # fmt: skip
-SHAPES = {
-    "llama-8b": LLAMA, "qwen3-0.6b": QWEN, "qwen3-30b-a3b": QWEN_EXPERTS, "gpt-oss-20b": GPT_OSS,
-    "opt-125m": OPT,
-}  # fmt: skip
+SHAPES = Path(__file__).parent / "shapes"  # configurations of real models
 Length = int | tuple[int, int]
 WORKS: dict[str, tuple[int, Length, Length]] = {  # prompts, input and output tokens
     "seed": (4, 6, 16),
@@ -85,12 +40,13 @@ def write_shapes(folder: Path) -> None:
     """Config and a tokenizer of words for each shape."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    for name, config in SHAPES.items():
-        out = folder / name
+    for shape in sorted(SHAPES.glob("*.json")):
+        out = folder / shape.stem
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(config, indent=1))
+        (out / "config.json").write_text(shape.read_text())
+        vocab_size = json.loads(shape.read_text())["vocab_size"]
         vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
-        vocab |= {f"w{i}": i for i in range(3, int(str(config["vocab_size"])))}
+        vocab |= {f"w{i}": i for i in range(3, vocab_size)}
         tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer.save(str(out / "tokenizer.json"))

@@ -1,16 +1,24 @@
 """What config.json says of a model: read, or refused by the field's name."""
 
+import json
+import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.gpu import SHAPES
 from engine.errors import CheckpointError
 from tests.support.checkpoints import configure
-from workers.checkpoint import load_config
-from workers.models import read_traits
+from workers.attention import choose_backends
+from workers.checkpoint import Config, load_config
+from workers.models import attention_shapes, build_model, read_traits
 from workers.models.decoder import DecoderTraits
+from workers.parallel import Group, Place, Stage
 
 FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu': is not supported; allowed: silu"),
@@ -221,3 +229,18 @@ def test_rotary_embeddings_of_gemma3_in_either_layout(copy: Callable[[str], Path
     assert isinstance(new, DecoderTraits) and new.max_position == 256
     ropes = [layer.rope for layer in new.layers if layer.rope is not None]
     assert [(rope.theta, rope.factor) for rope in ropes] == [(2e4, 1), (1e6, 8), (2e4, 1)]
+
+
+@pytest.mark.parametrize("path", sorted(SHAPES.glob("*.json")), ids=lambda path: path.stem)
+def test_a_benchmarks_shape_has_as_many_parameters_as_its_name_says(path: Path) -> None:
+    config = Config(json.loads(path.read_text()))
+    traits = read_traits(config)
+    place = Place(torch.device("meta"), torch.bfloat16, Group())
+    backend = choose_backends(
+        attention_shapes(traits, replace(place, device=torch.device("cpu")), 16)
+    )
+    model = build_model(config, place, Stage.whole(traits.num_layers), backend, 64)
+    count = sum(math.prod(parameter.shape) for parameter in model.parameters())
+    named = re.search(r"(\d[\d.]*)(b|m)(-|$)", path.stem)
+    assert named is not None
+    assert count / 10 ** {"b": 9, "m": 6}[named[2]] == pytest.approx(float(named[1]), rel=0.05)
