@@ -240,15 +240,14 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_requests_go_on(server,
 def test_an_ingress_replica_that_is_killed_takes_along_only_streams_that_have_begun(server):
     """HAProxy asks another one for what has not begun; the others' connections break at once."""
     process, log, session = server
-    readings = [Reading(max_tokens=500, seed=i) for i in range(4)]
+    readings = [Reading(max_tokens=1000, seed=i) for i in range(4)]
     until(lambda: all(reading.text for reading in readings))
     statuses = []
+    client = httpx.Client(timeout=PATIENCE)  # one: to make eight takes longer than a stream
     threads = [
         threading.Thread(
             target=lambda: statuses.append(
-                httpx.post(
-                    f"{URL}/v1/completions", json=body(max_tokens=8), timeout=PATIENCE
-                ).status_code
+                client.post(f"{URL}/v1/completions", json=body(max_tokens=8)).status_code
             )
         )
         for _ in range(8)
