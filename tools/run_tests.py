@@ -1,10 +1,10 @@
-"""All tests: those that start servers and clusters, and beside them, at a low priority, the others.
+"""All tests, in three lanes side by side: servers and clusters in two of them, the others in one.
 
     python tools/run_tests.py [PYTEST OPTION ...]
 
-Servers that start and end leave cores idle for half of the time, which the others use; as these end
-earlier, some of the servers come after them. Their output comes when they have ended. With a GPU,
-which they would have to share, all run one after the other.
+Servers that start, end and wait leave half of a core idle, which the others use. The first lane's
+output comes as it runs, that of the others when all have ended. With a GPU, which they would have
+to share, all tests run one after the other.
 """
 
 import os
@@ -15,10 +15,13 @@ import tempfile
 import torch
 
 SERVERS = ["tests/servers", "tests/gpu"]
-LATE = [f"tests/servers/test_{name}.py" for name in ("several_models", "autoscaling")]
+SECOND = [
+    f"tests/servers/test_{name}.py"
+    for name in ("autoscaling", "prometheus", "several_models", "soak", "starts")
+]
 OTHERS = ["tests/house", "tests/unit", "tests/parity", "tests/e2e"]
 # One thread each: a parallel region ends when its last thread has had a core, which may be a while.
-BESIDE = ["env", "OMP_NUM_THREADS=1", "nice", "-n", "10"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def main(options: list[str]) -> int:
@@ -26,17 +29,27 @@ def main(options: list[str]) -> int:
     command = [sys.executable, "-m", "pytest", *options]
     if torch.cuda.is_available() or (os.cpu_count() or 1) < 2:
         return subprocess.call(command)
-    with tempfile.TemporaryFile() as output:
-        beside = [*OTHERS, *LATE]
-        print(f"{' '.join(beside)} run beside these: see below", flush=True)
-        others = subprocess.Popen([*BESIDE, *command, *beside], stdout=output, stderr=output)
-        try:
-            status = subprocess.call([*command, *SERVERS, *(f"--ignore={path}" for path in LATE)])
-            status = others.wait() or status
-        finally:
-            others.kill()
-        output.seek(0)
-        sys.stdout.buffer.write(output.read())
+    first = [*SERVERS, *(f"--ignore={path}" for path in SECOND)]
+    beside = []
+    try:
+        for lane in (SECOND, OTHERS):
+            print(f"{' '.join(lane)} run beside these: see below", flush=True)
+            output = tempfile.TemporaryFile()
+            environment = os.environ | (ONE_THREAD if lane is OTHERS else {})
+            process = subprocess.Popen(
+                [*command, *lane], stdout=output, stderr=output, env=environment
+            )
+            beside.append((process, output))
+        status = subprocess.call([*command, *first])
+        for process, output in beside:
+            status = process.wait() or status
+            output.seek(0)
+            sys.stdout.buffer.write(output.read())
+            sys.stdout.flush()
+    finally:
+        for process, output in beside:
+            process.kill()
+            output.close()
     return status
 
 
