@@ -63,6 +63,8 @@ def start(args: argparse.Namespace) -> Run:
         "tensor_parallel_size": args.tensor_parallel_size, "gpu_memory_utilization": 0.9,
         "distributed_executor_backend": "mp", "enable_prefix_caching": False,
     }  # fmt: skip
+    if args.quantization is not None:
+        options["quantization"] = args.quantization
     vllm = args.engine == "vllm"
     if vllm:
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
@@ -123,6 +125,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--quantization")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--work", nargs="*", default=list(WORKS))
     args = parser.parse_args()
@@ -134,7 +137,7 @@ def main() -> None:
     started = time.perf_counter()
     run = start(args)
     what = {"engine": args.engine, "model": os.path.basename(args.folder)}
-    what |= {"tensor_parallel_size": args.tensor_parallel_size}
+    what |= {"tensor_parallel_size": args.tensor_parallel_size, "quantization": args.quantization}
     ready = {"work": "start", "seconds": round(time.perf_counter() - started, 2)}
     print(json.dumps(what | ready), flush=True)
     for name in args.work:

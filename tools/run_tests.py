@@ -7,6 +7,7 @@ output comes as it runs, that of the others when all have ended. With a GPU, whi
 to share, all tests run one after the other.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -30,15 +31,16 @@ def main(options: list[str]) -> int:
     if torch.cuda.is_available() or (os.cpu_count() or 1) < 2:
         return subprocess.call(command)
     first = [*SERVERS, *(f"--ignore={path}" for path in SECOND)]
-    beside = []
-    try:
+    with contextlib.ExitStack() as stack:
+        beside = []
         for lane in (SECOND, OTHERS):
             print(f"{' '.join(lane)} run beside these: see below", flush=True)
-            output = tempfile.TemporaryFile()
+            output = stack.enter_context(tempfile.TemporaryFile())
             environment = os.environ | (ONE_THREAD if lane is OTHERS else {})
             process = subprocess.Popen(
                 [*command, *lane], stdout=output, stderr=output, env=environment
             )
+            stack.callback(process.kill)
             beside.append((process, output))
         status = subprocess.call([*command, *first])
         for process, output in beside:
@@ -46,10 +48,6 @@ def main(options: list[str]) -> int:
             output.seek(0)
             sys.stdout.buffer.write(output.read())
             sys.stdout.flush()
-    finally:
-        for process, output in beside:
-            process.kill()
-            output.close()
     return status
 
 
