@@ -70,6 +70,7 @@ class CpuAttention:
             shape.device.type == "cpu"
             and shape.causal
             and shape.cap is None
+            and not shape.fp8
             and shape.dtype in DTYPES
             and shape.head_dim % 16 == shape.value_dim % 16 == 0
             and shape.head_dim <= MAX_HEAD_DIM
