@@ -139,7 +139,7 @@ class TritonAttention:
         if not self.shape.fp8:
             cache.view(-1, dim).index_copy_(0, cells, latents)
             return
-        codes, exponents = cache.view(len(cache), -1).split([size * dim, size], 1)
+        codes, exponents = cache.view(len(cache), -1).tensor_split([size * dim], 1)
         coded, block, offset = encode(latents), cells // size, cells % size
         codes.unflatten(1, (size, dim))[block, offset] = coded[:, :dim]
         exponents[block, offset] = coded[:, dim]
