@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.support.triton_launches import launches, where_triton_compiles
 from workers.attention.fp8 import decode, encode
+from workers.attention.triton import write_latents
 from workers.kernels import plain
 from workers.kernels.gpu import attention, elementwise, heads, norm, product, rows
 
@@ -289,6 +290,16 @@ def test_8_bit_floats_are_placed_as_pytorch_rounds_them() -> None:
     assert torch.equal(cache, coded_blocks(coded))
 
 
+def test_latents_are_placed_as_8_bit_floats() -> None:
+    latents = normal(9, 80)
+    cells = torch.randperm(4 * BLOCK_SIZE)[:9].to(DEVICE)
+    coded = torch.zeros(4, 1, 1, BLOCK_SIZE, 81, dtype=torch.uint8, device=DEVICE)
+    cache = coded_blocks(coded)
+    write_latents(cache, cells, latents)
+    coded[cells // BLOCK_SIZE, 0, 0, cells % BLOCK_SIZE] = encode(latents)
+    assert torch.equal(cache, coded_blocks(coded))
+
+
 def test_what_is_broken_stays_so_in_8_bits() -> None:
     qkv = normal(2, 3 * 64)
     qkv[0, 70], qkv[1, 130] = torch.nan, torch.inf
@@ -314,22 +325,28 @@ def test_rows_look_up_their_tokens_and_cells() -> None:
     assert torch.equal(cells, blocks * BLOCK_SIZE + positions % BLOCK_SIZE)
 
 
-def compile_latents(arch: int) -> list[int]:
-    """Bytes of shared memory that decode and prefill take, of GLM 4.7 Flash's 20 heads."""
-    num_heads, latent = 20, 512
-    cache = torch.empty(1, 1, 1, BLOCK_SIZE, 576, dtype=torch.bfloat16)
-    q, out = (cache.new_empty(1, num_heads * size) for size in (576, latent))
+def compile_attention(arch: int, num_heads: int, dim: int, latent: int | None, fp8: bool) -> int:
+    """The most bytes of shared memory that placing, decode or prefill takes, of one kv head."""
+    dtype = torch.uint8 if fp8 else torch.bfloat16
+    planes = 2 if latent is None else 1
+    cache = torch.empty(1, planes, 1, BLOCK_SIZE, dim + fp8, dtype=dtype)
+    q, out = (torch.empty(1, num_heads * size).bfloat16() for size in (dim, latent or dim))
     ints = torch.zeros(4, 4, dtype=torch.int32)
     rows = attention.Rows(ints[0], ints[0], ints[0], ints[0], ints, ints[:, :2])
     traits = attention.Traits(num_heads, 0.1, latent=latent)
-    parts = attention.parts_of(num_heads, 1, latent=True)
-    scratch = attention.Scratch(1, num_heads, parts, latent, torch.device("cpu"))
+    parts = attention.parts_of(num_heads, 1, latent is not None)
+    scratch = attention.Scratch(1, num_heads, parts, latent or dim, torch.device("cpu"))
     with launches() as found:
+        if latent is None:
+            heads.place(torch.empty(1, (num_heads + 2) * dim).bfloat16(), cache, ints[0, :1],
+                        ints[0, :1], num_heads)  # fmt: skip
         attention.decode(q, cache, ints, rows, traits, scratch, out, 1)
         attention.prefill(q, cache, ints, rows, traits, out)
-    return [launch.compile(arch).metadata.shared for launch in found]
+    return max(launch.compile(arch).metadata.shared for launch in found)
 
 
-def test_latents_compile_for_hopper() -> None:
+def test_attention_compiles_for_hopper() -> None:
+    """Of GLM 4.7 Flash's 20 heads over a latent, and 4 over a key of 128."""
     with where_triton_compiles() as call:
-        assert max(call(compile_latents, 90)) <= 227 << 10
+        for shape in ((20, 576, 512, False), (20, 576, 512, True), (4, 128, None, True)):
+            assert call(compile_attention, 90, *shape) <= 227 << 10

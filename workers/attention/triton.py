@@ -130,19 +130,21 @@ class TritonAttention:
             )  # fmt: skip
         q, k, _ = prologue.split(qkv, batch.positions, shape)
         if k.shape[1]:  # latents, of which there is one for all heads
-            self._write(cache, batch.cells.long(), k[:, 0])
+            write_latents(cache, batch.cells.long(), k[:, 0])
         return q.flatten(1)
 
-    def _write(self, cache: Tensor, cells: Tensor, latents: Tensor) -> None:
-        """latents [T, head_dim]"""
-        dim, size = self.shape.head_dim, self.shape.block_size
-        if not self.shape.fp8:
-            cache.view(-1, dim).index_copy_(0, cells, latents)
-            return
-        codes, exponents = cache.view(len(cache), -1).tensor_split([size * dim], 1)
-        coded, block, offset = encode(latents), cells // size, cells % size
-        codes.unflatten(1, (size, dim))[block, offset] = coded[:, :dim]
-        exponents[block, offset] = coded[:, dim]
+
+def write_latents(cache: Tensor, cells: Tensor, latents: Tensor) -> None:
+    """latents [T, D] to ``cells`` [T] of a cache [num_blocks, 1, 1, block_size, D], or D + 1 of
+    8-bit floats (see workers/kernels/gpu/attention.py)."""
+    size, dim = cache.shape[3], latents.shape[1]
+    if cache.shape[4] == dim:
+        cache.view(-1, dim).index_copy_(0, cells, latents)
+        return
+    codes, exponents = cache.view(len(cache), -1).tensor_split([size * dim], 1)
+    coded, block, offset = encode(latents), cells // size, cells % size
+    codes.view(-1, size, dim)[block, offset] = coded[:, :dim]
+    exponents[block, offset] = coded[:, dim]
 
 
 def _spread(counts: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
