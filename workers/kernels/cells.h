@@ -6,7 +6,8 @@
 // fill 32 bits, so both products of attention are the same register tile: rows of a small matrix
 // broadcast against vectors of the cache. Codes (attention/fp8.py) lie in the same order, a byte
 // each; behind them are the exponents of the keys' scales [block_size] and of the values'. Latents
-// are kept twice, as keys and as values.
+// are kept twice, as keys and as values, which then have a scale of their own: other backends read
+// the same numbers but of elements 2^13 times smaller than the largest.
 
 constexpr int MAX_DIM = 576;
 
