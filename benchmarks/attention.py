@@ -1,6 +1,7 @@
 """Attention alone: microseconds per layer, and how near that is to the machine's limits.
 
-    python benchmarks/attention.py [--dtype bfloat16] [--block-size 32] [--repeats 15]
+    python benchmarks/attention.py [--dtype bfloat16] [--kv-cache-dtype fp8] [--block-size 32]
+        [--repeats 15]
 
 Decode cycles through enough layers that the processor's caches do not hold them, as a model does.
 Prefill stands beside SDPA over contiguous tensors that need no cache. Medians.
@@ -61,13 +62,16 @@ def measure(
     """Seconds per layer; bytes of keys and values read; floating point operations (causal)."""
     dtype = getattr(torch, options.dtype)
     shape = AttentionShape(
-        heads, kv_heads, dim, dim**-0.5, options.block_size, dtype, torch.device("cpu")
-    )
+        heads, kv_heads, dim, dim**-0.5, options.block_size, dtype, torch.device("cpu"),
+        fp8=options.kv_cache_dtype == "fp8",
+    )  # fmt: skip
     backend = choose_backend(shape)
     batch, blocks = batch_of(rows, options.block_size)
     size = blocks * block_bytes(backend)
     layers = max(1, min(32, BEYOND_CACHES // size))
-    caches = [backend.allocate(blocks).normal_() for _ in range(layers)]
+    caches = [backend.allocate(blocks) for _ in range(layers)]
+    for cache in caches:
+        cache.random_(116, 125) if shape.fp8 else cache.normal_()  # 8 bits: large, scaled down
     tokens = len(batch.positions)
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
 
@@ -77,7 +81,7 @@ def measure(
             backend.attend(begun, cache, qkv, Prologue())
 
     seconds = median(step, layers, options.repeats)
-    read = sum(context for _, context in rows) * 2 * kv_heads * dim * dtype.itemsize
+    read = sum(context for _, context in rows) * block_bytes(backend) // options.block_size
     pairs = sum(n * (context - n) + n * (n + 1) // 2 for n, context in rows)
     return seconds, read, 4.0 * pairs * heads * dim
 
@@ -100,6 +104,7 @@ def measure_sdpa(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"])
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()

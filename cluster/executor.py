@@ -457,6 +457,7 @@ class ParallelExecutor:
             block_size=capacities[0].block_size,
             block_bytes=sum(capacity.block_bytes for capacity in capacities),
             attention_backend=capacities[0].attention_backend,
+            kv_cache_dtype=capacities[0].kv_cache_dtype,
             costs=MeasuredCosts(
                 max(c.seconds_per_block_out for c in costs),
                 max(c.seconds_per_block_in for c in costs),

@@ -211,13 +211,14 @@ def fit_model_len(config: EngineConfig, wanted: int, capacity: Capacity) -> int:
 def _log_capacity(capacity: Capacity, max_model_len: int, seconds: float) -> None:
     block = capacity.block_bytes
     log.info(
-        "Reserved %s device blocks (%.2f GiB) and %s CPU blocks (%.2f GiB) of %d tokens, warmed up,"
-        " in %.2f s (attention: %s)",
+        "Reserved %s device blocks (%.2f GiB) and %s CPU blocks (%.2f GiB) of %d tokens in %s,"
+        " warmed up, in %.2f s (attention: %s)",
         f"{capacity.num_device_blocks:,}",
         capacity.num_device_blocks * block / 2**30,
         f"{capacity.num_cpu_blocks:,}",
         capacity.num_cpu_blocks * block / 2**30,
         capacity.block_size,
+        capacity.kv_cache_dtype,
         seconds,
         capacity.attention_backend,
     )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.replay import Difference
 
-OVERRIDES = ("device", "dtype", "attention_backend")  # engine options that a replay may change
+# Engine options that a replay may change.
+OVERRIDES = ("device", "dtype", "kv_cache_dtype", "attention_backend")
 
 
 def add_command(commands: Any) -> None:

@@ -21,6 +21,7 @@ from engine.vllm_options import translated
 Group = TypeVar("Group")
 
 GPU_STEP_TOKENS = 8192
+FP8_CACHES = ("fp8", "fp8_e4m3", "fp8_per_token_head")  # vLLM's names, of which all mean one here
 EMBEDDED_MODEL = "manta-demo"  # the name of the chat model that ships inside the package
 
 
@@ -142,6 +143,13 @@ class CacheConfig:
         " default, on a CPU see kv_cache_memory_bytes",
         least=0.01,
         most=1.0,
+    )
+    kv_cache_dtype: str = option(
+        "auto",
+        "what keys and values are kept as: fp8, as 8-bit floats (E4M3) with a scale for each token"
+        " and head, so that twice as many fit; auto takes the model's type, or fp8 if the"
+        " checkpoint's kv_cache_scheme asks for it",
+        choices=("auto", *FP8_CACHES, "bfloat16", "float16", "float32"),
     )
     kv_cache_memory_bytes: int | None = option(
         None,

@@ -38,6 +38,7 @@ class Capacity:
     block_bytes: int  # of all layers
     attention_backend: str
     costs: MeasuredCosts
+    kv_cache_dtype: str = ""  # what blocks hold: fp8, or the model's type
     num_states: int = 0  # of sequences on the device, where layers keep any
     num_cpu_states: int = 0
     state_bytes: int = 0  # of all layers

@@ -89,6 +89,7 @@ def cache_metric(config: CacheConfig, capacity: Capacity, max_model_len: int) ->
     tokens = capacity.num_device_blocks * capacity.block_size
     facts = {
         "block_size": capacity.block_size,
+        "cache_dtype": capacity.kv_cache_dtype,
         "num_gpu_blocks": capacity.num_device_blocks,
         "num_cpu_blocks": capacity.num_cpu_blocks,
         "enable_prefix_caching": config.enable_prefix_caching,

@@ -149,9 +149,9 @@ _TABLE: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "the checkpoint's quantization_config says it, or the option quantization": {
         "quantization_config": (), "allow_deprecated_quantization": (False,),
     },
-    "KV blocks are float32, float16 or bfloat16 (dtype)": {
-        "kv_cache_dtype": ("auto",), "kv_cache_dtype_skip_layers": (),
-        "calculate_kv_scales": (False,), "override_attention_dtype": (),
+    "all KV blocks are of kv_cache_dtype, where 8-bit floats have scales of their own": {
+        "kv_cache_dtype_skip_layers": (),
+        "calculate_kv_scales": _ON_OR_OFF, "override_attention_dtype": (),
         "quantization_param_path": (),
     },
     "HF_TOKEN and HF_HUB_CACHE in the environment say it": {

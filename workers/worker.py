@@ -39,6 +39,7 @@ from workers.parallel import Group, Place, Ranks, Stage
 from workers.pooling import longest_text, read_pooling, served_config
 from workers.pooling_table import PoolingTable
 from workers.quantization.config import with_quantization
+from workers.quantization.kv_cache import keeps_fp8
 from workers.sampler import HostCopy, HostSampled, Sampled, Sampler, SamplingTable
 from workers.slot_tables import Learn, LogitsTable, SlotTable
 from workers.slots import HostRows, Slots
@@ -75,7 +76,8 @@ def check_split(config: EngineConfig, path: Path) -> None:
     dtype = resolve_dtype(config.model.dtype, checkpoint, meta)
     group = Group(parallel.tensor_parallel_size, 0)
     place = Place(meta, dtype, group, parallel.enable_expert_parallel)
-    backend = choose_backends(attention_shapes(traits, place, block_size), "gather")
+    fp8 = keeps_fp8(config.cache.kv_cache_dtype, checkpoint, dtype)
+    backend = choose_backends(attention_shapes(traits, place, block_size, fp8), "gather")
     size = parallel.pipeline_parallel_size
     for stage in Stage.split(traits.num_layers, size, parallel.partition):
         build_model(checkpoint, place, stage, backend, 1)
@@ -171,8 +173,10 @@ class Worker:
         )
         block_size = self.config.cache.block_size or DEFAULT_BLOCK_SIZE
         sizes.check(self.config.cache, traits.recurrent, block_size)
+        fp8 = keeps_fp8(self.config.cache.kv_cache_dtype, checkpoint, dtype)
         self.backend = choose_backends(
-            attention_shapes(traits, place, block_size), self.config.device.attention_backend
+            attention_shapes(traits, place, block_size, fp8),
+            self.config.device.attention_backend,
         )
         longest = longest_text(self.path) or traits.max_position
         longest = min(longest, traits.max_position)
@@ -270,6 +274,7 @@ class Worker:
             block_bytes=sizes.unit_bytes(self.model.memories, state=False),
             attention_backend=self._attention_name,
             costs=MeasuredCosts(out, in_, seconds_per_token),
+            kv_cache_dtype="fp8" if shape.fp8 else str(shape.dtype).removeprefix("torch."),
             num_states=units.states,
             num_cpu_states=units.cpu_states,
             state_bytes=sizes.unit_bytes(self.model.memories, state=True),

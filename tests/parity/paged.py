@@ -32,12 +32,13 @@ def build(
     block_size: int = BLOCK_SIZE,
     load_format: str = "auto",
     expert_parallel: bool = False,
+    fp8: bool = False,
 ) -> tuple[Model, Backend]:
     """A loaded model and its backend (the one that manta would choose, unless given)."""
     config = load_config(path)
     traits = read_traits(config)
     place = Place(CPU, dtype, group or Group(), expert_parallel)
-    shapes = attention_shapes(traits, place, block_size)
+    shapes = attention_shapes(traits, place, block_size, fp8)
     attention = choose_backends(shapes)
     if backend is not None:
         given = [backend(shape) for shape in shapes]

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.errors import ConfigError
 from workers.attention import AttentionBackend, AttentionShape, Prologue, choose_backend
 from workers.attention.cpu import CpuAttention
+from workers.attention.fp8 import decode, encode
 from workers.attention.gather import GatherAttention
 from workers.batch import Batch
 
@@ -49,7 +50,8 @@ def batch_of(tables: list[Tensor], rows: list[tuple[int, int]], block_size: int)
 
 
 class World:
-    """Sequences with random queries, keys and values, and a cache of NaN to put them in."""
+    """Sequences with random queries, keys and values, and a cache of NaN to put them in, or of what
+    is no number in 8-bit floats."""
 
     def __init__(self, shape: AttentionShape, contexts: list[int], seed: int = 0) -> None:
         random = torch.Generator().manual_seed(seed)
@@ -64,9 +66,14 @@ class World:
             torch.randn(c, heads, shape.head_dim, generator=random).to(shape.dtype)
             for c in contexts
         ]
+        if shape.fp8:  # of keys and values of any size
+            for qkv in self.qkv:
+                kv = qkv[:, shape.num_heads :]
+                kv *= 2.0 ** torch.randint(-9, 2, kv.shape[:2], generator=random)[..., None]
 
     def cache(self, backend: AttentionBackend) -> Tensor:
-        return backend.allocate(self.num_blocks).fill_(float("nan"))
+        cache = backend.allocate(self.num_blocks)
+        return cache.fill_(255 if self.shape.fp8 else float("nan"))
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv = self.shape.num_heads, self.shape.num_kv_heads
@@ -106,7 +113,12 @@ class World:
         return self.step(backend, cache, rows, window)
 
     def exact(self, sequence: int, queries: int, window: int | None = None) -> Tensor:
-        q, k, v = (x.double() for x in self.split(self.qkv[sequence]))
+        q, kv = self.qkv[sequence].split(
+            [self.shape.num_heads, len(self.qkv[sequence][0]) - self.shape.num_heads], 1
+        )
+        if self.shape.fp8:
+            kv = decode(encode(kv), torch.float32)
+        q, k, v = (x.double() for x in self.split(torch.cat((q.to(kv.dtype), kv), 1)))
         group = self.shape.num_heads // self.shape.num_kv_heads
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[-queries:], k) * self.shape.scale
@@ -142,22 +154,25 @@ class World:
     st.sampled_from([16, 32, 48, 64, 80, 96, 128]),
     st.sampled_from([16, 32, 48]),
     st.sampled_from([None, 1, 7, 33]),
+    st.booleans(),
 )
 def test_any_mix_of_rows(
     backend: type, dtype: torch.dtype, heads: int, kv_heads: int,
-    rows: list[tuple[int, int]], dim: int, block_size: int, window: int | None,
+    rows: list[tuple[int, int]], dim: int, block_size: int, window: int | None, fp8: bool,
 ) -> None:  # fmt: skip
     contexts, queries = [c for c, _ in rows], [n for _, n in rows]
-    world = World(shape_of(heads, kv_heads, dim, block_size, dtype), contexts)
+    shape = shape_of(heads, kv_heads, dim, block_size, dtype)
+    world = World(replace(shape, fp8=fp8), contexts)
     world.check(world.run(backend(world.shape), queries, window), queries, window)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 300, 700])
-def test_long_contexts(backend: type, dtype: torch.dtype, window: int | None) -> None:
+@pytest.mark.parametrize("window, fp8", [(None, False), (300, True), (700, False), (None, True)])
+def test_long_contexts(backend: type, dtype: torch.dtype, window: int | None, fp8: bool) -> None:
     queries = [1, 1, 60, 600, 3]
-    world = World(shape_of(4, 2, 64, 32, dtype), [513, 1301, 1100, 600, 5])
+    shape = replace(shape_of(4, 2, 64, 32, dtype), fp8=fp8)
+    world = World(shape, [513, 1301, 1100, 600, 5])
     world.check(world.run(backend(world.shape), queries, window), queries, window)
 
 
@@ -185,19 +200,23 @@ def test_large_groups_and_heads(heads: int, kv_heads: int, dim: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads, dim, latent", [(20, 576, 512), (50, 80, 64)])
-def test_latents(backend: type, dtype: torch.dtype, heads: int, dim: int, latent: int) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_latents(
+    backend: type, dtype: torch.dtype, heads: int, dim: int, latent: int, fp8: bool
+) -> None:
     queries = [1, 1, 40, 3]
-    shape = replace(shape_of(heads, 1, dim, 32, dtype), latent=latent)
+    shape = replace(shape_of(heads, 1, dim, 32, dtype), latent=latent, fp8=fp8)
     world = World(shape, [513, 70, 129, 5])
     world.check(world.run(backend(shape), queries), queries)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads, kv_heads, latent", [(4, 4, None), (8, 2, None), (50, 1, 48)])
+@pytest.mark.parametrize("fp8", [False, True])
 def test_result_does_not_depend_on_batch_chunks_or_threads(
-    dtype: torch.dtype, heads: int, kv_heads: int, latent: int | None
+    dtype: torch.dtype, heads: int, kv_heads: int, latent: int | None, fp8: bool
 ) -> None:
-    shape = replace(shape_of(heads, kv_heads, 64, 16, dtype), latent=latent)
+    shape = replace(shape_of(heads, kv_heads, 64, 16, dtype), latent=latent, fp8=fp8)
     world = World(shape, [1200, 300, 77])
     backend = CpuAttention(world.shape)
     threads = torch.get_num_threads()
@@ -230,8 +249,9 @@ def test_block_filled_in_this_step_is_shared(backend: type) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_whole_blocks_can_be_copied(backend: type) -> None:
-    world = World(shape_of(4, 2, 32, dtype=torch.bfloat16), [50])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_whole_blocks_can_be_copied(backend: type, fp8: bool) -> None:
+    world = World(replace(shape_of(4, 2, 32, dtype=torch.bfloat16), fp8=fp8), [50])
     world.num_blocks += 4
     model = backend(world.shape)
     cache, moved = world.cache(model), world.cache(model)

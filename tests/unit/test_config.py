@@ -25,7 +25,7 @@ VLLM = {
     "chat_template_content_format", "quantization",
     "max_logprobs", "generation_config", "seed", "block_size", "gpu_memory_utilization",
     "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "enable_prefix_caching",
-    "mamba_block_size",
+    "mamba_block_size", "kv_cache_dtype",
     "max_cudagraph_capture_size",
     "max_num_seqs", "max_num_batched_tokens", "enable_chunked_prefill", "scheduling_policy",
     "enforce_eager", "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel",

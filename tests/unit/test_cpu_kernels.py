@@ -302,9 +302,11 @@ def generic(tmp_path_factory: pytest.TempPathFactory) -> build.Library:
 
 
 @EACH_DTYPE
-@pytest.mark.parametrize("window", [None, 90])
-def test_generic_attention(generic: build.Library, dtype: torch.dtype, window: int | None) -> None:
-    shape = AttentionShape(8, 2, 80, 80**-0.5, 16, dtype, torch.device("cpu"))
+@pytest.mark.parametrize("window, fp8", [(None, False), (90, False), (90, True)])
+def test_generic_attention(
+    generic: build.Library, dtype: torch.dtype, window: int | None, fp8: bool
+) -> None:
+    shape = AttentionShape(8, 2, 80, 80**-0.5, 16, dtype, torch.device("cpu"), fp8=fp8)
     rows = [(1, 33), (40, 40), (700, 700)]  # queries, context
     queries, contexts = torch.tensor(rows).T
     tables = torch.randperm(3 * 44).int().view(3, 44)

@@ -112,7 +112,7 @@ def test_what_asks_for_nothing_is_accepted(name: str, capsys: pytest.CaptureFixt
     ("words", "message"),
     [
         ("-q bitsandbytes", "quantization must be one of fp8, gptq, awq, compressed-tensors"),
-        ("--kv-cache-dtype fp8", "kv_cache_dtype='fp8' is not supported: KV blocks are float32"),
+        ("--kv-cache-dtype fp8_e5m2", "kv_cache_dtype must be one of auto, fp8, fp8_e4m3"),
         ("--tool-server demo", "tool_server='demo' is not supported: output is"),
         ("--tool-call-parser hermse", "tool_call_parser must be one of auto, none, cohere"),
         ("--cudagraph-capture-sizes 1 2 4", "cudagraph_capture_sizes=1 is not supported"),

@@ -24,6 +24,7 @@ from workers.models.base import Layer
 from workers.parallel import Group, Place
 from workers.quantization.codes import Coded
 from workers.quantization.config import read_quantization, with_quantization
+from workers.quantization.kv_cache import keeps_fp8
 from workers.quantization.quantization import PLAIN
 
 CPU = torch.device("cpu")
@@ -347,3 +348,28 @@ def test_experts_in_codes_are_those_in_numbers(format: str, whole: bool) -> None
     chosen = torch.rand(5, 4).topk(2).indices.int()
     found, expected = (layer(x, weights, chosen, None) for layer in layers)
     torch.testing.assert_close(found, expected)
+
+
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+def test_a_checkpoint_may_ask_for_keys_and_values_of_8_bits() -> None:
+    settings: dict[str, Any] = {"quant_method": "compressed-tensors", "kv_cache_scheme": SCHEME}
+    asks = Config({"quantization_config": settings}, "config.json")
+    integers = Config({"quantization_config": {"kv_cache_scheme": SCHEME | {"type": "int"}}}, "c")
+    none = Config({}, "config.json")
+    assert keeps_fp8("auto", asks, torch.bfloat16)
+    assert not keeps_fp8("auto", integers, torch.bfloat16)
+    assert not keeps_fp8("auto", none, torch.bfloat16)
+    assert keeps_fp8("fp8_e4m3", none, torch.bfloat16)
+    assert not keeps_fp8("bfloat16", asks, torch.bfloat16)
+    with pytest.raises(ConfigError, match="kv_cache_dtype='bfloat16': allowed are auto, fp8 and f"):
+        keeps_fp8("bfloat16", asks, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "scale", ["self_attn.k_scale", "self_attn.attn.v_scale", "self_attn.k_proj.output_scale"]
+)
+def test_scales_of_keys_and_values_mean_nothing(scale: str) -> None:
+    quantization = read({"quant_method": "compressed-tensors", "kv_cache_scheme": SCHEME})
+    assert quantization.canonical(f"model.layers.0.{scale}") is None

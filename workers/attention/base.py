@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.plan import Ints, StepPlan
 from workers import kernels
+from workers.attention.fp8 import SCALE_BYTES
 from workers.batch import Batch
 
 Arrays = tuple[Ints, ...]
@@ -20,7 +21,8 @@ class AttentionShape:
 
     Not ``causal``: queries see all of their row's keys, and the row is a whole prompt. ``cap`` is a
     soft cap of scaled products (Gemma 2): cap · tanh(x / cap). ``latent``: a key's last so many
-    elements are its value (DeepSeek V2).
+    elements are its value (DeepSeek V2). ``fp8``: the cache holds keys and values as 8-bit floats
+    (workers/attention/fp8.py), else in ``dtype``.
     """
 
     num_heads: int
@@ -33,10 +35,20 @@ class AttentionShape:
     causal: bool = True
     cap: float | None = None
     latent: int | None = None
+    fp8: bool = False
 
     @property
     def value_dim(self) -> int:
         return self.latent or self.head_dim
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of what blocks are made of."""
+        return torch.uint8 if self.fp8 else self.dtype
+
+    def cell_size(self, dim: int) -> int:
+        """Elements of ``cache_dtype`` that a vector of ``dim`` takes in a block."""
+        return dim + SCALE_BYTES if self.fp8 else dim
 
 
 @dataclass(frozen=True)
@@ -127,4 +139,4 @@ class AttentionBackend(LayerAttention, Protocol):
 
 def block_bytes(backend: LayerAttention) -> int:
     """Bytes of what one layer keeps in one block."""
-    return math.prod(backend.block_shape) * backend.shape.dtype.itemsize
+    return math.prod(backend.block_shape) * backend.shape.cache_dtype.itemsize

@@ -17,7 +17,7 @@ MAX_HEAD_DIM = 576
 
 
 class AttentionStep(ctypes.Structure):
-    """``Step`` of cpu.cpp: what all layers of a step share."""
+    """``Step`` of cells.h: what all layers of a step share."""
 
     _fields_ = [
         ("heads", ctypes.c_int32),
@@ -25,6 +25,7 @@ class AttentionStep(ctypes.Structure):
         ("dim", ctypes.c_int32),
         ("value_dim", ctypes.c_int32),
         ("block_size", ctypes.c_int32),
+        ("fp8", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("rows", ctypes.c_int32),
         ("tokens", ctypes.c_int64),
@@ -50,7 +51,7 @@ class CpuAttention:
 
     Causal and without a soft cap only. A query's result does not depend, not in one bit, on the
     other rows of its batch, on how its prompt was cut into chunks or on the number of threads. The
-    layout of a block is described in cpu.cpp. Raises ConfigError for a shape outside these limits.
+    layout of a block is described in cells.h. Raises ConfigError for a shape outside these limits.
     """
 
     def __init__(self, shape: AttentionShape) -> None:
@@ -80,12 +81,13 @@ class CpuAttention:
     @property
     def block_shape(self) -> tuple[int, ...]:
         s = self.shape
-        return s.num_kv_heads, s.block_size, s.head_dim + s.value_dim
+        width = s.cell_size(s.head_dim) + s.cell_size(s.value_dim)
+        return s.num_kv_heads, s.block_size, width
 
     def allocate(self, num_blocks: int) -> Tensor:
         """One layer's cache, on huge pages where the system has them: decode jumps between blocks,
         and with small pages spends its time in page-table walks."""
-        return huge_tensor((num_blocks, *self.block_shape), self.shape.dtype)
+        return huge_tensor((num_blocks, *self.block_shape), self.shape.cache_dtype)
 
     def arrays(self, plan: StepPlan) -> Arrays:
         return ()
@@ -104,6 +106,7 @@ class CpuAttention:
             dim=shape.head_dim,
             value_dim=shape.value_dim,
             block_size=shape.block_size,
+            fp8=shape.fp8,
             scale=shape.scale,
             rows=batch.context_lens.shape[0],
             tokens=batch.cells.shape[0],

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.plan import StepPlan
 from workers.attention.base import Arrays, AttentionShape, Prologue
+from workers.attention.fp8 import decode, encode
 from workers.batch import Batch
 
 MAX_GATHERED = 1 << 26  # elements of keys gathered at once
@@ -23,7 +24,7 @@ class Group(NamedTuple):
 
 class GatherAttention:
     """An AttentionBackend for any device, dtype and shape. A block is [2, block_size, kv_heads, D],
-    of latents [1, ...].
+    of latents [1, ...]; of 8-bit floats each vector has its scale behind it.
 
     Rows of one query are taken together, padded to the longest context; others one by one.
     """
@@ -38,11 +39,12 @@ class GatherAttention:
     @property
     def block_shape(self) -> tuple[int, ...]:
         s = self.shape
-        return 2 if s.latent is None else 1, s.block_size, s.num_kv_heads, s.head_dim
+        planes, width = 2 if s.latent is None else 1, s.cell_size(s.head_dim)
+        return planes, s.block_size, s.num_kv_heads, width
 
     def allocate(self, num_blocks: int) -> Tensor:
         s = self.shape
-        return torch.empty((num_blocks, *self.block_shape), dtype=s.dtype, device=s.device)
+        return torch.empty((num_blocks, *self.block_shape), dtype=s.cache_dtype, device=s.device)
 
     def arrays(self, plan: StepPlan) -> Arrays:
         return ()
@@ -82,9 +84,9 @@ class GatherAttention:
         q, k, v = prologue.split(qkv, batch.positions, s)
         block, offset = batch.cells // s.block_size, batch.cells % s.block_size
         if k.shape[1]:
-            cache[block, 0, offset] = k
+            cache[block, 0, offset] = encode(k) if s.fp8 else k
             if s.latent is None:
-                cache[block, 1, offset] = v
+                cache[block, 1, offset] = encode(v) if s.fp8 else v
         out = q.new_empty(len(q), s.num_heads, s.value_dim)
         for group in batch.attention:
             part = self._rows(batch, cache, q[group.tokens], group, prologue)
@@ -110,6 +112,8 @@ class GatherAttention:
         used = seen.any(1)
         alive = used.view(len(rows), blocks, -1).any(-1)
         pages = cache[tables.where(alive, 0)]  # [rows, blocks, 2 or 1, block_size, kv_heads, D]
+        if s.fp8:
+            pages = decode(pages, s.dtype)
         keys, values = (
             page.flatten(1, 2).where(used[..., None, None], 0).transpose(1, 2)
             for page in (pages[:, :, 0], pages[:, :, -1, ..., -s.value_dim :])

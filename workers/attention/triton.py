@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 from engine.plan import StepPlan, ints
 from workers import kernels
 from workers.attention.base import Arrays, AttentionShape, Prologue
+from workers.attention.fp8 import encode
 from workers.batch import Batch
 
 MAX_HEAD_DIM = 512  # of a value
@@ -60,11 +61,12 @@ class TritonAttention:
     @property
     def block_shape(self) -> tuple[int, ...]:
         s = self.shape
-        return 2 if s.latent is None else 1, s.num_kv_heads, s.block_size, s.head_dim
+        planes, width = 2 if s.latent is None else 1, s.cell_size(s.head_dim)
+        return planes, s.num_kv_heads, s.block_size, width
 
     def allocate(self, num_blocks: int) -> Tensor:
         s = self.shape
-        return torch.empty((num_blocks, *self.block_shape), dtype=s.dtype, device=s.device)
+        return torch.empty((num_blocks, *self.block_shape), dtype=s.cache_dtype, device=s.device)
 
     def arrays(self, plan: StepPlan) -> Arrays:
         """counts [4], prefill items [n, 2] and decode items [n, 4]: see ``Rows`` of the
@@ -128,8 +130,21 @@ class TritonAttention:
             )  # fmt: skip
         q, k, _ = prologue.split(qkv, batch.positions, shape)
         if k.shape[1]:  # latents, of which there is one for all heads
-            cache.view(-1, shape.head_dim).index_copy_(0, batch.cells.long(), k[:, 0])
+            write_latents(cache, batch.cells.long(), k[:, 0])
         return q.flatten(1)
+
+
+def write_latents(cache: Tensor, cells: Tensor, latents: Tensor) -> None:
+    """latents [T, D] to ``cells`` [T] of a cache [num_blocks, 1, 1, block_size, D], or D + 1 of
+    8-bit floats (see workers/kernels/gpu/attention.py)."""
+    size, dim = cache.shape[3], latents.shape[1]
+    if cache.shape[4] == dim:
+        cache.view(-1, dim).index_copy_(0, cells, latents)
+        return
+    codes, exponents = cache.view(len(cache), -1).tensor_split([size * dim], 1)
+    coded, block, offset = encode(latents), cells // size, cells % size
+    codes.view(-1, size, dim)[block, offset] = coded[:, :dim]
+    exponents[block, offset] = coded[:, dim]
 
 
 def _spread(counts: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -1,104 +1,33 @@
-// Paged attention, and the store of keys and values.
+// Paged attention over the cells of cells.h.
 // Included by cpu.cpp, inside its namespace.
 
-//
-// A block holds, for each kv head, keys then values, in 32-bit units of PER elements along the
-// dimension that a product sums over: K [dim / PER][block_size] and V [block_size / PER][value_dim].
-// So both products of attention are the same register tile: rows of a small matrix broadcast
-// against vectors of the cache. Latents are therefore kept twice, as keys and as values.
-//
 // A query's result depends on its own context only, bit by bit: the order of every sum is fixed by
 // absolute positions (TILE, CHUNK), and not by threads, by the chunking of its prompt or by what
 // else is in the batch. Long contexts are split over threads at multiples of CHUNK
 // (Flash-Decoding, Dao et al. 2023); partial results are merged in order whether they were split
-// or not.
+// or not. Codes become numbers once a tile of keys, for all rows that share the pass.
 
 constexpr int TILE = 256;  // keys of one online-softmax step
 constexpr int CHUNK = 512;  // keys of one partial result
 constexpr int MAX_ROWS = 48;  // (query, head) pairs that share a pass over one kv head's keys
-constexpr int MAX_DIM = 576;
-
-struct Step {  // mirrored by AttentionStep in attention/cpu.py
-    int32_t heads, kv_heads, dim, value_dim, block_size;
-    float scale;
-    int32_t rows;
-    int64_t tokens;
-    int64_t table_stride;
-    const int32_t* query_starts;  // [rows + 1]
-    const int32_t* context_lens;  // [rows]
-    const int32_t* tables;  // [rows, table_stride]
-    const int64_t* cells;  // [tokens]
-
-    int64_t key_units(int per) const { return int64_t(block_size) * dim / per; }
-    int64_t head_units(int per) const { return int64_t(block_size) * (dim + value_dim) / per; }
-};
-
-typedef uint32_t u4 __attribute__((vector_size(16)));
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, u4{__VA_ARGS__})
-#endif
-
-// to[i * bs + t] = from[t][i] for 4 x 4 units.
-template <class T>
-inline void transpose4(const T* from, int64_t stride, uint32_t* to, int64_t bs) {
-    u4 a = load<u4>(from), b = load<u4>(from + stride);
-    u4 c = load<u4>(from + 2 * stride), d = load<u4>(from + 3 * stride);
-    u4 ab = SHUFFLE(a, b, 0, 4, 1, 5), AB = SHUFFLE(a, b, 2, 6, 3, 7);
-    u4 cd = SHUFFLE(c, d, 0, 4, 1, 5), CD = SHUFFLE(c, d, 2, 6, 3, 7);
-    store(to, SHUFFLE(ab, cd, 0, 1, 4, 5));
-    store(to + bs, SHUFFLE(ab, cd, 2, 3, 6, 7));
-    store(to + 2 * bs, SHUFFLE(AB, CD, 0, 1, 4, 5));
-    store(to + 3 * bs, SHUFFLE(AB, CD, 2, 3, 6, 7));
-}
-
-template <class E>
-void store_keys(uint32_t* to, int bs, const typename E::T* k, int64_t stride, int units, int run) {
-    int t = 0;
-    for (; t + 4 <= run; t += 4, k += 4 * stride)
-        for (int u = 0; u < units; u += 4)
-            transpose4(k + u * E::PER, stride, to + u * bs + t, bs);
-    for (; t < run; t++, k += stride)
-        for (int u = 0; u < units; u++) memcpy(to + u * bs + t, k + u * E::PER, 4);
-}
-
-template <class E>
-void store_values(uint32_t* to, int offset, const typename E::T* v, int64_t stride, int dim,
-                  int run) {
-    for (int t = 0; t < run; t++, offset++, v += stride) {
-        uint32_t* row = to + offset / E::PER * dim;
-        if constexpr (E::PER == 1) {
-            memcpy(row, v, dim * sizeof(*v));
-        } else if (offset % 2 == 0 && t + 1 < run) {  // a whole pair
-            for (int d = 0; d < dim; d++) row[d] = v[d] | uint32_t(v[stride + d]) << 16;
-            t++, offset++, v += stride;
-        } else {
-            uint16_t* half = reinterpret_cast<uint16_t*>(row) + offset % 2;
-            for (int d = 0; d < dim; d++) half[2 * d] = v[d];
-        }
-    }
-}
 
 // The new keys and values of a step.
-template <class E>
+template <class C>
 struct Source {
-    using T = typename E::T;
+    using T = typename C::T;
     const T* k;  // null: there are none
     int64_t k_stride;
     const T* v;
     int64_t v_stride;
 
     // Tokens first .. first + run - 1 of head h, which lie side by side in a block from `offset`.
-    void store(const Step& s, uint32_t* head, int h, int64_t first, int offset, int run) const {
-        store_keys<E>(head + offset, s.block_size, k + first * k_stride + h * s.dim, k_stride,
-                      s.dim / E::PER, run);
-        store_values<E>(head + s.key_units(E::PER), offset, v + first * v_stride + h * s.value_dim,
-                        v_stride, s.value_dim, run);
+    void store(const Step& s, char* head, int h, int64_t first, int offset, int run) const {
+        C::store(s, head, offset, run, k + first * k_stride + h * s.dim, k_stride,
+                 v + first * v_stride + h * s.value_dim, v_stride);
     }
 
     // Tokens begin .. end - 1, wherever they go.
-    void store(const Step& s, uint32_t* cache, int64_t begin, int64_t end) const {
+    void store(const Step& s, char* cache, int64_t begin, int64_t end) const {
         const int bs = s.block_size;
         while (begin < end) {
             const int64_t cell = s.cells[begin];
@@ -106,9 +35,9 @@ struct Source {
             int run = 1;
             while (begin + run < end && offset + run < bs && s.cells[begin + run] == cell + run)
                 run++;
-            uint32_t* block = cache + cell / bs * s.kv_heads * s.head_units(E::PER);
+            char* block = cache + cell / bs * s.kv_heads * C::bytes(s);
             for (int h = 0; h < s.kv_heads; h++)
-                store(s, block + h * s.head_units(E::PER), h, begin, offset, run);
+                store(s, block + h * C::bytes(s), h, begin, offset, run);
             begin += run;
         }
     }
@@ -125,10 +54,7 @@ struct Ahead {
     int count = 0;
     int rate = 0;  // cache lines for each call of fetch
 
-    void add(const uint32_t* begin, int64_t units) {
-        regions[count++] = {reinterpret_cast<const char*>(begin),
-                            reinterpret_cast<const char*>(begin + units)};
-    }
+    void add(const char* begin, int64_t bytes) { regions[count++] = {begin, begin + bytes}; }
 
     void spread(int64_t calls) {
         int64_t bytes = 0;
@@ -266,17 +192,31 @@ struct Whole {  // a task that was split: whoever ends last merges parts first .
     std::atomic<int32_t> left{0};
 };
 
-template <class E>
+// Where a tile's codes become numbers: as a block of TILE cells. It is kept between calls, as memory
+// that is new would have to be found page by page.
+struct Numbers {
+    std::vector<uint32_t> keys, values;
+
+    static Numbers& of_thread(const Step& s, int per) {
+        static thread_local Numbers numbers;
+        numbers.keys.resize(std::max<size_t>(numbers.keys.size(), TILE / per * s.dim));
+        numbers.values.resize(std::max<size_t>(numbers.values.size(), TILE / per * s.value_dim));
+        return numbers;
+    }
+};
+
+template <class C>
 class Attention {
+    using E = typename C::E;
     using T = typename E::T;
     static constexpr int PER = E::PER;
     static constexpr int UNIT_TILE = TILE / PER;
 
     const Step& s;
-    uint32_t* cache;
+    char* cache;
     const T* q;
     const int64_t q_stride;
-    const Source<E> source;
+    const Source<C> source;
     T* out;
     const float* sinks;  // [heads]: logits that take a share of the attention and give nothing
     const int window;  // a query at p sees p - window + 1 .. p
@@ -297,12 +237,13 @@ class Attention {
         uint32_t last[MAX_DIM];  // the unit of V that holds the context's end, zeros past it
         int32_t position[MAX_ROWS];
         Ahead ahead;
+        uint32_t *keys, *values;  // the numbers of a tile's codes
         const Task* next;  // what this thread does after the task at hand; or null
     };
 
   public:
-    Attention(const Step& s, uint32_t* cache, const T* q, int64_t q_stride,
-              const Source<E>& source, T* out, const float* sinks, int window)
+    Attention(const Step& s, char* cache, const T* q, int64_t q_stride, const Source<C>& source,
+              T* out, const float* sinks, int window)
         : s(s), cache(cache), q(q), q_stride(q_stride), source(source), out(out), sinks(sinks),
           window(window > 0 ? window : std::numeric_limits<int>::max() / 2),
           splits(splits_of(s.heads / s.kv_heads)), kv_heads(s.kv_heads * splits),
@@ -314,6 +255,10 @@ class Attention {
         std::atomic<size_t> counter{0};
         parallel(threads, [&] {
             Scratch w;
+            if constexpr (C::CODED) {
+                Numbers& numbers = Numbers::of_thread(s, PER);
+                w.keys = numbers.keys.data(), w.values = numbers.values.data();
+            }
             auto take = [&]() -> const Task* {
                 size_t i = counter.fetch_add(1, std::memory_order_relaxed);
                 return i < tasks.size() ? &tasks[i] : nullptr;
@@ -439,8 +384,11 @@ class Attention {
         }
     }
 
-    uint32_t* head_of(int32_t block, int h) const {
-        return cache + (int64_t(block) * s.kv_heads + h / splits) * s.head_units(PER);
+    char* head_of(int32_t block, int h) const {
+        return cache + (int64_t(block) * s.kv_heads + h / splits) * C::bytes(s);
+    }
+    const uint32_t* units(int32_t block, int h) const {
+        return reinterpret_cast<const uint32_t*>(head_of(block, h));
     }
 
     // Plans the fetching of the tile after keys base .. base + filled - 1 of this task and head.
@@ -460,9 +408,7 @@ class Attention {
         const int end = std::min(base + TILE, last_key(*t)), bs = s.block_size;
         const int32_t* table = s.tables + t->row * s.table_stride;
         for (int p = base / bs * bs; p < end; p += bs) {
-            const uint32_t* block = head_of(table[p / bs], h);
-            const int seen = std::min(bs, end - p);
-            w.ahead.add(block, int64_t(bs / PER) * (s.dim + seen * s.value_dim / bs));
+            w.ahead.add(head_of(table[p / bs], h), C::bytes(s, std::min(bs, end - p)));
         }
         w.ahead.spread(tiles * (score_calls + value_calls));
     }
@@ -492,7 +438,12 @@ class Attention {
             for (int i = 0; i < filled; i += 16) {
                 // A block that no query of this task sees may be gone: read any other instead.
                 const int seen = std::max(base + i, low);
-                const uint32_t* from = head_of(table[seen / bs], h) + (base + i) % bs;
+                const uint32_t* from = w.keys + i;
+                if constexpr (!C::CODED)
+                    from = units(table[seen / bs], h) + (base + i) % bs;
+                else if (base + i + 16 > low)
+                    C::read(s, head_of(table[(base + i) / bs], h), (base + i) % bs, filled - i,
+                            w.keys, w.values, i, TILE);
                 for (int j = 0; j < 16; j += VL) keys[(i + j) / VL] = from + j;
             }
             for (int m = 0; m < rows; m += step) {
@@ -515,10 +466,11 @@ class Attention {
     void tile(Scratch& w, State& state, int m, int base, const uint32_t* const* keys, int end,
               const Segment* segments, int count, int skip) {
         const int dim = s.value_dim, units = s.dim / PER, vectors = (end + VL - 1) / VL;
+        const int stride = C::CODED ? TILE : s.block_size;
         int v = 0;
         auto scores = [&](auto nv) {
             constexpr int NV = decltype(nv)::value;
-            score_tile<E, NQ, NV>(w.q + m * units, units, keys + v, s.block_size, units,
+            score_tile<E, NQ, NV>(w.q + m * units, units, keys + v, stride, units,
                                   w.scores + v * VL, w.ahead);
         };
         for (; v + MAX_NV <= vectors; v += MAX_NV) scores(std::integral_constant<int, MAX_NV>{});
@@ -543,10 +495,14 @@ class Attention {
                Segment* segments) const {
         const int bs = s.block_size, dim = s.value_dim;
         int count = 0;
+        if constexpr (C::CODED) {
+            segments[0] = {w.values + skip / PER * dim, (end - skip + PER - 1) / PER};
+            return 1;
+        }
         for (int i = skip; i < end;) {
             const int p = base + i, offset = p % bs, n = std::min(bs - offset, end - i);
             const uint32_t* v =
-                head_of(table[p / bs], h) + s.key_units(PER) + offset / PER * dim;
+                units(table[p / bs], h) + int64_t(bs) * s.dim / PER + offset / PER * dim;
             segments[count++] = {v, (n + PER - 1) / PER};
             i += n;
             if (PER == 2 && n % 2 && base + i == context) {
@@ -610,13 +566,13 @@ class Attention {
     }
 };
 
-template <class E>
+template <class C>
 void attend(const Step& s, void* cache, const void* q, int64_t q_stride, const void* k,
             int64_t k_stride, const void* v, int64_t v_stride, void* out, const float* sinks,
             int window, int threads) {
-    using T = typename E::T;
-    const Source<E> source{static_cast<const T*>(k), k_stride, static_cast<const T*>(v), v_stride};
-    Attention<E>(s, static_cast<uint32_t*>(cache), static_cast<const T*>(q), q_stride, source,
+    using T = typename C::T;
+    const Source<C> source{static_cast<const T*>(k), k_stride, static_cast<const T*>(v), v_stride};
+    Attention<C>(s, static_cast<char*>(cache), static_cast<const T*>(q), q_stride, source,
                  static_cast<T*>(out), sinks, window)
         .run(threads);
 }

@@ -39,6 +39,7 @@ namespace {
 #include "gemm.h"
 #include "codes.h"
 #include "vectors.h"
+#include "cells.h"
 #include "attention.h"
 #include "rows.h"
 #include "delta.h"
@@ -55,7 +56,8 @@ namespace {
                                         const void* k, int64_t ks, const void* v, int64_t vs,     \
                                         void* out, const float* sinks, int window,                \
                                         int threads) {                                            \
-        attend<E>(*s, cache, q, qs, k, ks, v, vs, out, sinks, window, threads);                   \
+        (s->fp8 ? attend<CodedCells<E>> : attend<PlainCells<E>>)(                                 \
+            *s, cache, q, qs, k, ks, v, vs, out, sinks, window, threads);                         \
     }                                                                                             \
     extern "C" void manta_rope_##name(void* q, int64_t q_stride, int q_heads, void* k,            \
                                       int64_t k_stride, int k_heads, int dim, int64_t tokens,     \

@@ -112,8 +112,11 @@ class Traits:
         return None
 
 
-def attention_shapes(traits: Traits, place: Place, block_size: int) -> list[AttentionShape]:
-    """The attention of one rank, as backends need it, with each of the ``head_kinds``.
+def attention_shapes(
+    traits: Traits, place: Place, block_size: int, fp8: bool = False
+) -> list[AttentionShape]:
+    """The attention of one rank, as backends need it, with each of the ``head_kinds``; ``fp8``: its
+    cache is of 8-bit floats.
 
     Raises ConfigError if the group does not divide the heads.
     """
@@ -132,6 +135,7 @@ def attention_shapes(traits: Traits, place: Place, block_size: int) -> list[Atte
                 causal=traits.causal,
                 cap=traits.attention_cap,
                 latent=traits.latent,
+                fp8=fp8,
             )
         )
     return shapes

@@ -23,7 +23,8 @@ FORMATS = (
 BESIDE = frozenset(
     {
         "weight_shape", "input_scale", "input_zero_point", "input_global_scale",
-        "k_scale", "v_scale", "q_scale",
+        "k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "output_scale",
+        "output_zero_point",
     }
 )  # fmt: skip
 

@@ -94,15 +94,22 @@ METHODS: dict[str, Callable[[Config], Quantization]] = {
 }
 
 
-def read_quantization(config: Config) -> Quantization:
-    """How a checkpoint's linears are stored. Raises CheckpointError, naming the field."""
+def settings_of(config: Config) -> Config | None:
+    """The quantization_config, if there is one. Raises CheckpointError if it is no object."""
     field = FIELD if FIELD in config else OLD_FIELD
     if field not in config:
-        return PLAIN
+        return None
     values = config.get(field)
     if not isinstance(values, dict):
         raise config.error(field, "must be an object")
-    settings = Config(values, f"{config.source}: {field}")
+    return Config(values, f"{config.source}: {field}")
+
+
+def read_quantization(config: Config) -> Quantization:
+    """How a checkpoint's linears are stored. Raises CheckpointError, naming the field."""
+    settings = settings_of(config)
+    if settings is None:
+        return PLAIN
     default = "compressed-tensors" if "config_groups" in settings else ""
     return METHODS[settings.choice("quant_method", default, tuple(METHODS))](settings)
 

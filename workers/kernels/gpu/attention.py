@@ -13,7 +13,9 @@ recomputed after preemption, or part of a prompt, nor how that was cut. What mak
   threads share a tile, as that of a reduction does.
 
 A layer's cache is [num_blocks, 2, kv_heads, block_size, D], or of latents [num_blocks, 1, kv_heads,
-block_size, R + D], where the last D elements of a key are its value. Decode is bound by reading it,
+block_size, R + D], where the last D elements of a key are its value. One of 8-bit floats
+(workers/attention/fp8.py) has a byte more for each vector: behind the codes of a head in a block
+are the exponents of its block_size scales. Decode is bound by reading it,
 prefill by its products: 4 · T · context · heads · D operations, and a twelfth of that for the sums.
 """
 
@@ -26,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.gpu.chain import begin, chained
+from workers.kernels.gpu.fp8 import e4m3, is_fp8, scales
 
 SPLIT = 512  # keys of a span: enough of these keep a GPU busy, few enough cost little to merge
 MOST_PART = 16  # query heads over one latent that share a program
@@ -43,17 +46,27 @@ def _power(exponent):
 
 
 @triton.jit
+def _read(at, d, mask, dtype: tl.constexpr, FP8: tl.constexpr):
+    """Elements d of the vectors at pointers ``at`` [N]; of codes, before their scale."""
+    x = tl.load(at[:, None] + d[None, :], mask=mask, other=0)
+    if FP8:
+        x = e4m3(x).to(dtype)
+    return x
+
+
+@triton.jit
 def _blocks(
     most, total, acc, q, front, positions, cache, table, head, start, low, stop, scale, window,
     KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     RP: tl.constexpr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, FP8: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """Goes on with ``_span`` over keys start to stop - 1. Not MASKED: every query sees all of them,
     and they are whole blocks of N keys."""
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     d = tl.arange(0, DP)
-    ones = tl.full([N, 16], 1.0, cache.dtype.element_ty)
+    ones = tl.full([N, 16], 1.0, q.dtype)
+    per_head: tl.constexpr = BLOCK_SIZE * (R + D + FP8)
     first = tl.arange(0, 16)[None, :] == 0
     for at in range(start, stop, N):
         key = at + tl.arange(0, N)
@@ -66,22 +79,25 @@ def _blocks(
             block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
         inside = there[:, None] & (d < D)[None, :]
         if R > 0:
-            cell = (block * KV_HEADS + head) * (BLOCK_SIZE * (R + D)) + (key % BLOCK_SIZE) * (R + D)
-            v = tl.load(cache + R + cell[:, None] + d[None, :], mask=inside, other=0.0)
+            keys = cache + (block * KV_HEADS + head) * per_head
+            values = keys
+            cell = key % BLOCK_SIZE * (R + D)
+            v = _read(values + cell + R, d, inside, q.dtype, FP8)
             r = tl.arange(0, RP)
             turned = there[:, None] & (r < R)[None, :]
-            f = tl.load(cache + cell[:, None] + r[None, :], mask=turned, other=0.0)
+            f = _read(keys + cell, r, turned, q.dtype, FP8)
             s = tl.dot(q, tl.trans(v), input_precision=precision)
             s = tl.dot(front, tl.trans(f), s, input_precision=precision) * scale
         else:
-            cell = block * (2 * KV_HEADS * BLOCK_SIZE * D) + (key % BLOCK_SIZE) * D
-            cell += head * BLOCK_SIZE * D
-            k = tl.load(cache + cell[:, None] + d[None, :], mask=inside, other=0.0)
-            v = tl.load(
-                cache + KV_HEADS * BLOCK_SIZE * D + cell[:, None] + d[None, :], mask=inside,
-                other=0.0,
-            )  # fmt: skip
+            keys = cache + (block * (2 * KV_HEADS) + head) * per_head
+            values = keys + KV_HEADS * per_head
+            cell = key % BLOCK_SIZE * D
+            k = _read(keys + cell, d, inside, q.dtype, FP8)
+            v = _read(values + cell, d, inside, q.dtype, FP8)
             s = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+        if FP8:  # powers of two: it does not matter where they are multiplied by
+            at_scale = BLOCK_SIZE * (R + D) + key % BLOCK_SIZE
+            s *= scales(tl.load(keys + at_scale, mask=there, other=0))[None, :]
         if CAP > 0:  # soft cap (Gemma 2): cap · tanh(s / cap)
             s = CAP * _LOG2E * (2 * tl.sigmoid(s * (2 / (CAP * _LOG2E))) - 1)
         if MASKED:
@@ -93,11 +109,12 @@ def _blocks(
         p = tl.exp2(s - higher[:, None])
         if MASKED:
             p = tl.where(seen, p, 0.0)
-        p = p.to(v.dtype)
         less = _power(most - higher)
-        sums = tl.dot(p, ones, input_precision=precision)
+        sums = tl.dot(p.to(q.dtype), ones, input_precision=precision)
+        if FP8:
+            p *= scales(tl.load(values + at_scale, mask=there, other=0))[None, :]
         total = total * less + tl.sum(tl.where(first, sums, 0.0), 1)
-        acc = acc * less[:, None] + tl.dot(p, v, input_precision=precision)
+        acc = acc * less[:, None] + tl.dot(p.to(q.dtype), v, input_precision=precision)
         most = higher
     return most, total, acc
 
@@ -107,7 +124,7 @@ def _span(
     q, front, positions, cache, table, head, start, low, seen_by_all, stop, scale, window,
     KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     RP: tl.constexpr, BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, FP8: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """Attention of q [M, DP] at ``positions`` [M] over keys start to stop - 1 of one sequence; of
     those before ``low`` no query sees any, and their blocks may hold anything. Without a window
@@ -124,12 +141,12 @@ def _span(
         whole = tl.maximum(tl.minimum(seen_by_all, stop) - start, 0) // N * N
         most, total, acc = _blocks(
             most, total, acc, q, front, positions, cache, table, head, start, low, start + whole,
-            scale, window, KV_HEADS, D, DP, R, RP, BLOCK_SIZE, N, False, WINDOW, CAP, IEEE,
+            scale, window, KV_HEADS, D, DP, R, RP, BLOCK_SIZE, N, False, WINDOW, CAP, FP8, IEEE,
         )  # fmt: skip
         start += whole
     return _blocks(
         most, total, acc, q, front, positions, cache, table, head, start, low, stop, scale, window,
-        KV_HEADS, D, DP, R, RP, BLOCK_SIZE, N, True, WINDOW, CAP, IEEE,
+        KV_HEADS, D, DP, R, RP, BLOCK_SIZE, N, True, WINDOW, CAP, FP8, IEEE,
     )  # fmt: skip
 
 
@@ -168,8 +185,8 @@ def _decode(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, IEEE: tl.constexpr,
-    CHAINED: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, FP8: tl.constexpr,
+    IEEE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Rows of one query. An item is (token, slot, context, span), those of a row side by side;
     ``counts[0]`` says how many.
@@ -212,7 +229,7 @@ def _decode(
             most, total, acc = _span(
                 query, front, positions, cache, tables + slot * table_stride,
                 part // (PARTS // KV_HEADS), start, low, context, stop, scale, window, KV_HEADS, D,
-                DP, R, RP, BLOCK_SIZE, M, N, WINDOW, CAP, IEEE,
+                DP, R, RP, BLOCK_SIZE, M, N, WINDOW, CAP, FP8, IEEE,
             )  # fmt: skip
             first = low // SPAN
             last = (context - 1) // SPAN
@@ -249,8 +266,8 @@ def _prefill(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, IEEE: tl.constexpr,
-    CHAINED: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, FP8: tl.constexpr,
+    IEEE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Rows of several queries. An item is (row, tile): M // GROUP queries of the row, each with the
     query heads of a part (see ``_decode``); ``counts[1]`` says how many there are, ``starts``
@@ -294,7 +311,7 @@ def _prefill(
                 tile_q, front, positions, cache, tables + slot * table_stride,
                 part // (PARTS // KV_HEADS), first, low,
                 context - count + tile * (M // GROUP) + 1, tl.minimum(at + SPAN, stop), scale,
-                window, KV_HEADS, D, DP, R, RP, BLOCK_SIZE, M, N, WINDOW, CAP, IEEE,
+                window, KV_HEADS, D, DP, R, RP, BLOCK_SIZE, M, N, WINDOW, CAP, FP8, IEEE,
             )  # fmt: skip
             higher = tl.maximum(most, most_s)
             less, less_s = _power(most - higher), _power(most_s - higher)
@@ -376,17 +393,19 @@ def tile_queries(heads: int, parts: int, dim: int, dtype: torch.dtype) -> int:
     return _tile(heads, parts, dim, dtype) // (heads // parts)
 
 
-def _options(cache: Tensor, traits: Traits) -> dict[str, Any]:
+def _options(q: Tensor, cache: Tensor, traits: Traits) -> dict[str, Any]:
     _, planes, kv_heads, block_size, width = cache.shape
+    fp8 = is_fp8(cache)
+    width -= fp8
     dim = traits.latent or width
     parts = parts_of(traits.heads, kv_heads, planes == 1)
     return {
         "HEADS": traits.heads, "KV_HEADS": kv_heads, "PARTS": parts,
         "GROUP": traits.heads // parts, "D": dim, "DP": max(16, triton.next_power_of_2(dim)),
         "R": width - dim, "RP": max(16, triton.next_power_of_2(width - dim)),
-        "BLOCK_SIZE": block_size, "N": _block(dim, cache.dtype), "SPAN": SPLIT,
+        "BLOCK_SIZE": block_size, "N": _block(dim, q.dtype), "SPAN": SPLIT,
         "WINDOW": traits.window is not None, "CAP": traits.cap, "SINK": traits.sinks is not None,
-        "IEEE": cache.dtype == torch.float32,
+        "FP8": fp8, "IEEE": q.dtype == torch.float32,
         # No product and sum become one instruction, which rounds once instead of twice, in one of
         # the loops and not in another.
         "enable_fp_fusion": False, **chained(cache.device),
@@ -401,7 +420,7 @@ def decode(
 
     ``tables`` [slots, blocks] int32 are the block tables. ``programs`` is the size of the grid.
     """
-    options = _options(cache, traits)
+    options = _options(q, cache, traits)
     _decode[(programs,)](
         q, q.stride(0), cache, tables, tables.stride(0), rows.decode, rows.counts, out,
         scratch.partial, scratch.stats, scratch.done, traits.sinks, traits.scale * LOG2E,
@@ -416,8 +435,8 @@ def prefill(
     q: Tensor, cache: Tensor, tables: Tensor, rows: Rows, traits: Traits, out: Tensor
 ) -> None:
     """Attention of the rows of several queries: as ``decode``."""
-    options = _options(cache, traits)
-    tile = _tile(traits.heads, options["PARTS"], options["D"], cache.dtype)
+    options = _options(q, cache, traits)
+    tile = _tile(traits.heads, options["PARTS"], options["D"], q.dtype)
     _prefill[(len(rows.prefill), options["PARTS"])](
         q, q.stride(0), cache, tables, tables.stride(0), rows.slots, rows.contexts, rows.starts,
         rows.prefill, rows.counts, out, traits.sinks, traits.scale * LOG2E, traits.window or 0,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.gpu.chain import chained, let_next_start, wait_for_previous
+from workers.kernels.gpu.fp8 import e4m3
 from workers.kernels.gpu.product import serves
 from workers.quantization.codes import HALF, Coded, Kind
 
@@ -22,12 +23,10 @@ ROWS, OUTPUTS = 64, 64  # that a program makes of codes, at a time
 
 @triton.jit
 def _numbers(codes, KIND: tl.constexpr):
-    """What the codes are as numbers, float32: floats of 8 and 4 bits have the bits of narrower
-    exponents in float16's places, and so are 2^8 and 2^14 times as large."""
+    """What the codes are as numbers, float32: floats of 4 bits have the bits of narrower exponents
+    in float16's places, and so are 2^14 times as large."""
     if KIND == _E4M3:
-        bits = codes.to(tl.uint16)
-        bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        return bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return e4m3(codes).to(tl.float32) * 256.0
     elif KIND == _E2M1:
         bits = codes.to(tl.uint16)
         bits = ((bits & 0x8) << 12) | ((bits & 0x7) << 9)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.gpu.chain import begin, chained
+from workers.kernels.gpu.fp8 import encoded, is_fp8
 
 
 @triton.jit
@@ -16,11 +17,11 @@ def _place(
     qkv, qkv_stride, bias, q_norm, k_norm, eps, cos, sin, positions, cells, q, cache,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, H: tl.constexpr, BIAS: tl.constexpr,
-    NORM: tl.constexpr, ROTATE: tl.constexpr, CHAINED: tl.constexpr,
+    NORM: tl.constexpr, ROTATE: tl.constexpr, FP8: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """A token and H of its heads each: qkv [T, (HEADS + 2 · KV_HEADS) · D] to q [T, HEADS · D] and
-    to the cells (block · BLOCK_SIZE + offset) of ``cache`` [num_blocks, 2, KV_HEADS, BLOCK_SIZE,
-    D]. Rotation is NeoX's (RoFormer, arXiv 2104.09864) of the first 2 · HALF elements; cos and sin
+    to the cells (block · BLOCK_SIZE + offset) of ``cache`` (see workers/kernels/gpu/attention.py).
+    Rotation is NeoX's (RoFormer, arXiv 2104.09864) of the first 2 · HALF elements; cos and sin
     are [max_positions, HALF] fp32."""
     begin(CHAINED)
     token = tl.program_id(0).to(tl.int64)
@@ -74,9 +75,13 @@ def _place(
     tl.store(q + token * (HEADS * D) + at, x, mask=mask & is_query[:, None])
     cell = tl.load(cells + token).to(tl.int64)
     which = tl.where(is_value, KV_HEADS, 0) + (heads - HEADS) % KV_HEADS
-    row = cell // BLOCK_SIZE * (2 * KV_HEADS) + which
-    to = (row * BLOCK_SIZE + cell % BLOCK_SIZE)[:, None] * D + d[None, :]
-    tl.store(cache + to, x, mask=mask & (heads >= HEADS)[:, None])
+    kept = (heads >= HEADS) & (heads < all_heads)
+    head = (cell // BLOCK_SIZE * (2 * KV_HEADS) + which) * (BLOCK_SIZE * (D + FP8))
+    to = head[:, None] + cell % BLOCK_SIZE * D + d[None, :]
+    if FP8:
+        x, exponents = encoded(x)
+        tl.store(cache + head + BLOCK_SIZE * D + cell % BLOCK_SIZE, exponents, mask=kept)
+    tl.store(cache + to, x, mask=kept[:, None] & (d < D)[None, :])
 
 
 def place(
@@ -92,9 +97,12 @@ def place(
     rotation: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """q [T, heads · D], ready for attention; keys and values of qkv [T, (heads + 2 · kv_heads) · D]
-    go to ``cells`` [T] of ``cache`` [num_blocks, 2, kv_heads, block_size, D]. ``norms`` are the
-    weights of q's and k's RMS norms, ``rotation`` the tables of cos and sin."""
-    _, _, kv_heads, block_size, dim = cache.shape
+    go to ``cells`` [T] of ``cache`` [num_blocks, 2, kv_heads, block_size, D], or D + 1 where it is
+    of 8-bit floats. ``norms`` are the weights of q's and k's RMS norms, ``rotation`` the tables of
+    cos and sin."""
+    _, _, kv_heads, block_size, width = cache.shape
+    fp8 = is_fp8(cache)
+    dim = width - fp8
     q = torch.empty(len(qkv), heads * dim, dtype=qkv.dtype, device=qkv.device)
     per_program = 4
     grid = len(qkv), triton.cdiv(heads + 2 * kv_heads, per_program)
@@ -104,6 +112,7 @@ def place(
         "HEADS": heads, "KV_HEADS": kv_heads, "D": dim, "DP": triton.next_power_of_2(dim),
         "HALF": 1 if cos is None else cos.shape[1], "BLOCK_SIZE": block_size, "H": per_program,
         "BIAS": bias is not None, "NORM": norms is not None, "ROTATE": cos is not None,
+        "FP8": fp8,
     }  # fmt: skip
     _place[grid](
         qkv, qkv.stride(0), bias, q_norm, k_norm, eps, cos, sin, positions, cells, q, cache,
