@@ -17,8 +17,7 @@ import torch
 
 SERVERS = ["tests/servers", "tests/gpu"]
 SECOND = [
-    f"tests/servers/test_{name}.py"
-    for name in ("autoscaling", "prometheus", "several_models", "soak", "starts")
+    f"tests/servers/test_{name}.py" for name in ("prometheus", "several_models", "soak", "starts")
 ]
 OTHERS = ["tests/house", "tests/unit", "tests/parity", "tests/e2e"]
 # One thread each: a parallel region ends when its last thread has had a core, which may be a while.

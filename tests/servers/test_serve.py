@@ -430,7 +430,7 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
             text=True,
             check=True,
         ).stdout
-        for options in (OPTIONS, [*OPTIONS[:8], "--config", several])
+        for options in (OPTIONS[2:], [*OPTIONS[2:8], "--config", several])
     ]
     variables = dict(
         RAY_SERVE_ENABLE_HA_PROXY="1",
@@ -469,7 +469,7 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
         ):
             until(lambda line=line: re.search(line, httpx.get(agent).text))
         deploy(texts[1])
-        until(lambda: served_names() == {"one", "two"} and len(processes()) == 4)
+        until(lambda: served_names() == {"one", "two"} and len(processes()) == 3)
         for name in ("one", "two"):
             one_answer(model=name)
         before = processes()
@@ -477,7 +477,7 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
         config["applications"].pop()
         config["applications"][0]["deployments"][0]["user_config"]["models"] = ["one"]
         deploy(yaml.safe_dump(config))
-        until(lambda: served_names() == {"one"} and len(processes()) == 3)
+        until(lambda: served_names() == {"one"} and len(processes()) == 2)
         assert processes() < before  # neither the other's engine nor the ingress is another
         one_answer(model="one")
         assert httpx.post(f"{URL}/v1/completions", json=body(model="two")).status_code == 404
