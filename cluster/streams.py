@@ -117,20 +117,23 @@ class Stream:
 
         Raises EngineError, naming the cause, if none is there in time.
         """
-        sign = time.monotonic() + SIGN
+        sign = 0.0  # when to give one
         while not self._ready:
             if self._error is not None:
                 raise self._error
             if not self._unfinished:
                 raise StopAsyncIteration
             if self._attempt is None:
+                sign = sign or time.monotonic() + SIGN
                 await self._go_on()
                 if self._attempt is None and time.monotonic() >= sign:
                     return []
-            elif time.monotonic() >= self._leave_at:
-                await self._try_to_leave(self._attempt)
+            elif self._leave_at == math.inf:
+                await self._woken()
+            elif (left := self._leave_at - time.monotonic()) > 0:
+                await asyncio.wait((self._woken(),), timeout=left)
             else:
-                await self._wait()
+                await self._try_to_leave(self._attempt)
         ready, self._ready = self._ready, []
         return ready
 
@@ -341,12 +344,10 @@ class Stream:
                 self.metrics.finished_time = time.monotonic()
         self._wake()
 
-    async def _wait(self) -> None:
+    def _woken(self) -> asyncio.Future[None]:
+        """Done as soon as there is something to see to."""
         self._waiter = waiter = asyncio.get_running_loop().create_future()
-        if self._leave_at == math.inf:
-            await waiter
-        else:
-            await asyncio.wait((waiter,), timeout=max(0.0, self._leave_at - time.monotonic()))
+        return waiter
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
 if TYPE_CHECKING:
     from engine.pooling import Vector
 
@@ -89,8 +91,7 @@ class RequestOutput:
         return all(output.finish_reason is not None for output in self.outputs)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """What a stream brings for one completion: new text, its tokens, and at the end why it ended.
 
     ``text`` may be empty while a character or a stop string could still be incomplete.

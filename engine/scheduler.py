@@ -9,7 +9,6 @@ running sequences are spread over several ``batches`` that are in flight at once
 common; only the chunks of a prompt, whose tokens are all known, follow each other without waiting.
 """
 
-import enum
 import heapq
 import itertools
 import operator
@@ -59,34 +58,19 @@ class SchedulerStats:
         self.preempted[key] += 1
 
 
-class _Kind(enum.Enum):
-    """What a row of a plan is."""
-
-    PREFILL = "prefill"  # of tokens that were known when its sequence was admitted
-    DECODE = "decode"  # of the token that was sampled last, and those that it forced
-
-
-_PREFILL, _DECODE = _Kind.PREFILL, _Kind.DECODE  # looked up for every row
-
-
-@dataclass(slots=True)
-class _Row:
-    seq: Sequence
-    kind: _Kind
-    start: int
-    count: int
-    wants: bool
-
-
 @dataclass(slots=True)
 class _Draft:
-    """A plan in the making, then in flight."""
+    """A plan in the making, then in flight. Its rows are columns: see ``StepPlan``."""
 
     step: int
     budget: int  # tokens that may still be added
     tokens: int = 0
     prefill_tokens: int = 0
-    rows: list[_Row] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)  # whose row it is
+    slots: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    wants: list[bool] = field(default_factory=list)
     admits: list[Admit] = field(default_factory=list)
     told: list[tuple[int, int, int]] = field(default_factory=list)  # see ``StepPlan``
     begun: list[Sequence] = field(default_factory=list)  # those that these workers run first here
@@ -218,16 +202,15 @@ class Scheduler:
             self._plan_waiting(draft)
         if draft.admits:
             self._running.sort(key=_order)  # nearly sorted, which takes linear time
-        if not draft.rows:
+        if not draft.sequences:
             return None
         cells, copies = self.kv.drain()
-        rows = draft.rows
         plan = StepPlan(
             step=draft.step,
-            slots=ints([r.seq.slot for r in rows]),
-            starts=ints([r.start for r in rows]),
-            counts=ints([r.count for r in rows]),
-            wants=ints([r.wants for r in rows]),
+            slots=ints(draft.slots),
+            starts=ints(draft.starts),
+            counts=ints(draft.counts),
+            wants=ints(draft.wants),
             cells=cells,
             admits=tuple(draft.admits),
             release=ints(self._released),
@@ -244,7 +227,8 @@ class Scheduler:
         return plan
 
     def _plan_running(self, draft: _Draft) -> None:
-        decodes: list[tuple[Sequence, int]] = []
+        decodes: list[Sequence] = []
+        counts: list[int] = []  # of tokens that each of them has to compute
         prefills: list[Sequence] = []
         self._running = self.running
         for seq in self._running:
@@ -253,29 +237,29 @@ class Scheduler:
             elif computed < (known := seq.known) < seq.max_total and (
                 seq.runs_ahead or not seq.pending
             ):  # else all of its tokens are planned, or it waits for one
-                decodes.append((seq, known - computed))
+                decodes.append(seq)
+                counts.append(known - computed)
         decodes = self._batch(decodes)
         spare = draft.budget - len(decodes)  # each has one token at least
-        for seq, count in decodes:
+        for seq, count in zip(decodes, counts, strict=False):
             if count > 1:
                 count = min(count, spare + 1)
                 spare -= count - 1
-            self._run(draft, seq, _DECODE, count)
+            self._run(draft, seq, count)
         draft.victims = None
         if self.batches > 1 and self.config.enable_chunked_prefill:
             draft.budget = min(draft.budget, self._prefill_share(prefills))
         for seq in prefills:  # after the decodes: a long prompt never holds them up
             if draft.budget and seq.state is State.RUNNING:
                 count = min(seq.prefill_end - seq.computed, draft.budget)
-                self._run(draft, seq, _PREFILL, self.kv.cut(seq, count))
+                self._run(draft, seq, self.kv.cut(seq, count))
         draft.promised = sum(
             blocks_for(seq.known, self.kv.block_size) - len(seq.blocks) for seq in prefills
         )
 
-    def _batch(self, decodes: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
-        """Of the decoding sequences, each with the tokens that it has to compute, those that this
-        plan takes: in a pipeline no more than an even share of all that decode, which leaves the
-        next batch its own."""
+    def _batch(self, decodes: list[Sequence]) -> list[Sequence]:
+        """The first of the sequences that can decode, as many as this plan takes: in a pipeline no
+        more than an even share of all that decode, which leaves the next batch its own."""
         if self.batches == 1:
             return decodes
         decoding = sum(seq.computed >= seq.prefill_end for seq in self._running)
@@ -287,7 +271,7 @@ class Scheduler:
         tokens += self.waiting_tokens + sum(draft.prefill_tokens for draft in self._in_flight)
         return max(LEAST_CHUNK, -(-tokens // (self.batches * CHUNKS)))
 
-    def _run(self, draft: _Draft, seq: Sequence, kind: _Kind, count: int) -> None:
+    def _run(self, draft: _Draft, seq: Sequence, count: int) -> None:
         """Add a row for a running sequence, preempting others, or itself, if blocks run out."""
         if seq.state is not State.RUNNING:  # preempted by one before it
             return
@@ -298,21 +282,25 @@ class Scheduler:
                 self._preempt(draft, victim)
                 if victim is seq:
                     return
-        self._add_row(draft, seq, kind, count)
+        self._add_row(draft, seq, count)
 
-    def _add_row(self, draft: _Draft, seq: Sequence, kind: _Kind, count: int) -> None:
+    def _add_row(self, draft: _Draft, seq: Sequence, count: int) -> None:
         start = seq.computed
         seq.computed = end = start + count
         wants = end == seq.known and end < seq.max_total
         seq.planned_in = draft.step
-        draft.rows.append(_Row(seq, kind, start, count, wants))
+        draft.sequences.append(seq)
+        draft.slots.append(seq.slot)
+        draft.starts.append(start)
+        draft.counts.append(count)
+        draft.wants.append(wants)
         draft.budget -= count
         draft.tokens += count
         if wants:
             seq.pending += 1
         if seq.untold:
             self._tell(draft, seq)
-        if kind is _PREFILL:
+        if start < seq.prefill_end:
             draft.prefill_tokens += count
             self.kv.publish(seq)  # what this step writes, later rows of it may already share
 
@@ -378,7 +366,7 @@ class Scheduler:
         count = self.kv.cut(seq, min(seq.known - seq.computed, draft.budget))
         grown = self.kv.grow(seq, seq.computed + count)
         assert grown, "admission counted the blocks"
-        self._add_row(draft, seq, _PREFILL, count)
+        self._add_row(draft, seq, count)
 
     def _unproven(self) -> bool:
         """Whether one runs already that may be what ends engines."""
@@ -471,8 +459,7 @@ class Scheduler:
         any_failed = bool(result.failed.any())
         pairs = zip(result.rows.tolist(), result.tokens.tolist(), strict=True)
         for i, (number, token) in enumerate(pairs):
-            row = draft.rows[number]
-            seq = row.seq
+            seq = draft.sequences[number]
             if any_failed and result.failed[i]:
                 self._fail(seq, outcomes)
             if seq.state is State.FINISHED:
@@ -492,17 +479,18 @@ class Scheduler:
                 continue
             outcome = Outcome(seq.index, position, [token, *forced])
             outcome.logprobs = None if logprobs is None else [logprobs]
-            outcome.prompt_logprobs = None if entries is None else [(row.start + 1, entries)]
+            if entries is not None:
+                outcome.prompt_logprobs = [(draft.starts[number] + 1, entries)]
             outcome.finish_reason, outcome.stop_reason = seq.finish_reason, seq.stop_reason
             outcomes.others.append((seq, outcome))
         for number, entries in prompts.items():
-            row = draft.rows[number]
-            if not row.seq.finished:
-                outcome = Outcome(row.seq.index, len(row.seq.tokens) - row.seq.prompt_len, [])
-                outcome.prompt_logprobs = [(row.start + 1, entries)]
-                outcomes.others.append((row.seq, outcome))
+            seq = draft.sequences[number]
+            if not seq.finished:
+                outcome = Outcome(seq.index, len(seq.tokens) - seq.prompt_len, [])
+                outcome.prompt_logprobs = [(draft.starts[number] + 1, entries)]
+                outcomes.others.append((seq, outcome))
         for number, vector in result.vectors.items():
-            self._take_vector(draft.rows[number].seq, vector, outcomes)
+            self._take_vector(draft.sequences[number], vector, outcomes)
         return outcomes
 
     def _take_vector(self, seq: Sequence, vector: Vector, outcomes: StepOutcomes) -> None:
@@ -548,7 +536,7 @@ class Scheduler:
 
     def _observe(self, draft: _Draft, result: StepResult) -> None:
         """Keep the costs current: by steps that are nearly all prefill, and by copies."""
-        if draft.tokens >= 64 and draft.tokens > 8 * len(draft.rows):
+        if draft.tokens >= 64 and draft.tokens > 8 * len(draft.sequences):
             self.costs.observe_prefill(draft.tokens, result.seconds)
         self.costs.observe_copies(result.copied)
         self.kv.promote = self.costs.promotion_pays(self.kv.block_size)

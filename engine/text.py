@@ -39,8 +39,8 @@ class ByteDetokenizer:
         self._strip = at_start and decoder.strips_first_space
 
     def push(self, ids: Sequence[int]) -> str:
-        data = self._begun + b"".join(map(self._bytes.__getitem__, ids))
-        return self._text(data, final=False)
+        known = self._bytes
+        return self._text(self._begun + b"".join([known[i] for i in ids]), final=False)
 
     def finish(self) -> str:
         return self._text(self._begun, final=True)

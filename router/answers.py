@@ -79,7 +79,6 @@ class Answer(WholeAnswer):
     ) -> None:
         super().__init__(service, model, body, prompts, sampling)
         self.streaming = bool(body.stream)
-        self._told_at = time.monotonic()  # when the stream said something
         # Whether what a step brings takes so long that it is made in a thread.
         self._heavy = sampling.prompt_logprobs is not None or not (
             sampling.logprobs is None or 0 <= sampling.logprobs <= FEW_LOGPROBS
@@ -117,36 +116,32 @@ class Answer(WholeAnswer):
         if begin := self._begin():
             yield begin
         unfinished = sum(len(generation.output.outputs) for generation in generations)
-        spent = 0.0
+        spent, told_at = 0.0, time.monotonic()
         async for generation, outcomes in merged(generations):
             if not outcomes:
                 yield self.waiting
                 continue
-            started = time.perf_counter()
-            pieces = await self._take(generation, outcomes)
+            started = time.monotonic()
             if self._heavy:
+                pieces = await self._take(generation, outcomes)
                 data = await self.service.off_loop(self._chunks, generation, pieces)
             else:
+                pieces = generation.take(outcomes)
                 data = self._chunks(generation, pieces)
-            unfinished -= sum(piece.finish_reason is not None for piece in pieces)
+            for piece in pieces:
+                unfinished -= piece.finish_reason is not None
             if not unfinished:
                 data += await self._end(generations)
-            data = self._or_alive(data)
-            spent += time.perf_counter() - started
+            now = time.monotonic()
+            spent += now - started
+            if not data and now - told_at >= SILENCE:  # nothing of a long call is told yet, which
+                data = self.alive  # proxies take for death
             if data:
+                told_at = now
                 yield data
             if not unfinished:
                 break
         self.service.stats.observe("stream", spent)
-
-    def _or_alive(self, data: bytes) -> bytes:
-        """While a long call is written nothing of it is told yet, which proxies take for death."""
-        now = time.monotonic()
-        if not data and now - self._told_at >= SILENCE:
-            data = self.alive
-        if data:
-            self._told_at = now
-        return data
 
     # ---- both ----
 
@@ -222,7 +217,7 @@ class ChunkedAnswer(Answer):
         return b"data: " + head[:-1] + b',"choices":[', tail
 
     def _chunks(self, generation: Generation, pieces: list[Piece]) -> bytes:
-        return b"".join(self._chunk(generation, piece) for piece in pieces)
+        return b"".join([self._chunk(generation, piece) for piece in pieces])
 
     def _chunk(self, generation: Generation, piece: Piece) -> bytes:
         output = generation.output.outputs[piece.index]
