@@ -48,6 +48,14 @@ def huge_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return memory.view(dtype)[: prod(shape)].view(shape)
 
 
+def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor, of memory that the system has back as soon as it is gone: malloc
+    keeps some of what it is given back."""
+    if prod(shape) * dtype.itemsize < _SMALL:
+        return torch.empty(shape, dtype=dtype)
+    return _map(prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+
 def _map(size: int) -> Tensor:
     """``size`` bytes from the beginning of a huge page on."""
     # Private: shared memory has huge pages only where shmem_enabled says so.
