@@ -1,6 +1,5 @@
 """Parts of tensors read from files: what comes, how much of it at once, and what happens if not."""
 
-import itertools
 import os
 import threading
 import weakref
@@ -12,31 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from tests.support.file_parts import check_parts, save
 from tests.support.waiting import until
 from workers import tensor_files
 from workers.reading import Wanted, read
-from workers.tensor_files import Index, TensorFile, open_file
+from workers.tensor_files import TensorFile, open_file
 
 CPU = torch.device("cpu")
-TYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool)
-PARTS: list[tuple[tuple[int, ...], Index]] = [
-    ((), ()),
-    ((7,), (slice(None),)),
-    ((7,), (slice(1, 6, 2),)),
-    ((300, 20), (slice(100, 200), slice(None))),
-    ((300, 20), (slice(None), slice(5, 10))),
-    ((300, 20), (slice(0, 0), slice(None))),
-    ((4, 30, 8), (2, slice(10, 20), slice(None))),
-    ((4, 30, 8), (3, slice(1, 30, 2), slice(2, 6))),
-    ((4, 30, 8), (1, slice(None), slice(0, 8, 2))),
-    ((4, 30, 8), (1, 2, slice(None))),
-    ((4, 30, 8), (1, 2, 3)),
-    ((30, 1, 4), (slice(10, 20), 0, slice(None))),
-]
 
 
 @pytest.fixture
@@ -45,38 +29,13 @@ def opened() -> Iterator[ExitStack]:
         yield stack
 
 
-def save(file: Path, tensors: dict[str, Tensor]) -> Path:
-    save = save_file if file.suffix == ".safetensors" else torch.save
-    save(tensors, file)
-    return file
-
-
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 @pytest.mark.parametrize("chunk", [1 << 20, 64])
 def test_a_part_is_what_torch_makes_of_the_tensor(
-    suffix: str, chunk: int, opened: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suffix: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensor_files, "CHUNK", chunk)
-    tensors, wanted = {}, []
-    for (shape, _), dtype in itertools.product(PARTS, TYPES):
-        values = torch.randint(-100, 100, shape).to(dtype)
-        tensors[f"{list(shape)} {dtype}"] = values
-    file = opened.enter_context(open_file(save(tmp_path / f"model.{suffix}", tensors)))
-    for (shape, at), dtype in itertools.product(PARTS, TYPES):
-        name = f"{list(shape)} {dtype}"
-        expected = tensors[name][at]
-        for place in (None, torch.empty(expected.shape, dtype=dtype)):
-            wanted.append(Wanted(f"{len(wanted)}", file, name, at, place))
-    came = []
-
-    def take(one: Wanted, part: Tensor) -> None:
-        assert part is one.place or one.place is None
-        assert part.dtype == tensors[one.tensor].dtype
-        assert torch.equal(part, tensors[one.tensor][one.at]), (one.tensor, one.at)
-        came.append(one.name)
-
-    read([deque(wanted)], CPU, take)
-    assert came == [str(i) for i in range(len(wanted))]
+    check_parts(tmp_path / f"model.{suffix}", torch.device("cpu"))
 
 
 def test_a_file_is_read_from_its_beginning_to_its_end(
