@@ -110,12 +110,14 @@ def rank(folder: Path, size: int, number: int, device: torch.device) -> None:
         part = sum(parameter.nbytes for parameter in model.parameters())
     print("ready", flush=True)
     input()
+    before = time.process_time()
     loaded = weights.load(model, folder)
+    used = time.process_time() - before
     if device.type == "cuda":
         torch.cuda.synchronize()
     fields = (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     disk = int(dict(fields)["read_bytes"])
-    print(json.dumps([loaded.seconds, loaded.bytes, part, disk]), flush=True)
+    print(json.dumps([loaded.seconds, used, part, disk]), flush=True)
 
 
 def load(folder: Path, size: int, warm: bool, device: str) -> Iterator[tuple[str, float]]:
@@ -149,7 +151,7 @@ def load(folder: Path, size: int, warm: bool, device: str) -> Iterator[tuple[str
         time.sleep(0.01)
     said = [json.loads(process.stdout.read()) for process in ranks if process.stdout]
     yield "seconds", max(seconds for seconds, *_ in said)
-    yield "GiB of tensors read", sum(read for _, read, *_ in said) / GIB
+    yield "of a CPU", sum(used for _, used, *_ in said)
     yield "GiB of the disk", sum(disk for *_, disk in said) / GIB
     yield "MiB of a rank's part", max(part for _, _, part, _ in said) / MIB
     for column, name in enumerate(("anonymous", "of files")):

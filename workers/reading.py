@@ -3,8 +3,8 @@
 A thread reads its file from the beginning to the end, and of each tensor what is wanted alone. On a
 CPU that goes to its place as it is read; on a GPU through two pinned buffers, of which one is
 copied while the next one is read. Whatever has no place as it is, because it is to be converted,
-packed or decoded, gets memory of its own, of which there is never more than two of the largest such
-parts need.
+packed or decoded, gets memory of its own, of which there is never more than the two largest such
+parts need, nor than ``ROOM`` or the largest alone.
 """
 
 import math
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from workers.kernels.memory import mapped_tensor
 from workers.tensor_files import CHUNK, Entry, Index, TensorFile, bits
+
+ROOM = 256 << 20  # bytes of parts that have no place; a larger one goes alone
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def read(
     """
     files = [wanted for wanted in files if wanted]
     own = [wanted.own_bytes for wanteds in files for wanted in wanteds]
-    total, room = len(own), _Room(2 * max(own, default=0))
+    total, largest = len(own), max(own, default=0)
+    room = _Room(max(largest, min(2 * largest, ROOM)))
     work = _Work(deque(files), room)
     # torch's threads are this rank's share of the cores.
     lanes = [_lane(device) for _ in range(min(len(files), torch.get_num_threads()))]

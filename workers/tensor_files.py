@@ -146,13 +146,17 @@ def _read_header(file: Path, handle: int) -> dict[str, Entry]:
         listed = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         entries, end = {}, 8 + length
         for name, fields in listed:
+            if fields["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is {fields['dtype']}; allowed: {', '.join(DTYPES)}")
             dtype, shape = DTYPES[fields["dtype"]], tuple(map(int, fields["shape"]))
             entries[name] = Entry(dtype, shape, end)
             end += math.prod(shape) * dtype.itemsize
             if min(shape, default=0) < 0 or fields["data_offsets"][1] != end - 8 - length:
-                raise ValueError(f"tensor {name} is not where it should be")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{name} is not behind the tensor before it")
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged or truncated: {error}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: its header is none of safetensors") from error
     if end != size:
         raise CheckpointError(f"{file} is damaged or truncated: {size} bytes instead of {end}")
     return entries

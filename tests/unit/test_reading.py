@@ -1,5 +1,6 @@
 """Parts of tensors read from files: what comes, how much of it at once, and what happens if not."""
 
+import json
 import os
 import threading
 import weakref
@@ -133,3 +134,32 @@ def test_what_fails_ends_all_threads(where: str, opened: ExitStack, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"it ends within tensor 1\.4"):
         read(files.wanted, CPU, take)
     until(lambda: threading.active_count() == before)
+
+
+def entry(dtype: str = "F32", shape: Any = (2,), start: int = 0, end: int = 8) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+HEADERS: dict[str, tuple[Any, str]] = {
+    "no JSON": (b"{", "or truncated: Expecting"),
+    "no object": ([1], "its header is none of safetensors"),
+    "no type": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, "its header is none"),
+    "no numbers": ({"a": entry(shape=["x"])}, "invalid literal for int"),
+    "an unknown type": ({"a": entry("F4")}, "a is F4; allowed: F64, F32, F16, BF16, F8_E4M3"),
+    "a gap": ({"a": entry(shape=[1], start=4)}, "a is not behind the tensor before it"),
+    "an overlap": ({"a": entry(), "b": entry()}, "b is not behind the tensor before it"),
+    "another size": ({"a": entry(shape=[3])}, "a is not behind the tensor before it"),
+    "negative sizes": ({"a": entry(shape=[-1, -2])}, "a is not behind the tensor before it"),
+    "too little": ({"a": entry(shape=[1], end=4)}, "bytes instead of"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_that_cannot_be_is_refused(case: str, tmp_path: Path) -> None:
+    header, message = HEADERS[case]
+    file = tmp_path / "model.safetensors"
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    refused = pytest.raises(CheckpointError, match=f"model.safetensors is damaged.*{message}")
+    with refused, open_file(file):
+        pass

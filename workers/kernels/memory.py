@@ -56,6 +56,13 @@ def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return _map(prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
+def weight_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor for a weight, which may be let go when it is packed."""
+    if device.type == "cpu":
+        return mapped_tensor(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def _map(size: int) -> Tensor:
     """``size`` bytes from the beginning of a huge page on."""
     # Private: shared memory has huge pages only where shmem_enabled says so.
