@@ -2,7 +2,7 @@
 
 python -m benchmarks.loading FOLDER [--rounds 3] [--sizes 1,2] [--warm] [--device cuda]
 
-FOLDER gets checkpoints of random weights in shards, 7 GB in all, unless they are there. Each is
+FOLDER gets checkpoints of random weights in shards, 8 GB in all, unless they are there. Each is
 loaded by as many ranks as a size says, a process each, that begin together; the files are dropped
 from the system's cache first, or with --warm read into it. What the ranks hold of files is the
 system's cache, and shared; what is theirs is anonymous memory.
@@ -98,7 +98,8 @@ def memory(pid: int | str) -> tuple[int, int]:
     """(anonymous, of files) resident bytes of a process."""
     text = Path(f"/proc/{pid}/status").read_text()
     found = dict(line.split(":") for line in text.splitlines())
-    return tuple(1024 * int(found[name].split()[0]) for name in ("RssAnon", "RssFile"))  # type: ignore[return-value]
+    anonymous, files = (1024 * int(found[name].split()[0]) for name in ("RssAnon", "RssFile"))
+    return anonymous, files
 
 
 def rank(folder: Path, size: int, number: int, device: torch.device) -> None:
