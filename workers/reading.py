@@ -56,8 +56,9 @@ def read(
     files: Iterable[deque[Wanted]], device: torch.device, take: Callable[[Wanted, Tensor], None]
 ) -> None:
     """Read what is wanted of each file, in its order, and call ``take`` in this thread as it comes:
-    with the part, on ``device``, which it must not keep unless it is in its place. What is read is
-    taken from ``files``, so that a place is gone when everybody else has let it go.
+    with the part, on ``device``. Unless that is its place, keeping it takes memory that is not
+    counted. What is read is taken from ``files``, so that a place is gone when everybody else has
+    let it go.
 
     Raises CheckpointError.
     """
