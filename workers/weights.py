@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
 from workers.checkpoint import DTYPES
+from workers.kernels.memory import trim
 from workers.reading import Wanted, read
 from workers.tensor_files import Entry, Index, TensorFile, find_files, open_file, whole
 
@@ -257,6 +258,7 @@ def load(
         else:
             known = {parameter.name: parameter.optional for parameter in network}
             read = _fill_from_files(model, known, find_files(path, load_format), progress)
+    trim()  # decoding took and gave back as much as the codes
     numbers = sum(parameter.count for parameter in network)
     return Loaded(sum(read), len(read), time.perf_counter() - start, numbers)
 

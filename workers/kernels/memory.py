@@ -56,6 +56,12 @@ def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return _map(prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
+def trim() -> None:
+    """Give the system what malloc keeps of memory that is free."""
+    with contextlib.suppress(AttributeError):  # another libc than glibc
+        _libc.malloc_trim(ctypes.c_size_t(0))
+
+
 def weight_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor for a weight, which may be let go when it is packed."""
     if device.type == "cpu":
