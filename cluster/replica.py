@@ -21,7 +21,7 @@ from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from workers.checkpoint import GenerationConfig, load_config, load_generation_config, resolve
 from workers.local import LocalExecutor
-from workers.weights import find_files
+from workers.tensor_files import find_files
 from workers.worker import check_split, choose_device
 
 log = get_logger("replica")

@@ -1,16 +1,11 @@
-"""Filling a model's parameters from a checkpoint: each exactly once, each rank its own part.
-
-safetensors files are mapped and read by slices; ``pytorch_model.bin`` is read with
-``torch.load(weights_only=True)`` and nothing looser.
-"""
+"""Filling a model's parameters from a checkpoint: each exactly once, each rank its own part."""
 
 import math
-import pickle
 import time
-import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +14,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
-from workers.checkpoint import DTYPES, read_json
+from workers.checkpoint import DTYPES
+from workers.kernels.memory import trim
+from workers.reading import Wanted, read
+from workers.tensor_files import Entry, Index, TensorFile, find_files, open_file, whole
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
 Cut = tuple[slice, ...]
@@ -52,9 +50,9 @@ class Parameter:
     ``shape`` is the whole tensor's in the checkpoint, () for a single value of any shape; ``cut``
     is this rank's part of it, ``target`` the tensor (often a view of a merged one) that the part
     fills. ``filled`` is called once after, with what was filled: with ``adopt`` this may be the
-    part as it was read, which is a piece of a mapped file and so must be copied or packed there and
-    then. ``order`` are the rows of the part in the order in which the target holds them. ``dtypes``
-    are the types that the tensor may have; one that is ``optional`` may be missing.
+    part as it was read, which must be copied or packed there and then, for there is room for few
+    such parts. ``order`` are the rows of the part in the order in which the target holds them.
+    ``dtypes`` are the types that the tensor may have; one that is ``optional`` may be missing.
     """
 
     def __init__(
@@ -110,14 +108,24 @@ class Parameter:
         target, self._target = self._target, None
         return target
 
+    def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Where a part of this shape and type may be put as it is, before it is given to ``fill``;
+        None if ``fill`` has more to do than that."""
+        target = self.target
+        if self._adopt or self._order is not None or not isinstance(target, Tensor):
+            return None
+        fits = (target.shape, target.dtype) == (shape, dtype) and target.is_contiguous()
+        return target if fits else None
+
     def fill(self, part: Any) -> None:
-        """Copy ``part``, converted to the target's type and device, and let the target go."""
+        """Copy ``part``, converted to the target's type and device, unless it is in its place, and
+        let the target go."""
         target = self._let_go()
         if self._order is not None:
             part = part[self._order]
         if self._adopt and part.dtype == target.dtype:
             target = part
-        else:
+        elif part is not target:
             target.copy_(part)
         self._filled(target)
 
@@ -170,76 +178,58 @@ class Loaded:
     num_parameters: int
 
 
-class _Source(Protocol):
-    """An open checkpoint file."""
-
-    def names(self) -> Iterable[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str, cut: tuple[int | slice, ...]) -> Tensor: ...
-
-
-class _Safetensors:
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    def names(self) -> Iterable[str]:
-        return list(self._handle.offset_keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle.get_slice(name).get_shape())
-
-    def read(self, name: str, cut: tuple[int | slice, ...]) -> Tensor:
-        tensor: Tensor = self._handle.get_slice(name)[cut or ...]
-        return tensor
-
-
-class _Pickled:
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def names(self) -> Iterable[str]:
-        return self._tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def read(self, name: str, cut: tuple[int | slice, ...]) -> Tensor:
-        return self._tensors[name][cut]
-
-
 @dataclass(frozen=True)
 class _Found:
     """Where a parameter is: the tensor ``raw`` of a file, or a piece of it."""
 
     raw: str
-    source: _Source
+    file: TensorFile
     piece: Piece | None = None
+
+    @property
+    def entry(self) -> Entry:
+        return self.file.entries[self.raw]
 
     def misshapen(self, parameter: Parameter) -> str | None:
         """What is wrong with the tensor's shape, if something is."""
         expected = self.piece.shape if self.piece else parameter.shape
-        shape = self.source.shape(self.raw)
+        shape = self.entry.shape
         if shape == expected or (expected == () and math.prod(shape) == 1):
             return None
         return f"{self.raw} {list(shape)}, not {list(expected)}"
 
+    def mistyped(self, parameter: Parameter) -> str | None:
+        """What is wrong with the tensor's type, if something is."""
+        if self.entry.dtype in parameter.dtypes:
+            return None
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in parameter.dtypes)
+        return f"tensor {self.raw} is {self.entry.dtype}; allowed: {allowed}"
+
     def adds_nothing(self) -> bool:
         """Whether it is a bias of zeros, which GPTQ's tools write where the network has none."""
-        return self.raw.endswith(".bias") and not self.read().any()
+        return self.raw.endswith(".bias") and not any(x.any() for x in whole(self.file, self.raw))
 
-    def read(self, cut: Cut = ()) -> Tensor:
-        """The parameter, or the ``cut`` of it."""
-        if self.piece is None:
-            return self.source.read(self.raw, cut)
-        cuts = iter(cut[::-1] if self.piece.transposed else cut)
-        at = [
-            index if isinstance(index, int) else _within(index, next(cuts, slice(None)))
-            for index in self.piece.at
-        ]
-        part = self.source.read(self.raw, tuple(at))
-        return part.t() if self.piece.transposed else part
+    def repeats(self, other: "_Found") -> bool:
+        """Whether both tensors are the same."""
+        if (self.entry.shape, self.entry.dtype) != (other.entry.shape, other.entry.dtype):
+            return False
+        pairs = zip(whole(self.file, self.raw), whole(other.file, other.raw), strict=True)
+        return all(torch.equal(ours, others) for ours, others in pairs)
+
+    def wanted(self, parameter: Parameter) -> Wanted:
+        """What is to be read for ``parameter``."""
+        cut = parameter.cut or (slice(None),) * len(self.entry.shape)
+        at: Index = cut
+        if self.piece is not None:
+            cuts = iter(cut[::-1] if self.piece.transposed else cut)
+            at = tuple(
+                index if isinstance(index, int) else _within(index, next(cuts))
+                for index in self.piece.at
+            )
+        shape = self.entry.part(at)
+        turned = self.piece is not None and self.piece.transposed
+        place = None if turned else parameter.place(shape, self.entry.dtype)
+        return Wanted(parameter.name, self.file, self.raw, at, place)
 
 
 def _within(whole: slice, cut: slice) -> slice:
@@ -247,60 +237,6 @@ def _within(whole: slice, cut: slice) -> slice:
     start, step = whole.start or 0, whole.step or 1
     stop = whole.stop if cut.stop is None else start + step * (cut.stop - 1) + 1
     return slice(start + step * (cut.start or 0), stop, whole.step)
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[_Source]:
-    try:
-        file.open("rb").close()
-    except OSError as error:  # what follows would call it damaged
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(file, framework="pt") as handle:
-                yield _Safetensors(handle)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged or truncated: {error}") from error
-        return
-    try:
-        # A file of the old tar format (torch before 1.6) cannot be mapped.
-        tensors = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
-        raise CheckpointError(f"{file} is damaged, truncated or unsafe: {reason}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise CheckpointError(f"{file} must hold a dict of tensors")
-    yield _Pickled(tensors)
-
-
-def find_files(path: Path, load_format: str = "auto") -> list[Path]:
-    """The weight files of a checkpoint folder, as transformers finds them.
-
-    Raises CheckpointError if there are none or if one that the index names is missing.
-    """
-    bases = {"safetensors": ["model.safetensors"], "pt": ["pytorch_model.bin"]}
-    sought = bases.get(load_format, bases["safetensors"] + bases["pt"])
-    for base in sought:
-        if (path / base).is_file():
-            return [path / base]
-        index = path / f"{base}.index.json"
-        if not index.is_file():
-            continue
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map")
-        files = [path / name for name in sorted(set(weight_map.values()))]
-        absent = [file.name for file in files if not file.is_file()]
-        if absent:
-            raise CheckpointError(f"{index} names files that are missing: {', '.join(absent[:5])}")
-        return files
-    raise CheckpointError(
-        f"{path} has no weights: neither {' nor '.join(sought)}, nor an index of shards"
-    )
 
 
 def load(
@@ -322,6 +258,7 @@ def load(
         else:
             known = {parameter.name: parameter.optional for parameter in network}
             read = _fill_from_files(model, known, find_files(path, load_format), progress)
+    trim()  # decoding took and gave back as much as the codes
     numbers = sum(parameter.count for parameter in network)
     return Loaded(sum(read), len(read), time.perf_counter() - start, numbers)
 
@@ -334,7 +271,8 @@ def _fill_from_files(
     ``known`` are the names of the whole model, and whether each is optional.
     """
     with ExitStack() as stack:
-        where = _locate(model, [stack.enter_context(_open(file)) for file in files])
+        opened = [stack.enter_context(open_file(file)) for file in files]
+        where = _locate(model, opened)
         extra = [found for name, found in where.items() if name not in known]
         _complain("the model does not know", [f.raw for f in extra if not f.adds_nothing()])
         lacks = [name for name, optional in known.items() if name not in where and not optional]
@@ -342,35 +280,41 @@ def _fill_from_files(
         mine = {p.name: p for p in model.parameters()}
         wrong = (where[name].misshapen(p) for name, p in mine.items() if name in where)
         _complain("have the wrong shape", list(filter(None, wrong)))
-        for name in mine.keys() - where.keys():
-            mine[name].absent()
-        read = []
+        device = next((p.target.device for p in mine.values()), torch.device("cpu"))
+        wanted: dict[TensorFile, deque[Wanted]] = {file: deque() for file in opened}
         for name, found in where.items():
             if name not in mine:
                 continue
-            part = found.read(mine[name].cut)
-            if part.dtype not in mine[name].dtypes:
-                allowed = ", ".join(str(t).removeprefix("torch.") for t in mine[name].dtypes)
-                raise CheckpointError(f"tensor {found.raw} is {part.dtype}; allowed: {allowed}")
-            mine[name].fill(part)
-            read.append(part.numel() * part.element_size())
+            if error := found.mistyped(mine[name]):
+                raise CheckpointError(error)
+            wanted[found.file].append(found.wanted(mine[name]))
+        for name in mine.keys() - where.keys():
+            mine[name].absent()
+        sizes = []
+
+        def take(one: Wanted, part: Tensor) -> None:
+            piece = where[one.name].piece
+            mine[one.name].fill(part.t() if piece and piece.transposed else part)
+            sizes.append(one.nbytes)
             if progress:
-                progress(name, read[-1])
-        return read
+                progress(one.name, one.nbytes)
+
+        read(wanted.values(), device, take)
+        return sizes
 
 
-def _locate(model: Loadable, sources: list[_Source]) -> dict[str, _Found]:
+def _locate(model: Loadable, files: list[TensorFile]) -> dict[str, _Found]:
     """Where each parameter is."""
     where: dict[str, _Found] = {}
-    for source in sources:
-        for raw in source.names():
+    for file in files:
+        for raw in file.entries:
             name = model.parameter_name(raw)
             if name is None:
                 continue
             pieces = {
-                piece.name: _Found(raw, source, piece) for piece in model.parameter_pieces(name)
+                piece.name: _Found(raw, file, piece) for piece in model.parameter_pieces(name)
             }
-            for part, found in (pieces or {name: _Found(raw, source)}).items():
+            for part, found in (pieces or {name: _Found(raw, file)}).items():
                 if part in where:
                     raise CheckpointError(f"the checkpoint holds tensor {part} more than once")
                 where[part] = found
@@ -381,8 +325,7 @@ def _locate(model: Loadable, sources: list[_Source]) -> dict[str, _Found]:
         if owner not in where:
             where[owner] = found
             continue
-        tensor, twin = found.read(), where[owner].read()
-        if tensor.data_ptr() != twin.data_ptr() and not torch.equal(tensor, twin):
+        if not found.repeats(where[owner]):
             raise CheckpointError(
                 f"tie_word_embeddings is true but tensor {found.raw} differs from"
                 f" {where[owner].raw}"

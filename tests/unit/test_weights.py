@@ -1,6 +1,7 @@
 """Checkpoint folders, good and bad: files, names, shapes, slices, configs."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -27,7 +28,8 @@ from workers.checkpoint import (
 )
 from workers.models import Model, attention_shapes, build_model, read_traits
 from workers.parallel import Group, Place, Stage
-from workers.weights import Loaded, Progress, find_files, load
+from workers.tensor_files import find_files
+from workers.weights import Loaded, Progress, load
 
 CPU = torch.device("cpu")
 Checkpoint = Callable[..., Path]
@@ -162,25 +164,25 @@ def test_ranks_read_their_own_part(layout: str, copy: Callable[[str], Path]) -> 
     assert sum(loaded.bytes for _, loaded in ranks) == everything + repeated
 
 
-def test_a_safetensors_rank_reads_no_more_than_its_slices(
+def test_a_rank_reads_no_more_than_the_rows_that_its_slices_are_in(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import workers.weights
+    path = checkpoint("llama")
+    by_inputs = sum(
+        4 * tensor.numel()
+        for name, tensor in load_file(path / "model.safetensors").items()
+        if name.endswith(("o_proj.weight", "down_proj.weight"))
+    )
+    sizes: list[int] = []
+    preadv = os.preadv
 
-    storages: list[int] = []
-    read = workers.weights._Safetensors.read
+    def spy(handle: int, buffers: Any, offset: int) -> int:
+        sizes.append(preadv(handle, buffers, offset))
+        return sizes[-1]
 
-    def spy(self: Any, name: str, cut: tuple[slice, ...]) -> Tensor:
-        part = read(self, name, cut)
-        storages.append(part.numel() * part.element_size())
-        shape = self.shape(name)
-        wanted = [len(range(*s.indices(n))) for s, n in zip(cut, shape, strict=True)]
-        assert list(part.shape) == wanted
-        return part
-
-    monkeypatch.setattr(workers.weights._Safetensors, "read", spy)
-    _, loaded = fill(checkpoint("llama"), group=Group(4, 3))
-    assert sum(storages) == loaded.bytes
+    monkeypatch.setattr(os, "preadv", spy)
+    _, loaded = fill(path, group=Group(4, 3))
+    assert sum(sizes) == loaded.bytes + by_inputs - by_inputs // 4
 
 
 def test_stages_read_their_own_layers(checkpoint: Checkpoint) -> None:
@@ -316,11 +318,11 @@ import sys
 from pathlib import Path
 from engine.errors import CheckpointError
 from workers.checkpoint import load_config, resolve
-from workers.weights import _open, find_files
+from workers.tensor_files import find_files, open_file
 for folder in sys.argv[1:]:
     try:
         load_config(resolve(folder))
-        with _open(find_files(Path(folder))[0]):
+        with open_file(find_files(Path(folder))[0]):
             print("open")
     except CheckpointError as error:
         print(error)

@@ -48,6 +48,27 @@ def huge_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return memory.view(dtype)[: prod(shape)].view(shape)
 
 
+def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor, of memory that the system has back as soon as it is gone: malloc
+    keeps some of what it is given back."""
+    if prod(shape) * dtype.itemsize < _SMALL:
+        return torch.empty(shape, dtype=dtype)
+    return _map(prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+
+def trim() -> None:
+    """Give the system what malloc keeps of memory that is free."""
+    with contextlib.suppress(AttributeError):  # another libc than glibc
+        _libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def weight_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor for a weight, which may be let go when it is packed."""
+    if device.type == "cpu":
+        return mapped_tensor(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def _map(size: int) -> Tensor:
     """``size`` bytes from the beginning of a huge page on."""
     # Private: shared memory has huge pages only where shmem_enabled says so.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.kernels.memory import weight_tensor
 from workers.layers.linear import Packed
 from workers.parallel import Place
 from workers.weights import Parameter
@@ -17,9 +18,8 @@ class VocabEmbedding:
     def __init__(self, place: Place, name: str, vocab_size: int, size: int) -> None:
         self._group = place.group
         self._rows = place.group.split(vocab_size, "vocab_size")
-        self.weight = torch.empty(
-            self._rows.stop - self._rows.start, size, dtype=place.dtype, device=place.device
-        )
+        shape = self._rows.stop - self._rows.start, size
+        self.weight = weight_tensor(shape, place.dtype, place.device)
         self._on_filled: list[Packed] = []
         self._parameters = [
             Parameter(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from workers.kernels.memory import weight_tensor
 from workers.quantization.codes import Coded, Grouping, Kind
 from workers.quantization.stored import Format, Part, stored_as
 from workers.weights import Parameter, Piece
@@ -66,7 +67,7 @@ class Quantization:
                 )
         if format is not None:
             self.kept.add(str(dtype).removeprefix("torch."))
-        return torch.empty(shape, dtype=dtype, device=device)
+        return weight_tensor(shape, dtype, device)
 
     def stored(self, weight: Parameter) -> list[Parameter]:
         """The checkpoint's tensors that fill the weight of a linear: itself, or its codes'."""
