@@ -61,6 +61,9 @@ def draw(rows: int, columns: int) -> Tensor:
 def test_codes_and_scales_are_those_of_pytorch_in_every_bit(case: str) -> None:
     torch.manual_seed(0)
     rounder, x = make_rounder(case), draw(7, CASES[case][0])
+    x[2] = 0
+    ties = torch.tensor([448.0, 17.0, 19.0, -21.0, 2**-10, 3 * 2**-10, 2**-6 - 2**-10])
+    x[2, : len(ties)] = ties.to(x)  # as they are, but for the checkpoint's scale
     found, expected = rounding.rounded(x, rounder), rounder.codes(x)
     assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8))
     assert torch.equal(found[1].expand_as(expected[1]), expected[1])

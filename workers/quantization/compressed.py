@@ -70,7 +70,9 @@ def _read_group(group: Config, config: Config) -> _Group:
         if not isinstance(group.get(which, {}), dict):
             raise group.error(which, "must be an object")
     if "output_activations" in group:
-        raise group.error("output_activations", "is not supported: weights alone are quantized")
+        raise group.error(
+            "output_activations", "is not supported: weights and inputs alone may be quantized"
+        )
     if "weights" not in group:
         raise group.error("weights", "is missing")
     weights = Config(group.get("weights"), f"{group.source}.weights")
