@@ -13,11 +13,14 @@ from triton.testing import do_bench_cudagraph
 
 from workers import kernels, products
 from workers.quantization.codes import Coded, Grouping, Kind
+from workers.quantization.rounding import Rounder, Rounding
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-KINDS = {  # columns of a group, and whether there are zeros
+KINDS = {  # columns of a group, whether there are zeros, and how inputs are rounded
     "fp8 outputs": (Kind.E4M3, None, False),
+    "fp8 outputs, inputs": (Kind.E4M3, None, False, Rounding()),
     "fp8 128 × 128": (Kind.E4M3, 128, False),
+    "fp8 128 × 128, inputs": (Kind.E4M3, 128, False, Rounding(128)),
     "int4 of 128": (Kind.INT4, 128, False),
     "int4 of 128, asymmetric": (Kind.INT4, 128, True),
     "mxfp4": (Kind.E2M1, 32, False),
@@ -25,12 +28,19 @@ KINDS = {  # columns of a group, and whether there are zeros
 BEYOND_CACHES = 200 << 20  # bytes
 
 
-def coded(shape: tuple[int, int], kind: Kind, size: int | None, zeros: bool) -> Coded:
+def coded(
+    shape: tuple[int, int],
+    kind: Kind,
+    size: int | None,
+    zeros: bool,
+    rounding: Rounding | None = None,
+) -> Coded:
     """A weight of random codes."""
     columns = shape[1]
     grouping = Grouping(columns // (size or columns), size or columns)
     device = torch.device("cuda")
-    weight = Coded("weight", kind, shape, grouping, zeros, torch.bfloat16, device)
+    rounder = None if rounding is None else Rounder(rounding, device)
+    weight = Coded("weight", kind, shape, grouping, zeros, torch.bfloat16, device, rounder=rounder)
     weight.codes.random_(0, 120)
     weight.scales.fill_(0.01)
     if weight.zeros is not None:

@@ -30,9 +30,19 @@ COMPARED = {  # shapes beside vLLM, and what is asked of them
     "quantized": {"llama-8b": [*SOME, "--quantization", "fp8"]},
     "two-cards": dict.fromkeys(("llama-8b", "llama-70b"), [*SOME, "--tensor-parallel-size", "2"]),
 }
-KERNELS = ("gpu_experts", "gpu_delta", "gpu_coded")
+KERNELS = ("gpu_experts", "gpu_recurrent", "gpu_coded")
 # What was rewritten last comes first.
-TESTS = ("kv_copies", "experts", "delta", "quantized", "cuda", "parallel", "serving")
+TESTS = (
+    "kv_copies",
+    "loading",
+    "experts",
+    "recurrent",
+    "quantized",
+    "fp8_cache",
+    "cuda",
+    "parallel",
+    "serving",
+)
 
 
 def commands(round_: str, folder: Path, vllm: str | None) -> dict[str, list[str]]:

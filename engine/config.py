@@ -77,7 +77,8 @@ class ModelConfig:
     quantization: str | None = option(
         None,
         "fp8 makes the weights of linear layers 8-bit floats while they are loaded, with a scale"
-        " for each output; a quantized checkpoint needs no option, and takes its own method alone",
+        " for each output, and rounds what goes into them; a quantized checkpoint needs no option,"
+        " and takes its own method alone",
         choices=("fp8", "gptq", "awq", "compressed-tensors", "mxfp4"),
     )
     load_format: str = option(

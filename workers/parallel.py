@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.errors import ConfigError
 from workers.quantization.codes import Coded
 from workers.quantization.quantization import PLAIN, Quantization
+from workers.quantization.rounding import Rounder
 from workers.quantization.stored import Part
 from workers.weights import Parameter
 
@@ -146,11 +147,14 @@ class Place:
         inputs: int,
         cut: slice | None = None,
         experts: int | None = None,
+        rounder: Rounder | None = None,
     ) -> Tensor | Coded:
         """The weight of linears ``names`` of the same ``inputs``, of which this rank has ``cut``,
-        with ``outputs`` here, to be filled and multiplied by: [N, K], or [experts, N, K]."""
+        with ``outputs`` here, to be filled and multiplied by: [N, K], or [experts, N, K]. Codes
+        have the ``rounder`` of what they are multiplied by."""
         part = Part(names[0], (outputs, inputs), slice(0, outputs), cut or slice(0, inputs))
-        weight = self.quantization.weight(part, names, experts, self.device, self.dtype)
+        quantization = self.quantization
+        weight = quantization.weight(part, names, experts, self.device, self.dtype, rounder)
         self.add_product(names[0], weight)
         return weight
 
@@ -158,9 +162,14 @@ class Place:
         """A tensor to be filled that is float32, whatever the model's type."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def stored(self, weight: Parameter) -> list[Parameter]:
-        """What the checkpoint has for the weight of a linear: itself, unless it is quantized."""
-        return self.quantization.stored(weight)
+    def rounder(self, names: Sequence[str], cut: slice | None = None) -> Rounder | None:
+        """What rounds the inputs, of which this rank has ``cut``, of linears ``names``."""
+        return self.quantization.rounder(names, cut.start if cut else 0, self.device)
+
+    def stored(self, weight: Parameter, rounder: Rounder | None = None) -> list[Parameter]:
+        """What the checkpoint has for the weight of a linear: itself, unless it is quantized.
+        ``rounder`` is told the static scale of the linear's inputs."""
+        return self.quantization.stored(weight, rounder)
 
     def add_product(self, name: str, weight: Tensor | Coded) -> None:
         """A layer multiplies by ``weight``; kept of those on CUDA, where it has to be tried."""

@@ -218,7 +218,7 @@ class Worker:
         found = products.varying(self.place.products)
         if not self._on_triton:
             found.append(f"attention ({self._attention_name})")
-        if self.traits.recurrent and not (self.traits.capturable and self._on_triton):
+        if self.traits.recurrent and not kernels.has_triton(self.device):
             found.append("recurrent layers")
         if self.traits.latent is not None:
             found.append("the heads' products of latents")
@@ -332,8 +332,7 @@ class Worker:
     def _make_graphs(self) -> Graphs | None:
         """None where steps cannot be captured, or are not to be."""
         scheduler, options = self.config.scheduler, self.config.device
-        can = kernels.has_triton(self.device) and self._on_triton
-        can = can and self.traits.generates and self.traits.capturable
+        can = kernels.has_triton(self.device) and self._on_triton and self.traits.generates
         if options.enforce_eager or not can or not self.ranks.group.capturable:
             return None
         most = min(options.max_cudagraph_capture_size, scheduler.max_num_batched_tokens)

@@ -18,4 +18,5 @@ def test_the_example_runs_and_the_log_says_what_is_computed(
         exec(compile(code.replace('quantization="fp8"', small), "quantization.md", "exec"), {})
     assert "Manta is a" in capsys.readouterr().out
     (line,) = [message for message in caplog.messages if message.startswith("Loaded")]
-    assert "; fp8 made of other weights, a scale for each output, kept as bfloat16)" in line
+    weights = "fp8 made of other weights, a scale for each output"
+    assert f"; {weights}, activations in fp8, a scale for each token, kept as bfloat16)" in line

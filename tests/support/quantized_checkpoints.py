@@ -78,7 +78,7 @@ class Fp8:
         if self.block is None:
             stored[self.leaf] = scales.reshape(1 if self.leaf == "weight_scale" else ())
         if self.extra:
-            stored[self.extra] = torch.ones(1)
+            stored[self.extra] = torch.full((1,), 0.01)
         return stored, values
 
 
@@ -215,8 +215,20 @@ def _packed(bits: int, group: int, symmetric: bool, **more: Any) -> dict[str, An
     return {"num_bits": bits, "type": "int", "symmetric": symmetric} | strategy | more
 
 
-_DYNAMIC = {"input_activations": {"num_bits": 8, "type": "float", "dynamic": True}}
+_DYNAMIC = {
+    "input_activations": {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+}
 _BLOCK = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+# Those whose activations are rounded too: inputs that share a scale (None: all of a token's), or
+# what the scale is.
+ROUNDED: dict[str, int | float | None] = {
+    "fp8 128 × 128": 128,
+    "fp8 blocks": 20,
+    "fp8 tensor": 0.01,
+    "fp8 of AutoFP8": 0.01,
+    "compressed fp8 outputs": None,
+    "compressed fp8 tensor": 0.01,
+}
 FORMATS: dict[str, tuple[Callable[[Tensor], Quantized], dict[str, Any]]] = {
     "fp8 128 × 128": (Fp8((128, 128)), _BLOCK | {"weight_block_size": [128, 128]}),
     "fp8 blocks": (Fp8((24, 20)), _BLOCK | {"weight_block_size": [24, 20]}),
@@ -234,7 +246,11 @@ FORMATS: dict[str, tuple[Callable[[Tensor], Quantized], dict[str, Any]]] = {
     ),
     "compressed fp8 tensor": (
         Fp8(None, "weight_scale", extra="input_scale"),
-        compressed("float-quantized", _floats("tensor"), input_activations={"num_bits": 8}),
+        compressed(
+            "float-quantized",
+            _floats("tensor"),
+            input_activations={"num_bits": 8, "type": "float", "dynamic": False},
+        ),
     ),
     "compressed fp8 blocks": (
         Fp8((32, 32), "weight_scale"),
@@ -318,6 +334,16 @@ EXPERTS: dict[str, tuple[Callable[[Tensor], Quantized], dict[str, Any]]] = {
         },
     )
 }
+
+
+def rounded(x: Tensor, by: int | float | None) -> Tensor:
+    """Inputs x [..., K] of a linear, rounded as a value of ``ROUNDED`` says."""
+    if isinstance(by, float):
+        return (x / by).clamp(-448, 448).to(FP8).float() * by
+    parts = x.split(by or x.shape[-1], -1)
+    scales = [part.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448 for part in parts]
+    pairs = zip(parts, scales, strict=True)
+    return torch.cat([(part / scale).to(FP8).float() * scale for part, scale in pairs], -1)
 
 
 def quantize(plain: Path, folder: Path, format: str) -> tuple[Path, Path]:

@@ -21,6 +21,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 

@@ -71,8 +71,9 @@ class OutputLayer:
             place.add_product(name, tied.weight)
             return
         rows = place.group.split(vocab_size, "vocab_size")
-        weight = place.weight([name], rows.stop - rows.start, size)
-        self._product = Packed(weight, None)
+        rounder = place.rounder([name])
+        weight = place.weight([name], rows.stop - rows.start, size, rounder=rounder)
+        self._product = Packed(weight, None, rounder=rounder)
         self._parameters = place.stored(
             Parameter(
                 f"{name}.weight",
@@ -81,7 +82,8 @@ class OutputLayer:
                 (rows, slice(None)),
                 self._product.ready,
                 self._product.packs,
-            )
+            ),
+            rounder,
         )
 
     def parameters(self) -> Iterable[Parameter]:

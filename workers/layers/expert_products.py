@@ -18,6 +18,7 @@ from workers import kernels
 from workers.layers.linear import ColumnLinear, Part, RowLinear
 from workers.parallel import Group, Place
 from workers.quantization.codes import Coded
+from workers.quantization.rounding import Rounder
 from workers.weights import Cut, Parameter
 
 if TYPE_CHECKING:
@@ -96,8 +97,9 @@ class StackedExperts:
             experts = range(self._mine.start, self._mine.stop)
             return [f"{name}.{expert}.{part}" for expert in experts for part in parts]
 
-        self._gate_up = place.weight(named(*parts), width, hidden, None, held)
-        self._down = place.weight(named("down_proj"), hidden, traits.inner, cut, held)
+        into, out = place.rounder(named(*parts)), place.rounder(named("down_proj"), cut)
+        self._gate_up = place.weight(named(*parts), width, hidden, None, held, into)
+        self._down = place.weight(named("down_proj"), hidden, traits.inner, cut, held, out)
         # The bias of what is summed over the group is to be in the sum once.
         self._gate_up_bias = empty(width) if traits.bias else None
         self._down_bias = empty(hidden) if traits.bias and place.group.rank == 0 else None
@@ -105,20 +107,29 @@ class StackedExperts:
         gate, up = slice(0, share), slice(width - share, width)
         rows = (traits.inner, hidden), (cut, everything)
         self._parameters = [
-            *self._fill(place, "up_proj", *rows, self._gate_up[:, up], self._gate_up_bias, up),
+            *self._fill(
+                place, "up_proj", *rows, self._gate_up[:, up], into, self._gate_up_bias, up
+            ),
             *self._fill(
                 place,
                 "down_proj",
                 (hidden, traits.inner),
                 (everything, cut),
                 self._down,
+                out,
                 self._down_bias,
             ),
         ]
         if traits.gated:
             self._parameters.extend(
                 self._fill(
-                    place, "gate_proj", *rows, self._gate_up[:, gate], self._gate_up_bias, gate
+                    place,
+                    "gate_proj",
+                    *rows,
+                    self._gate_up[:, gate],
+                    into,
+                    self._gate_up_bias,
+                    gate,
                 )
             )
 
@@ -129,13 +140,14 @@ class StackedExperts:
         shape: tuple[int, int],
         cut: Cut,
         weights: Tensor | Coded,
+        rounder: Rounder | None,
         biases: Tensor | None,
         at: slice = slice(None),
     ) -> Iterable[Parameter]:
         """The parameters that fill the ``cut`` of a linear layer of every expert."""
         for i, expert in enumerate(range(self._mine.start, self._mine.stop)):
             name = f"{self._name}.{expert}.{part}"
-            yield from place.stored(Parameter(f"{name}.weight", shape, weights[i], cut))
+            yield from place.stored(Parameter(f"{name}.weight", shape, weights[i], cut), rounder)
             if biases is not None:
                 yield Parameter(f"{name}.bias", shape[:1], biases[i, at], cut[:1])
 

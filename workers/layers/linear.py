@@ -22,6 +22,7 @@ from workers.kernels.gemm_codes import CodesGemm
 from workers.layers.stream import Stream
 from workers.parallel import Place
 from workers.quantization.codes import Coded
+from workers.quantization.rounding import Rounder
 from workers.weights import Parameter
 
 Activation = Literal["none", "relu", "gelu"]
@@ -69,8 +70,8 @@ class Packed:
     On a GPU it is the product alone, with Triton's kernel for bias and activation behind it;
     whoever asks for ``late_bias`` adds the bias itself, and the residual is the next norm's.
 
-    ``ready`` is to be called once the weight [N, K] is filled; where it ``packs``, the weight is
-    then packed and, unless ``keep``, the plain one is let go.
+    ``rounder`` rounds x before it. ``ready`` is to be called once the weight [N, K] is filled;
+    where it ``packs``, the weight is then packed and, unless ``keep``, the plain one is let go.
     """
 
     def __init__(
@@ -79,9 +80,12 @@ class Packed:
         bias: Tensor | None,
         activation: Activation = "none",
         late_bias: bool = False,
+        rounder: Rounder | None = None,
     ) -> None:
         self.weight: Tensor | Coded | None = weight
         self._fused = kernels.has_triton(weight.device)
+        # Triton's kernels of codes round on their own.
+        self._rounder = None if self._fused and isinstance(weight, Coded) else rounder
         self.late_bias = bias if late_bias and self._fused else None
         self.bias = None if self.late_bias is not None else bias
         self.activation = activation
@@ -112,6 +116,9 @@ class Packed:
             self.weight = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._multiply(x if self._rounder is None else self._rounder.values(x), residual)
+
+    def _multiply(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if self._gemm is not None:
             y = self._gemm(x, self.bias, residual, self.activation == "relu")
             return F.gelu(y) if self.activation == "gelu" else y
@@ -119,7 +126,7 @@ class Packed:
             return self._plain(x, residual)
         if self._never_alone and len(x) == 1:
             x = x.expand(2, -1)
-            return self(x, None if residual is None else residual.expand(2, -1))[:1]
+            return self._multiply(x, None if residual is None else residual.expand(2, -1))[:1]
         if residual is not None:
             return _pointwise_add(x, residual, self._packed, self.bias)
         return _pointwise(x, self._packed, self.bias, self.activation)
@@ -204,9 +211,11 @@ class ColumnLinear:
         late_bias: bool = False,
     ) -> None:
         outputs = sum(part.share for part in parts)
-        weight = place.weight([part.name for part in parts], outputs, inputs)
+        names = [part.name for part in parts]
+        rounder = place.rounder(names)
+        weight = place.weight(names, outputs, inputs, rounder=rounder)
         biases = torch.empty(outputs, dtype=place.dtype, device=place.device) if bias else None
-        self._product = product = Packed(weight, biases, activation, late_bias)
+        self._product = product = Packed(weight, biases, activation, late_bias, rounder)
         self._unfilled = len(parts)
         self._parameters: list[Parameter] = []
         alone = len(parts) == 1
@@ -224,7 +233,7 @@ class ColumnLinear:
                 adopt=alone and product.packs,
                 order=part.order,
             )
-            self._parameters += place.stored(filling)
+            self._parameters += place.stored(filling, rounder)
             if biases is not None:
                 self._parameters.append(
                     Parameter(
@@ -264,15 +273,17 @@ class RowLinear:
         group = place.group
         self._group = group
         cut = group.split(inputs, f"the inputs of {name}")
-        weight = place.weight([name], outputs, inputs, cut)
+        rounder = place.rounder([name], cut)
+        weight = place.weight([name], outputs, inputs, cut, rounder=rounder)
         self._late = kernels.has_triton(place.device)
         held = outputs if group.rank == 0 or self._late else 0
         biases = torch.empty(held, dtype=place.dtype, device=place.device)
-        self._product = product = Packed(weight, biases if bias and held else None, late_bias=True)
+        product = Packed(weight, biases if bias and held else None, "none", True, rounder)
+        self._product = product
         shape = (outputs, inputs)
         both = (slice(None), cut)
         self._parameters = place.stored(
-            Parameter(f"{name}.weight", shape, weight, both, product.ready, product.packs)
+            Parameter(f"{name}.weight", shape, weight, both, product.ready, product.packs), rounder
         )
         if bias:
             self._parameters.append(Parameter(f"{name}.bias", shape[:1], biases, (slice(0, held),)))

@@ -2,8 +2,8 @@
 
 The state of a sequence is the last inputs of the causal convolution that x, B and C go through, and
 a matrix for each head (see ``kernels.mamba2``). All of it is float32, and tokens are taken one by
-one in their order: on a CPU no bit depends on how a sequence was cut into steps or on what shares
-them.
+one in their order: by the kernels for CPUs and NVIDIA GPUs no bit depends on how a sequence was cut
+into steps or on what shares them.
 """
 
 from collections.abc import Iterable
@@ -12,11 +12,13 @@ from itertools import chain
 
 from torch import Tensor
 
+from workers import kernels
 from workers.batch import Batch
 from workers.kernels import mamba2
 from workers.layers.linear import ColumnLinear, Part, RowLinear, scaled
 from workers.layers.recurrent import CausalConvolution, make_decay, state_memory
 from workers.parallel import Group, Place
+from workers.sweep import Sweep
 from workers.weights import Parameter
 
 
@@ -108,8 +110,23 @@ class Mamba2:
     def __call__(self, x: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         """x [T, hidden] to the heads' [T, heads * size], for ``output``; the rows' states in
         ``cache`` go on."""
-        y = self._in(x).float()
+        y = self._in(x)
         channels, past = self._convolution.channels, self._convolution.past_size
-        xbc = self._convolution(y[:, :channels], cache[:, :past], batch.sweep)
-        rest, state = y[:, channels:], cache[:, past:]
-        return mamba2.recur(xbc, rest, state, self._heads, batch.sweep).to(self._dtype)
+        xbc, rest = y[:, :channels], y[:, channels:]
+        lines, state = cache[:, :past], cache[:, past:]
+        if kernels.has_triton(y.device):
+            return self._on_gpu(xbc, rest, lines, state, batch.sweep)
+        xbc = self._convolution(xbc.float(), lines, batch.sweep)
+        return mamba2.recur(xbc, rest.float(), state, self._heads, batch.sweep).to(self._dtype)
+
+    def _on_gpu(
+        self, xbc: Tensor, rest: Tensor, lines: Tensor, state: Tensor, sweep: Sweep
+    ) -> Tensor:
+        """The same by Triton's kernels."""
+        from workers.kernels import gpu
+
+        heads = self._heads
+        z, times = rest.split_with_sizes([heads.count * heads.size, heads.count], 1)
+        xbc = self._convolution.with_silu_on_gpu(xbc, lines, sweep)
+        y = gpu.mamba2.recur(xbc, times, state, heads, sweep.starts, sweep.states)
+        return gpu.norm.rms_norm_of_gated(y, z, heads.norm, heads.groups, heads.eps)

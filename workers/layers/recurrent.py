@@ -75,9 +75,8 @@ class CausalConvolution:
         return y if self._bias is None else y.add_(self._bias)
 
     def with_silu_on_gpu(self, x: Tensor, cache: Tensor, sweep: Sweep) -> Tensor:
-        """silu of the same, by Triton's kernel, which has no bias; x may be of another type."""
+        """silu of the same, by Triton's kernel; x may be of another type."""
         from workers.kernels.gpu import convolution
 
-        assert self._bias is None
         past = cache.view(-1, self._taps - 1, self.channels)
-        return convolution.convolve(x, self._kernel, past, sweep.starts, sweep.states)
+        return convolution.convolve(x, self._kernel, self._bias, past, sweep.starts, sweep.states)

@@ -71,8 +71,7 @@ class Traits:
 
     ``attention_scale`` multiplies q · k; None: 1 / √(head size). ``attention_cap`` is a soft cap of
     that. ``text_part``: the checkpoint has other parts beside the text model, whose tensors mean
-    nothing here. ``capturable``: a step looks at nothing on the host, so that it can be a CUDA
-    graph.
+    nothing here.
     """
 
     vocab_size: int
@@ -91,10 +90,6 @@ class Traits:
     @property
     def has_experts(self) -> bool:
         return False
-
-    @property
-    def capturable(self) -> bool:
-        return True
 
     @property
     def head_kinds(self) -> tuple[Heads, ...]:
@@ -171,7 +166,8 @@ class Model(ABC):
 
         ``caches`` holds what ``memories`` allocate; ``hidden`` [T, H] comes from the stage before,
         None on the first. Returns [T, H] for the next stage or, on the last one, [n, H] of
-        ``batch.outputs`` for ``logits``. See ``Traits.capturable``.
+        ``batch.outputs`` for ``logits``. Where Triton's kernels compute, the host looks at nothing
+        on the device, so that a step can be a CUDA graph.
         """
 
     @abstractmethod

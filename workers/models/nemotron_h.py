@@ -87,10 +87,6 @@ class NemotronHTraits(Traits):
     def recurrent(self) -> bool:
         return self.mamba is not None
 
-    @property
-    def capturable(self) -> bool:
-        return not self.recurrent  # on GPUs Mamba-2 is plain PyTorch
-
 
 def read_traits(config: Config) -> NemotronHTraits:
     """The traits that config.json describes. Raises CheckpointError, naming the field."""

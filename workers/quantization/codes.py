@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from workers.quantization.rounding import Rounder
 
 CHUNK = 1 << 22  # values that are computed at a time, in float32
 HALF = 64  # columns whose 4-bit codes share bytes with the next as many
@@ -107,7 +108,7 @@ class Coded:
     128 b + j, and column 128 b + 64 + j in its high half. ``scales``, of a type that has them
     exactly, and ``zeros`` are as in ``Codes``. ``groups`` [K] int32 is each column's group where a
     program's 64 columns may have several, else a group has ``group_size`` columns and the first
-    ends ``offset`` early.
+    ends ``offset`` early. ``rounder`` rounds what it is multiplied by, if anything does.
     """
 
     def __init__(
@@ -120,9 +121,10 @@ class Coded:
         dtype: torch.dtype,
         device: torch.device,
         scale_dtype: torch.dtype = torch.float32,
+        rounder: Rounder | None = None,
     ) -> None:
         *rows, columns = shape
-        self.name = name
+        self.name, self.rounder = name, rounder
         self.kind, self.dtype, self.device, self._columns = kind, dtype, device, columns
         width = columns if kind.bits == 8 else -(-columns // (2 * HALF)) * HALF
         self.codes = torch.empty(*rows, width, dtype=torch.uint8, device=device)

@@ -10,6 +10,7 @@ from workers.quantization.fp8 import Scaled, read_block
 from workers.quantization.names import is_plain, matches, read_names
 from workers.quantization.packed import PackedFloats, PackQuantized
 from workers.quantization.quantization import Quantization
+from workers.quantization.rounding import Rounding
 from workers.quantization.stored import Format
 
 FORMATS = (
@@ -22,7 +23,7 @@ FORMATS = (
 )
 BESIDE = frozenset(
     {
-        "weight_shape", "input_scale", "input_zero_point", "input_global_scale",
+        "weight_shape", "input_zero_point", "input_global_scale",
         "k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "output_scale",
         "output_zero_point",
     }
@@ -58,6 +59,8 @@ def read_compressed(config: Config) -> Quantization:
 
     kinds = dict.fromkeys(group.format.kind.name.lower() for group in groups)
     what = f"compressed-tensors {', '.join(kinds)}"
+    roundings = (group.format.rounding for group in groups)
+    what = ", ".join(dict.fromkeys([what, *(r.in_words() for r in roundings if r is not None)]))
     return Quantization(what, format_of, beside=BESIDE)
 
 
@@ -68,14 +71,33 @@ def _read_group(group: Config, config: Config) -> _Group:
         if not isinstance(group.get(which, {}), dict):
             raise group.error(which, "must be an object")
     if "output_activations" in group:
-        raise group.error("output_activations", "is not supported: weights alone are quantized")
+        raise group.error(
+            "output_activations", "is not supported: weights and inputs alone may be quantized"
+        )
     if "weights" not in group:
         raise group.error("weights", "is missing")
     weights = Config(group.get("weights"), f"{group.source}.weights")
-    return _Group(read_names(group, "targets"), _read_format(weights, format))
+    inputs = Config(group.get("input_activations", {}), f"{group.source}.input_activations")
+    rounding = _read_rounding(inputs)
+    return _Group(read_names(group, "targets"), _read_format(weights, format, rounding))
 
 
-def _read_format(weights: Config, format: str) -> Format:
+def _read_rounding(inputs: Config) -> Rounding | None:
+    """Of the arguments of activations: None unless they are floats of 8 bits. A scale of a whole
+    batch would make its tokens depend on each other, so those have one for each token."""
+    if inputs.get("type") != "float" or inputs.integer("num_bits", 8) != 8:
+        return None
+    strategy = inputs.choice("strategy", "tensor", ("tensor", "token", "group"))
+    if not inputs.boolean("symmetric", True):
+        raise inputs.error("symmetric", "must be true")
+    if not inputs.get("dynamic", False):
+        if strategy != "tensor":
+            raise inputs.error("strategy", "must be tensor where dynamic is false")
+        return Rounding(static=True)
+    return Rounding(inputs.integer("group_size") if strategy == "group" else None)
+
+
+def _read_format(weights: Config, format: str, rounding: Rounding | None) -> Format:
     four_bits = format in ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
     floats = four_bits or format == "float-quantized"
     kinds = ("float",) if floats else ("int",)
@@ -93,7 +115,7 @@ def _read_format(weights: Config, format: str) -> Format:
         size = 16 if format == "nvfp4-pack-quantized" else 32
         if weights.integer("group_size", size) != size:
             raise weights.error("group_size", f"must be {size} in {format}")
-        return PackedFloats(size, has_global=size == 16)
+        return PackedFloats(size, has_global=size == 16, rounding=rounding)
     symmetric = weights.boolean("symmetric", True)
     if format == "pack-quantized":
         group = weights.integer("group_size") if strategy == "group" else None
@@ -105,7 +127,7 @@ def _read_format(weights: Config, format: str) -> Format:
         if order not in (None, False, True, "group", "dynamic", "weight", "static"):
             raise weights.error("actorder", "must be group, weight or null")
         reordered = order in (True, "group", "dynamic")
-        return PackQuantized(bits, group, reordered, has_zeros=not symmetric)
+        return PackQuantized(bits, group, reordered, not symmetric, rounding=rounding)
     if not symmetric:
         raise weights.error("symmetric", f"must be true in {format}")
     blocks: dict[str, tuple[int | None, int | None]] = {
@@ -118,7 +140,8 @@ def _read_format(weights: Config, format: str) -> Format:
         blocks["block"] = read_block(weights, "block_structure")
     if strategy not in blocks:
         raise weights.error("strategy", "is not supported; allowed: tensor, channel, group, block")
-    return Scaled("weight_scale", blocks[strategy], Kind.E4M3 if kind == "float" else Kind.INT8)
+    what = Kind.E4M3 if kind == "float" else Kind.INT8
+    return Scaled("weight_scale", blocks[strategy], what, rounding=rounding)
 
 
 def _strategy(weights: Config) -> str:

@@ -1,8 +1,8 @@
 """Weights in 8-bit floats (E4M3) with scales of blocks, outputs or the whole: ``quant_method: fp8``
 as DeepSeek and Qwen publish it, and made of other weights while they are loaded.
 
-Activations are not rounded to 8 bits, whatever ``activation_scheme`` says: results are closer to
-the unquantized model's, and static scales of activations are not needed.
+Inputs are E4M3 too, as ``activation_scheme`` says: with a scale of each token or, where weights
+have blocks, of as many inputs as those have. vLLM takes the same scales.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from workers.checkpoint import Config
 from workers.quantization.codes import Codes, Grouping, Kind
 from workers.quantization.names import HEADS, is_plain, skipped
 from workers.quantization.quantization import Quantization
+from workers.quantization.rounding import INPUT_SCALE, LARGEST, Rounding
 from workers.quantization.stored import Part, Stored
 from workers.weights import FLOATS
 
 E4M3 = (torch.float8_e4m3fn,)
 SCALES = (*FLOATS, torch.float8_e8m0fnu)
-LARGEST = 448.0  # of E4M3
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Scaled:
     kind: Kind = Kind.E4M3
     has_zeros: bool = False
     scale_dtype: torch.dtype = torch.float32
+    rounding: Rounding | None = None
 
     @property
     def height(self) -> int:
@@ -71,6 +72,7 @@ class OnTheFly:
     has_zeros: bool = False
     scale_dtype: torch.dtype = torch.float32
     height: int = 1
+    rounding: Rounding | None = Rounding()
 
     def grouping(self, part: Part) -> Grouping:
         return part.grouping(None)[1]
@@ -88,31 +90,36 @@ class OnTheFly:
 
 def read_fp8(config: Config) -> Quantization:
     """Of ``quant_method: fp8``. Raises CheckpointError, naming the field."""
-    config.choice("activation_scheme", "dynamic", ("dynamic", "static"))
+    scheme = config.choice("activation_scheme", "dynamic", ("dynamic", "static"))
     config.choice("fmt", "e4m3", ("e4m3", "float8_e4m3fn"))
-    config.choice("scale_fmt", "float", ("float", "ue8m0"))
+    powers = config.choice("scale_fmt", "float", ("float", "ue8m0")) == "ue8m0"
     config.choice("expert_dtype", "fp8", ("fp8",))
     if config.get("modules_to_convert"):
         raise config.error("modules_to_convert", "is not supported: linears alone are quantized")
+    static = scheme == "static"
     skips = skipped(config, "modules_to_not_convert", "ignored_layers")
     block = config.get("weight_block_size")
     if not config.boolean("is_checkpoint_fp8_serialized", True):
         format: Scaled | OnTheFly = OnTheFly()
         what = "fp8 made of other weights, a scale for each output"
     elif block is None:
-        format, what = Scaled("weight_scale_inv", (None, None)), "fp8, a scale for each tensor"
+        format = Scaled("weight_scale_inv", (None, None), rounding=Rounding(static=static))
+        what = "fp8, a scale for each tensor"
     else:
-        format = Scaled("weight_scale_inv", read_block(config, "weight_block_size"))
+        block = read_block(config, "weight_block_size")
+        rounding = Rounding(static=True) if static else Rounding(block[1], powers)
+        format = Scaled("weight_scale_inv", block, rounding=rounding)
         what = f"fp8 in blocks of {block[0]} × {block[1]}"
 
     def format_of(name: str) -> Scaled | OnTheFly | None:
         return None if name in HEADS or is_plain(name) or skips(name) else format
 
+    assert format.rounding is not None
     return Quantization(
-        what,
+        f"{what}, {format.rounding.in_words()}",
         format_of,
-        renamed={"weight_scale": "weight_scale_inv"},
-        beside=frozenset({"input_scale", "activation_scale", "k_scale", "v_scale", "kv_scale"}),
+        renamed={"weight_scale": "weight_scale_inv", "activation_scale": INPUT_SCALE},
+        beside=frozenset({"k_scale", "v_scale", "kv_scale"}),
     )
 
 

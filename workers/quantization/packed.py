@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from workers.quantization.codes import Codes, Grouping, Kind
+from workers.quantization.rounding import Rounding
 from workers.quantization.stored import Part, Stored
 
 # Of AWQ's word the half byte i, from the lowest on, is output AWQ_ORDER[i] of eight.
@@ -43,6 +44,7 @@ class Grouped:
     reordered: bool = False
     has_zeros: bool = True
     scale_dtype: torch.dtype = torch.float32
+    rounding: Rounding | None = None
 
     @property
     def kind(self) -> Kind:
@@ -198,6 +200,7 @@ class PackedFloats:
     kind: Kind = Kind.E2M1
     has_zeros: bool = False
     height: int = 1
+    rounding: Rounding | None = None
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -238,6 +241,7 @@ class MxBlocks:
     has_zeros: bool = False
     height: int = 1
     scale_dtype: torch.dtype = torch.bfloat16
+    rounding: Rounding | None = None
 
     def grouping(self, part: Part) -> Grouping:
         return part.grouping(MX_GROUP)[1]

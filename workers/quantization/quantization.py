@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from workers.kernels.memory import weight_tensor
 from workers.quantization.codes import Coded, Grouping, Kind
+from workers.quantization.rounding import INPUT_SCALE, InputScale, Rounder
 from workers.quantization.stored import Format, Part, stored_as
 from workers.weights import Parameter, Piece
 
@@ -42,9 +43,11 @@ class Quantization:
         experts: int | None,
         device: torch.device,
         dtype: torch.dtype,
+        rounder: Rounder | None = None,
     ) -> Tensor | Coded:
         """What ``part`` is to be filled with and multiplied by: of linears ``names`` together,
         whose outputs are its rows, of the inputs in its columns; or that for each of ``experts``.
+        ``rounder`` is for codes to have, whose kernels round.
         """
         rows, columns = (cut.stop - cut.start for cut in (part.rows, part.columns))
         shape = (rows, columns) if experts is None else (experts, rows, columns)
@@ -64,16 +67,37 @@ class Quantization:
                     dtype,
                     device,
                     format.scale_dtype,
+                    rounder,
                 )
         if format is not None:
             self.kept.add(str(dtype).removeprefix("torch."))
         return weight_tensor(shape, dtype, device)
 
-    def stored(self, weight: Parameter) -> list[Parameter]:
-        """The checkpoint's tensors that fill the weight of a linear: itself, or its codes'."""
+    def rounder(self, names: Sequence[str], start: int, device: torch.device) -> Rounder | None:
+        """Of the inputs, from ``start`` on, that go into linears ``names`` together: None if not
+        all of them have the same format, or if that does not round."""
+        format = self.format_of(names[0])
+        rounding = None if format is None else format.rounding
+        if rounding is None or any(self.format_of(name) != format for name in names):
+            return None
+        return Rounder(rounding, device, start % (rounding.group or 1))
+
+    def stored(self, weight: Parameter, rounder: Rounder | None = None) -> list[Parameter]:
+        """The checkpoint's tensors that fill the weight of a linear: itself, or its codes'; and
+        the static scale of its inputs, if there is one, for ``rounder``."""
         name, _, _ = weight.name.rpartition(".")
         format = self.format_of(name)
-        return [weight] if format is None else stored_as(format, weight)
+        if format is None:
+            return [weight]
+        device, found = weight.target.device, stored_as(format, weight)
+        if self._is_static(name):
+            found.append(InputScale(name, device, rounder))
+        return found
+
+    def _is_static(self, name: str) -> bool:
+        """Whether the inputs of linear ``name`` have a scale in the checkpoint."""
+        format = self.format_of(name)
+        return format is not None and format.rounding is not None and format.rounding.static
 
     def pieces(self, leaf: str, whole: Sequence[Piece]) -> list[Piece]:
         """What a tensor ``leaf`` of linears that are stored together holds of each of them, where
@@ -97,14 +121,17 @@ class Quantization:
                 for stored in format.tensors(part)
                 if stored.leaf == leaf
             ]
+            if leaf == INPUT_SCALE and self._is_static(name):
+                found.append(Piece(f"{name}.{leaf}", (), ()))
         return found
 
     def canonical(self, name: str) -> str | None:
         """The parameter name of the tensor ``name``; None for one that means nothing."""
         module, _, leaf = name.rpartition(".")
-        if leaf in self.beside:
+        leaf = self.renamed.get(leaf, leaf)
+        if leaf in self.beside or (leaf == INPUT_SCALE and not self._is_static(module)):
             return None
-        return f"{module}.{self.renamed[leaf]}" if leaf in self.renamed else name
+        return f"{module}.{leaf}" if module else name
 
 
 PLAIN = Quantization()

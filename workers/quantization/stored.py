@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from workers.quantization.codes import Coded, Codes, Grouping, Kind
+from workers.quantization.rounding import Rounding
 from workers.weights import FLOATS, Cut, Parameter
 
 
@@ -83,6 +84,11 @@ class Format(Protocol):
     @property
     def height(self) -> int:
         """How many outputs share a scale or a word."""
+        ...
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """Of what goes into the linear; None: it is taken as it is."""
         ...
 
     def grouping(self, part: Part) -> Grouping:

@@ -11,9 +11,20 @@ from workers.kernels.gpu import (
     delta,
     elementwise,
     heads,
+    mamba2,
     norm,
     product,
     rows,
 )
 
-__all__ = ["attention", "convolution", "delta", "elementwise", "heads", "norm", "product", "rows"]
+__all__ = [
+    "attention",
+    "convolution",
+    "delta",
+    "elementwise",
+    "heads",
+    "mamba2",
+    "norm",
+    "product",
+    "rows",
+]

@@ -28,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.gpu.chain import begin, chained
-from workers.kernels.gpu.fp8 import e4m3, is_fp8, scales
+from workers.kernels.gpu.e4m3 import from_e4m3
+from workers.kernels.gpu.fp8_cache import is_fp8, scales
 
 SPLIT = 512  # keys of a span: enough of these keep a GPU busy, few enough cost little to merge
 MOST_PART = 16  # query heads over one latent that share a program
@@ -50,7 +51,7 @@ def _read(at, d, mask, dtype: tl.constexpr, FP8: tl.constexpr):
     """Elements d of the vectors at pointers ``at`` [N]; of codes, before their scale."""
     x = tl.load(at[:, None] + d[None, :], mask=mask, other=0)
     if FP8:
-        x = e4m3(x).to(dtype)
+        x = from_e4m3(x).to(dtype)
     return x
 
 

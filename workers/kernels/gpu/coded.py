@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.gpu import fp8
 from workers.kernels.gpu.chain import chained, let_next_start, wait_for_previous
-from workers.kernels.gpu.fp8 import e4m3
+from workers.kernels.gpu.e4m3 import from_e4m3
 from workers.kernels.gpu.product import serves
 from workers.quantization.codes import HALF, Coded, Kind
 
@@ -26,7 +27,7 @@ def _numbers(codes, KIND: tl.constexpr):
     """What the codes are as numbers, float32: floats of 4 bits have the bits of narrower exponents
     in float16's places, and so are 2^14 times as large."""
     if KIND == _E4M3:
-        return e4m3(codes).to(tl.float32) * 256.0
+        return from_e4m3(codes).to(tl.float32) * 256.0
     elif KIND == _E2M1:
         bits = codes.to(tl.uint16)
         bits = ((bits & 0x8) << 12) | ((bits & 0x7) << 9)
@@ -168,7 +169,12 @@ def decoded(weight: Coded) -> Tensor:
 
 
 def product(x: Tensor, weight: Coded) -> Tensor:
-    """x [rows, K] · the weight [N, K] transposed, in x's type, which is the weight's."""
+    """x [rows, K] · the weight [N, K] transposed, in x's type, which is the weight's. Where the
+    weight has a rounder, x is rounded."""
+    if weight.rounder is not None:
+        if fp8.serves(weight):
+            return fp8.product(x, weight)
+        x = weight.rounder.values(x)
     return few_rows(x, weight) if serves(x) else F.linear(x, decoded(weight))
 
 

@@ -1,4 +1,5 @@
-"""Causal convolutions behind a state, each channel's own, with SiLU: in front of delta nets.
+"""Causal convolutions behind a state, each channel's own, with SiLU: in front of delta nets and of
+Mamba-2.
 
 A row's program goes through its tokens in order and moves the state on at its end, so nobody else
 reads what it writes. Bound by memory: inputs are read from the caches once for each tap.
@@ -24,9 +25,9 @@ def _input(x, x_stride, line, at, channel, there, TAPS: tl.constexpr, CHANNELS: 
 
 @triton.jit
 def _convolve(
-    x, x_stride, weight, past, past_stride, starts, states, y, CHANNELS: tl.constexpr,
+    x, x_stride, weight, bias, past, past_stride, starts, states, y, CHANNELS: tl.constexpr,
     TAPS: tl.constexpr, PAST: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
-    CHAINED: tl.constexpr,
+    BIAS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """C channels of a row each, T tokens at a time. Rows without tokens leave their state alone.
     PAST is a power of two, at least TAPS - 1."""
@@ -49,6 +50,8 @@ def _convolve(
                 value += factor[None, :] * _input(
                     x, x_stride, line, token - tap, channel[None, :], inside, TAPS, CHANNELS
                 )
+            if BIAS:
+                value += tl.load(bias + channel, mask=there, other=0.0)[None, :]
             value = value / (1.0 + tl.exp(-value))
             tl.store(y + token.to(tl.int64) * CHANNELS + channel[None, :], value, mask=inside)
         i = tl.arange(0, PAST)[:, None]
@@ -60,8 +63,11 @@ def _convolve(
         tl.store(line + i * CHANNELS + channel[None, :], last, mask=moved)
 
 
-def convolve(x: Tensor, weight: Tensor, past: Tensor, starts: Tensor, states: Tensor) -> Tensor:
-    """silu of the convolutions of x [T, channels] with ``weight`` [channels, taps], float32.
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor, starts: Tensor, states: Tensor
+) -> Tensor:
+    """silu of the convolutions of x [T, channels] with ``weight`` [channels, taps] + ``bias``
+    [channels], both float32.
 
     Row r has tokens ``starts[r] : starts[r + 1]`` (int32 [R + 1]); its last taps - 1 inputs before
     them are in ``past[states[r]]``, of [states, taps - 1, channels] in float32, which goes on.
@@ -70,9 +76,9 @@ def convolve(x: Tensor, weight: Tensor, past: Tensor, starts: Tensor, states: Te
     y = torch.empty(tokens, channels, dtype=torch.float32, device=x.device)
     prompts = tokens > rows
     _convolve[(rows, triton.cdiv(channels, PER_PROGRAM))](
-        x, x.stride(0), weight, past, past.stride(0), starts, states, y, CHANNELS=channels,
+        x, x.stride(0), weight, bias, past, past.stride(0), starts, states, y, CHANNELS=channels,
         TAPS=taps, PAST=triton.next_power_of_2(taps - 1), T=32 if prompts else 1, C=PER_PROGRAM,
-        num_warps=4 if prompts else 1,
+        BIAS=bias is not None, num_warps=4 if prompts else 1,
         # The same roundings whatever the tile.
         enable_fp_fusion=False, **chained(x.device),
     )  # fmt: skip

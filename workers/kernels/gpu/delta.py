@@ -26,17 +26,10 @@ from torch import Tensor
 
 from workers.kernels.delta import L2_EPS, Heads
 from workers.kernels.gpu.chain import begin, chained
+from workers.kernels.gpu.elementwise import softplus
 
 SLICE = 16  # columns: of 128 keys 64 elements for each thread
 _L2_EPS = tl.constexpr(L2_EPS)
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)); what 1 + exp(x) rounds off is put back, for it may be all of exp(x)."""
-    power = tl.exp(tl.minimum(x, 20.0))
-    more = 1.0 + power
-    return tl.where(x > 20.0, x, tl.log(more) + (power - (more - 1.0)) / more)
 
 
 @triton.jit
@@ -83,7 +76,7 @@ def _delta(
             query_factor = tl.rsqrt(tl.sum(query * query, 0) + _L2_EPS) * (K**-0.5)
             both = tl.sum(key * query, 0) * key_factor
             beta = 1.0 / (1.0 + tl.exp(-b))
-            g = tl.exp(rate * _softplus(a + shift))
+            g = tl.exp(rate * softplus(a + shift))
             found = tl.sum(s * key[:, None], 0) * (g * key_factor)
             answer = tl.sum(s * query[:, None], 0) * g
             change = (value - found) * beta

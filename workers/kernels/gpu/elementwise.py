@@ -24,6 +24,14 @@ def clamped(gate, up, alpha, limit):
 
 
 @triton.jit
+def softplus(x):
+    """log(1 + exp(x)); what 1 + exp(x) rounds off is put back, for it may be all of exp(x)."""
+    power = tl.exp(tl.minimum(x, 20.0))
+    more = 1.0 + power
+    return tl.where(x > 20.0, x, tl.log(more) + (power - (more - 1.0)) / more)
+
+
+@triton.jit
 def _silu_mul(
     x, bias, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
     CHAINED: tl.constexpr,

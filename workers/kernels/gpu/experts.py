@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.gpu import fp8
 from workers.kernels.gpu.chain import begin, chained
 from workers.kernels.gpu.coded import HALF_BLOCK, arguments, two_halves
 from workers.kernels.gpu.elementwise import clamped, gated
+from workers.kernels.gpu.fp8 import sum_of_codes
 from workers.kernels.gpu.product import BLOCK_K, Tile, shared_memory
 from workers.quantization.codes import Coded
 
@@ -52,12 +54,15 @@ def _product(
     BIAS: tl.constexpr, IEEE: tl.constexpr, CHAINED: tl.constexpr,
     codes, scales, zeros, groups, num_groups, group_size, offset, KIND: tl.constexpr,
     BITS: tl.constexpr, MIDDLE: tl.constexpr, ZEROS: tl.constexpr, BY_COLUMN: tl.constexpr,
+    w_scales, w_groups, w_size, w_offset, x_scales, x_stride, x_groups, x_size, x_offset,
+    GROUPED: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """BN outputs of BM pairs of one expert: y [pairs, N] = x [pairs / CHOSEN, K] · w of [EXPERTS,
     N, K] transposed, + bias. Grid (pieces of N, most tiles).
 
     GATED: w is [EXPERTS, 2 · N, K], gate above up, and y is act(gate, up); a program takes BN / 2
-    of each. With a KIND there are codes in place of w (see coded.py).
+    of each. With a KIND there are codes in place of w (see coded.py). ROUNDED: x and w are both
+    E4M3 (see fp8.py).
     """
     begin(CHAINED)
     e = tl.arange(0, EP)
@@ -82,11 +87,17 @@ def _product(
             there = n < N
             outputs = N
         output = expert.to(tl.int64) * outputs + n
-        source = x + (pair // CHOSEN)[:, None] * K
+        token = pair // CHOSEN
+        source = x + token[:, None] * K
         dtype = y.dtype.element_ty
         precision: tl.constexpr = "ieee" if IEEE else "tf32"
         acc = tl.zeros([BN, BM], tl.float32)
-        if KIND is None:
+        if ROUNDED:
+            acc = sum_of_codes(
+                w, output, there, x, token, held, K, w_scales, w_groups, w_size, w_offset,
+                x_scales, x_stride, x_groups, x_size, x_offset, BN, BM, GROUPED,
+            )  # fmt: skip
+        elif KIND is None:
             line = w + output[:, None] * K
             k = tl.arange(0, BK)
             for i in range(0, K, BK):
@@ -175,12 +186,26 @@ def _tile(each: float) -> Tile:
     return next((tile for tile in _TILES if each <= tile.rows), _TILES[-1])
 
 
+def _operands(x: Tensor, weight: Tensor | Coded) -> tuple[Tensor, Tensor | None, dict[str, object]]:
+    """What the kernel multiplies: x, the weight if that is not in codes which become numbers, and
+    the arguments of codes."""
+    if not isinstance(weight, Coded):
+        return x, weight, arguments(None) | fp8.arguments(None, None)
+    if fp8.serves(weight):
+        x, numbers, more = fp8.operands(x, weight)
+        return x, numbers, arguments(None) | more
+    if weight.rounder is not None:
+        x = weight.rounder.values(x)
+    return x, None, arguments(weight) | fp8.arguments(None, None)
+
+
 def product(
     x: Tensor, weight: Tensor | Coded, order: Sorted, chosen: int, bias: Tensor | None = None,
     *, gated: bool = False, clamp: tuple[float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     """x [pairs / chosen, K] by ``weight`` [experts, N, K] transposed + bias [experts, N], in x's
-    type: [pairs, N], of which rows of other ranks' experts hold anything.
+    type: [pairs, N], of which rows of other ranks' experts hold anything. Where the weight has a
+    rounder, x is rounded.
 
     ``gated``: a weight's halves are gate and up, and the result is silu(gate) · up [pairs, N / 2]
     or, with ``clamp`` = (alpha, limit), that of ``elementwise.clamped``.
@@ -193,15 +218,16 @@ def product(
     used = min(count, experts)
     most_tiles = used + (count - used) // tile.rows
     alpha, limit = clamp or (0.0, 0.0)
-    codes, numbers = (weight, None) if isinstance(weight, Coded) else (None, weight)
+    x, numbers, codes = _operands(x, weight)
     grid = triton.cdiv(outputs, tile.outputs // 2 if gated else tile.outputs), most_tiles
     _product[grid](
         x, numbers, bias, y, order.pairs, order.starts, outputs, inputs, alpha, limit,
         CHOSEN=chosen, EXPERTS=experts, EP=triton.next_power_of_2(experts), BM=tile.rows,
-        BN=tile.outputs, BK=BLOCK_K * 2 // x.dtype.itemsize, GATED=gated,
-        CLAMPED=clamp is not None, BIAS=bias is not None, IEEE=x.dtype == torch.float32,
+        BN=tile.outputs, BK=BLOCK_K * 2 // y.dtype.itemsize, GATED=gated,
+        CLAMPED=clamp is not None, BIAS=bias is not None, IEEE=y.dtype == torch.float32,
+        ROUNDED=x.dtype == torch.float8_e4m3fn,
         num_warps=tile.warps, num_stages=tile.stages_on(shared_memory(x.device)),
-        **arguments(codes), **chained(x.device),
+        **codes, **chained(x.device),
     )  # fmt: skip
     return y
 

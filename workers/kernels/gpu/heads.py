@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.gpu.chain import begin, chained
-from workers.kernels.gpu.fp8 import encoded, is_fp8
+from workers.kernels.gpu.fp8_cache import encoded, is_fp8
 
 
 @triton.jit

@@ -90,6 +90,26 @@ def _gated(
     tl.store(out + token * (HEADS * WIDTH) + at, value.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _of_gated(
+    x, z, z_stride, weight, out, eps, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """A token's group each: v / sqrt(mean(v²) + eps) · weight of v = x · silu(z), x [T, GROUPS ·
+    WIDTH] in float32, rounded once."""
+    begin(CHAINED)
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    mask = i < WIDTH
+    at = tl.program_id(1) * WIDTH + i
+    value = tl.load(x + token * (GROUPS * WIDTH) + at, mask=mask, other=0.0)
+    gate = tl.load(z + token * z_stride + at, mask=mask, other=0.0).to(tl.float32)
+    value *= gate / (1.0 + tl.exp(-gate))
+    normed = value * (1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / WIDTH + eps))
+    value = normed * tl.load(weight + at, mask=mask, other=0.0)
+    tl.store(out + token * (GROUPS * WIDTH) + at, value.to(out.dtype.element_ty), mask=mask)
+
+
 def _shape(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     return {"WIDTH": width, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
@@ -133,5 +153,17 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     _gated[(tokens, triton.cdiv(heads, per_program))](
         x, z, z.stride(0), weight, out, eps, HEADS=heads, WIDTH=width,
         BLOCK=triton.next_power_of_2(width), H=per_program, num_warps=1, **chained(x.device),
+    )  # fmt: skip
+    return out
+
+
+def rms_norm_of_gated(x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """RMS norm of each of the ``groups`` of x · silu(z), both [T, groups * W] (z's rows may be
+    strided); x and ``weight`` [groups * W] are float32, the result is of z's type."""
+    tokens, width = x.shape
+    out = torch.empty(tokens, width, dtype=z.dtype, device=x.device)
+    _of_gated[(tokens, groups)](
+        x, z, z.stride(0), weight, out, eps, GROUPS=groups, **_shape(width // groups),
+        **chained(x.device),
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""Delta nets on CUDA: the same bits however tokens come, in kernels and through the engine."""
+"""Recurrent layers on CUDA: the same bits however tokens come, by kernels and by engines."""
 
 import random
 from pathlib import Path
@@ -8,21 +8,26 @@ import pytest
 import torch
 
 from manta import LLM, SamplingParams
+from tests.support.recurrent_nets import NETS
 from tests.support.tiny_llm import assert_idle, start_llm
 from tests.support.tiny_tokenizer import save_tokenizer
-from tests.unit.test_gpu_delta import Net
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
-SHAPES = [(16, 48, 128, 128), (16, 32, 128, 128)]  # Qwen3.5-27B, Qwen3-Next
+CASES = [
+    ("delta", (16, 48, 128, 128)),  # Qwen3.5-27B
+    ("delta", (16, 32, 128, 128)),  # Qwen3-Next
+    ("mamba2", (8, 128, 64, 128)),  # Nemotron-H 8B, Nemotron 3
+    ("mamba2", (8, 128, 80, 128)),  # Nemotron Nano 2 9B
+]
 PROMPT = 700  # tokens
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("kind", "shape"), CASES, ids=str)
 @torch.inference_mode()
-def test_no_bit_depends_on_how_tokens_come(shape: tuple[int, int, int, int]) -> None:
+def test_no_bit_depends_on_how_tokens_come(kind: str, shape: tuple[int, int, int, int]) -> None:
     torch.manual_seed(0)
-    net = Net(*shape)
+    net = NETS[kind](*shape)
     past, state = net.past.clone(), net.state.clone()
     x, others = net.draw(PROMPT).bfloat16(), net.draw(PROMPT).bfloat16()
     expected = net.step(x, [PROMPT], [4])
@@ -40,11 +45,11 @@ def test_no_bit_depends_on_how_tokens_come(shape: tuple[int, int, int, int]) -> 
         assert torch.equal(net.state[[0, 1, 3, 5]], state[[0, 1, 3, 5]])
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("kind", "shape"), CASES, ids=str)
 @torch.inference_mode()
-def test_a_step_is_that_of_pytorch(shape: tuple[int, int, int, int]) -> None:
+def test_a_step_is_that_of_pytorch(kind: str, shape: tuple[int, int, int, int]) -> None:
     torch.manual_seed(0)
-    net = Net(*shape)
+    net = NETS[kind](*shape)
     past, state = net.past.clone(), net.state.clone()
     counts, owners = [90, 1, 33], [3, 0, 5]
     x = net.draw(sum(counts))
@@ -56,11 +61,12 @@ def test_a_step_is_that_of_pytorch(shape: tuple[int, int, int, int]) -> None:
     torch.testing.assert_close(after, net.state, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", NETS)
 @torch.inference_mode()
-def test_a_captured_step_takes_rows_of_any_length() -> None:
+def test_a_captured_step_takes_rows_of_any_length(kind: str) -> None:
     """The tokens of rows, and their states, are seen by the graph when it is replayed."""
     torch.manual_seed(0)
-    net = Net(2, 4, 64, 64)
+    net = NETS[kind](2, 4, 64, 64)
     x = net.draw(24)
     starts = torch.zeros(9, dtype=torch.int32, device="cuda")
     states = torch.zeros(8, dtype=torch.int64, device="cuda")
@@ -95,7 +101,9 @@ def ask(llm: LLM, prompts: list[list[int]]) -> tuple[list[Any], list[int]]:
     return found, [o.num_cached_tokens for o in outputs]
 
 
-@pytest.mark.parametrize("name", ["qwen3-5", "qwen3-next-dense"])
+@pytest.mark.parametrize(
+    "name", ["qwen3-5", "qwen3-next-dense", "nemotron-h", "nemotron-h-experts"]
+)
 def test_cache_chunks_graphs_and_preemption_change_no_bit(
     name: str, checkpoint, tmp_path: Path
 ) -> None:
