@@ -35,8 +35,9 @@ def start(share: float) -> Engine:
     blocks = MEMORY - states * STATE
     config = EngineConfig.from_options(max_num_seqs=AT_ONCE, max_num_batched_tokens=8192)
     facts = ModelFacts("None", 30_000, LONGEST + 1, 0, 0, 0.0, "none", "none")
+    costs = MeasuredCosts(1e-4, 1e-4, 5e-5)
     capacity = Capacity(
-        blocks, 0, BLOCK_SIZE, 1, "none", MeasuredCosts(1e-4, 1e-4, 5e-5), states, 0, STATE
+        blocks, 0, BLOCK_SIZE, 1, "none", costs, num_states=states, state_bytes=STATE
     )
     executor: Any = NoModel()
     return Engine(config, executor, facts, capacity, LONGEST + 1)

@@ -218,7 +218,7 @@ class _Found:
 
     def wanted(self, parameter: Parameter) -> Wanted:
         """What is to be read for ``parameter``."""
-        cut = parameter.cut or (slice(None),) * len(self.entry.shape)
+        cut = parameter.cut
         at: Index = cut
         if self.piece is not None:
             cuts = iter(cut[::-1] if self.piece.transposed else cut)
@@ -226,6 +226,7 @@ class _Found:
                 index if isinstance(index, int) else _within(index, next(cuts))
                 for index in self.piece.at
             )
+        at += (slice(None),) * (len(self.entry.shape) - len(at))  # a single value of any shape
         shape = self.entry.part(at)
         turned = self.piece is not None and self.piece.transposed
         place = None if turned else parameter.place(shape, self.entry.dtype)

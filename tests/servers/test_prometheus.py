@@ -78,7 +78,7 @@ class Prometheus:
     def sum(self, name: str, **labels: str) -> float:
         """The sum of a metric's series with these labels, as last scraped."""
         selector = ",".join(f'{key}="{value}"' for key, value in labels.items())
-        series = self.ask(f"manta:{name}{{{selector}}}")
+        series = self.ask(f"last_over_time(manta:{name}{{{selector}}}[5m])")
         assert series, f"no {name} {labels}"
         return sum(float(one["value"][1]) for one in series)
 
@@ -115,7 +115,7 @@ def prometheus(
     ports = {"manta": server.port, "ray": int(agent.read_text())}
     config = {
         "global": {
-            "scrape_interval": "250ms", "scrape_timeout": "250ms", "evaluation_interval": "1s",
+            "scrape_interval": "2s", "scrape_timeout": "2s", "evaluation_interval": "1s",
         },
         "rule_files": [str(SHIPPED / "alerts.yml")],
         "scrape_configs": [
@@ -123,7 +123,6 @@ def prometheus(
             for name, port in ports.items()
         ],
     }  # fmt: skip
-    config["scrape_configs"][1] |= {"scrape_interval": "1s", "scrape_timeout": "1s"}
     (folder / "prometheus.yml").write_text(json.dumps(config))
     (port,) = free_ports(1)
     with (folder / "log").open("wb") as log:

@@ -134,9 +134,10 @@ class SimulatedExecutor:
         )  # fmt: skip
 
     def reserve(self) -> Capacity:
+        num_states, num_cpu_states = self._num_states
         return Capacity(
             len(self.device), len(self.cpu), self.block_size, 1, "Simulated", self.costs,
-            *self._num_states, state_bytes=3,
+            num_states=num_states, num_cpu_states=num_cpu_states, state_bytes=3,
         )  # fmt: skip
 
     def run(self, plan: StepPlan) -> _Done:
