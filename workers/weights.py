@@ -233,11 +233,11 @@ class _Found:
         return Wanted(parameter.name, self.file, self.raw, at, place)
 
 
-def _within(whole: slice, cut: slice) -> slice:
-    """``cut`` of what ``whole`` selects."""
-    start, step = whole.start or 0, whole.step or 1
-    stop = whole.stop if cut.stop is None else start + step * (cut.stop - 1) + 1
-    return slice(start + step * (cut.start or 0), stop, whole.step)
+def _within(outer: slice, cut: slice) -> slice:
+    """``cut`` of what ``outer`` selects."""
+    start, step = outer.start or 0, outer.step or 1
+    stop = outer.stop if cut.stop is None else start + step * (cut.stop - 1) + 1
+    return slice(start + step * (cut.start or 0), stop, outer.step)
 
 
 def load(

@@ -17,8 +17,8 @@ from tests.parity.tiny_models import TINY_MODELS
 from tests.support.tiny_llm import assert_idle, start_llm
 from tests.support.tiny_tokenizer import save_tokenizer
 from workers.attention.cpu import CpuAttention
-from workers.attention.fp8 import decode, encode
 from workers.attention.gather import GatherAttention
+from workers.kernels.fp8_cache import decode, encode
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=1)
 

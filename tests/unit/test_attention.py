@@ -11,9 +11,9 @@ from torch import Tensor
 from engine.errors import ConfigError
 from workers.attention import AttentionBackend, AttentionShape, Prologue, choose_backend
 from workers.attention.cpu import CpuAttention
-from workers.attention.fp8 import decode, encode
 from workers.attention.gather import GatherAttention
 from workers.batch import Batch
+from workers.kernels.fp8_cache import decode, encode
 
 BACKENDS = [CpuAttention, GatherAttention]
 GONE = 10**8  # a block table entry that must not be read

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tests.support.triton_launches import launches, where_triton_compiles
-from workers.attention.fp8 import decode, encode
 from workers.attention.triton import write_latents
 from workers.kernels import plain
+from workers.kernels.fp8_cache import decode, encode
 from workers.kernels.gpu import attention, elementwise, heads, norm, product, rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from engine.plan import Ints, StepPlan
 from workers import kernels
-from workers.attention.fp8 import SCALE_BYTES
 from workers.batch import Batch
+from workers.kernels.fp8_cache import SCALE_BYTES
 
 Arrays = tuple[Ints, ...]
 
@@ -22,7 +22,7 @@ class AttentionShape:
     Not ``causal``: queries see all of their row's keys, and the row is a whole prompt. ``cap`` is a
     soft cap of scaled products (Gemma 2): cap · tanh(x / cap). ``latent``: a key's last so many
     elements are its value (DeepSeek V2). ``fp8``: the cache holds keys and values as 8-bit floats
-    (workers/attention/fp8.py), else in ``dtype``.
+    (workers/kernels/fp8_cache.py), else in ``dtype``.
     """
 
     num_heads: int

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from engine.plan import StepPlan
 from workers.attention.base import Arrays, AttentionShape, Prologue
-from workers.attention.fp8 import decode, encode
 from workers.batch import Batch
+from workers.kernels.fp8_cache import decode, encode
 
 MAX_GATHERED = 1 << 26  # elements of keys gathered at once
 

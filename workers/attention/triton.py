@@ -11,8 +11,8 @@ from engine.errors import ConfigError
 from engine.plan import StepPlan, ints
 from workers import kernels
 from workers.attention.base import Arrays, AttentionShape, Prologue
-from workers.attention.fp8 import encode
 from workers.batch import Batch
+from workers.kernels.fp8_cache import encode
 
 MAX_HEAD_DIM = 512  # of a value
 MAX_GROUP = 128  # query heads of one kv head, but of latents any number

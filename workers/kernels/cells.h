@@ -4,7 +4,7 @@
 // A block holds, for each kv head, keys then values, in units of PER elements along the dimension
 // that a product sums over: K [dim / PER][block_size] and V [block_size / PER][value_dim]. Elements
 // fill 32 bits, so both products of attention are the same register tile: rows of a small matrix
-// broadcast against vectors of the cache. Codes (attention/fp8.py) lie in the same order, a byte
+// broadcast against vectors of the cache. Codes (fp8_cache.py) lie in the same order, a byte
 // each; behind them are the exponents of the keys' scales [block_size] and of the values'. Latents
 // are kept twice, as keys and as values, which then have a scale of their own: other backends read
 // the same numbers but of elements 2^13 times smaller than the largest.

@@ -12,8 +12,8 @@ def keeps_fp8(option: str, config: Config, dtype: torch.dtype) -> bool:
     """Whether a model that computes in ``dtype`` keeps keys and values as 8-bit floats.
 
     "auto" does where the checkpoint's ``kv_cache_scheme`` has floats of 8 bits. The scales that
-    come with it mean nothing here (workers/attention/fp8.py). Raises ConfigError for another type
-    than ``dtype``.
+    come with it mean nothing here (workers/kernels/fp8_cache.py). Raises ConfigError for another
+    type than ``dtype``.
     """
     if option in FP8_CACHES:
         return True

@@ -14,9 +14,9 @@ recomputed after preemption, or part of a prompt, nor how that was cut. What mak
 
 A layer's cache is [num_blocks, 2, kv_heads, block_size, D], or of latents [num_blocks, 1, kv_heads,
 block_size, R + D], where the last D elements of a key are its value. One of 8-bit floats
-(workers/attention/fp8.py) has a byte more for each vector: behind the codes of a head in a block
-are the exponents of its block_size scales. Decode is bound by reading it,
-prefill by its products: 4 · T · context · heads · D operations, and a twelfth of that for the sums.
+(workers/kernels/fp8_cache.py) has a byte more for each vector: behind the codes of a head in a
+block are the exponents of its block_size scales. Decode is bound by reading it, prefill by its
+products: 4 · T · context · heads · D operations, and a twelfth of that for the sums.
 """
 
 from dataclasses import dataclass

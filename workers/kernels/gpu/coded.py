@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.gpu import fp8
+from workers.kernels.gpu import fp8_product
 from workers.kernels.gpu.chain import chained, let_next_start, wait_for_previous
 from workers.kernels.gpu.e4m3 import from_e4m3
 from workers.kernels.gpu.product import serves
@@ -172,8 +172,8 @@ def product(x: Tensor, weight: Coded) -> Tensor:
     """x [rows, K] · the weight [N, K] transposed, in x's type, which is the weight's. Where the
     weight has a rounder, x is rounded."""
     if weight.rounder is not None:
-        if fp8.serves(weight):
-            return fp8.product(x, weight)
+        if fp8_product.serves(weight):
+            return fp8_product.product(x, weight)
         x = weight.rounder.values(x)
     return few_rows(x, weight) if serves(x) else F.linear(x, decoded(weight))
 

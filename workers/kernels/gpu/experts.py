@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.gpu import fp8
+from workers.kernels.gpu import fp8_product
 from workers.kernels.gpu.chain import begin, chained
 from workers.kernels.gpu.coded import HALF_BLOCK, arguments, two_halves
 from workers.kernels.gpu.elementwise import clamped, gated
-from workers.kernels.gpu.fp8 import sum_of_codes
+from workers.kernels.gpu.fp8_product import sum_of_codes
 from workers.kernels.gpu.product import BLOCK_K, Tile, shared_memory
 from workers.quantization.codes import Coded
 
@@ -62,7 +62,7 @@ def _product(
 
     GATED: w is [EXPERTS, 2 · N, K], gate above up, and y is act(gate, up); a program takes BN / 2
     of each. With a KIND there are codes in place of w (see coded.py). ROUNDED: x and w are both
-    E4M3 (see fp8.py).
+    E4M3 (see fp8_product.py).
     """
     begin(CHAINED)
     e = tl.arange(0, EP)
@@ -190,13 +190,13 @@ def _operands(x: Tensor, weight: Tensor | Coded) -> tuple[Tensor, Tensor | None,
     """What the kernel multiplies: x, the weight if that is not in codes which become numbers, and
     the arguments of codes."""
     if not isinstance(weight, Coded):
-        return x, weight, arguments(None) | fp8.arguments(None, None)
-    if fp8.serves(weight):
-        x, numbers, more = fp8.operands(x, weight)
+        return x, weight, arguments(None) | fp8_product.arguments(None, None)
+    if fp8_product.serves(weight):
+        x, numbers, more = fp8_product.operands(x, weight)
         return x, numbers, arguments(None) | more
     if weight.rounder is not None:
         x = weight.rounder.values(x)
-    return x, None, arguments(weight) | fp8.arguments(None, None)
+    return x, None, arguments(weight) | fp8_product.arguments(None, None)
 
 
 def product(

@@ -1,11 +1,11 @@
-"""Keys and values as 8-bit floats and their scales, by the rule of workers/attention/fp8.py."""
+"""Keys and values as 8-bit floats and their scales, by the rule of workers/kernels/fp8_cache.py."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.attention.fp8 import BIAS, BROKEN, HEADROOM
+from workers.kernels.fp8_cache import BIAS, BROKEN, HEADROOM
 from workers.kernels.gpu.e4m3 import to_e4m3
 
 _BIAS, _BROKEN, _HEADROOM = tl.constexpr(BIAS), tl.constexpr(BROKEN), tl.constexpr(HEADROOM)

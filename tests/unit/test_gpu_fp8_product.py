@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.support.triton_launches import launches, where_triton_compiles
-from workers.kernels.gpu import coded, experts, fp8, rounding
+from workers.kernels.gpu import coded, experts, fp8_product, rounding
 from workers.quantization.codes import Coded, Codes, Grouping, Kind
 from workers.quantization.rounding import Rounder, Rounding
 
@@ -75,7 +75,7 @@ def test_codes_and_scales_are_those_of_pytorch_in_every_bit(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_products_are_those_of_the_rounded_numbers(case: str) -> None:
     numbers, weight = make(case)
-    assert weight.rounder is not None and fp8.serves(weight) == (case in SERVED)
+    assert weight.rounder is not None and fp8_product.serves(weight) == (case in SERVED)
     x = draw(3, weight.shape[1])
     codes, _ = weight.rounder.codes(x)
     assert codes.float().abs().max() <= 448
