@@ -27,6 +27,7 @@ from torch import Tensor
 from workers.kernels.delta import L2_EPS, Heads
 from workers.kernels.gpu.chain import begin, chained
 from workers.kernels.gpu.elementwise import softplus
+from workers.kernels.gpu.states import part_of_state
 
 SLICE = 16  # columns: of 128 keys 64 elements for each thread
 _L2_EPS = tl.constexpr(L2_EPS)
@@ -45,12 +46,10 @@ def _delta(
     start = tl.load(starts + row)
     count = tl.load(starts + row + 1) - start
     if count > 0:
-        k = tl.arange(0, KP)
-        v = tl.program_id(0) * VS + tl.arange(0, VS)
-        rows, columns = k < K, v < V
-        mine = rows[:, None] & columns[None, :]
         slot = tl.load(states + row).to(tl.int64)
-        at = state + slot * state_stride + head * (K * V) + k[:, None] * V + v[None, :]
+        k, v, rows, columns, at, mine = part_of_state(
+            state, state_stride, slot, head, K, KP, V, VS
+        )  # fmt: skip
         s = tl.load(at, mask=mine, other=0.0)
         rate, shift = tl.load(decay + head), tl.load(dt + head)
         width: tl.constexpr = 2 * KEYS * K + VALUES * V

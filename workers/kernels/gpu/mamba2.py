@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workers.kernels.gpu.chain import begin, chained
 from workers.kernels.gpu.elementwise import softplus
+from workers.kernels.gpu.states import part_of_state
 from workers.kernels.mamba2 import Heads
 
 SLICE = 16  # columns: of 128 rows 64 elements for each thread
@@ -36,12 +37,10 @@ def _scan(
     start = tl.load(starts + row)
     count = tl.load(starts + row + 1) - start
     if count > 0:
-        n = tl.arange(0, NP)
-        p = tl.program_id(0) * PS + tl.arange(0, PS)
-        rows, columns = n < N, p < P
-        mine = rows[:, None] & columns[None, :]
         slot = tl.load(states + row).to(tl.int64)
-        at = state + slot * state_stride + head * (N * P) + n[:, None] * P + p[None, :]
+        n, p, rows, columns, at, mine = part_of_state(
+            state, state_stride, slot, head, N, NP, P, PS
+        )  # fmt: skip
         s = tl.load(at, mask=mine, other=0.0)
         rate, shift, through = tl.load(decay + head), tl.load(dt + head), tl.load(skip + head)
         width: tl.constexpr = HEADS * P + 2 * GROUPS * N
