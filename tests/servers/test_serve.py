@@ -19,7 +19,7 @@ import yaml
 from ray._common.utils import reset_ray_address
 
 from deploy.ports import free_ports
-from tests.support.served import certificate, gone, left_of, pids
+from tests.support.served import certificate, gone, left_of, pids, wait_ready
 from tests.support.waiting import PATIENCE, until
 
 (PORT,) = free_ports(1)  # others may test here too
@@ -41,18 +41,6 @@ def start_server(*options, log):
     )
 
 
-def wait_ready(process, log, url=URL, timeout=PATIENCE, path="/health", **client):
-    deadline = time.monotonic() + timeout
-    with httpx.Client(**client) as asking:  # to make one takes longer than to ask
-        while True:
-            assert process.poll() is None, Path(log.name).read_text()
-            with contextlib.suppress(httpx.HTTPError):
-                if asking.get(url + path).status_code == 200:
-                    return
-            assert time.monotonic() < deadline, Path(log.name).read_text()
-            time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """The server's process and its log; its last test stops it."""
@@ -60,7 +48,7 @@ def server(tmp_path_factory):
     os.environ["MANTA_TEST"] = session = f"serve-{os.getpid()}"
     process = start_server(*OPTIONS, log=log)
     try:
-        wait_ready(process, log)
+        wait_ready(process, Path(log.name), f"{URL}/health")
         until(lambda: f"Ready at {URL} in " in Path(log.name).read_text())
         yield process, log, session
     finally:
@@ -321,7 +309,7 @@ def test_https_a_key_and_a_config_file_and_a_second_signal_that_ends_it_at_once(
             process = start_server("--config", str(tmp_path / "config.yaml"), log=log)
         finally:
             del os.environ["MANTA_API_KEY"]
-        wait_ready(process, log, url, **trust)
+        wait_ready(process, Path(log.name), f"{url}/health", **trust)
         assert httpx.get(f"{url}/v1/models", **trust).status_code == 401
         models = httpx.get(f"{url}/v1/models", **client).json()["data"]
         assert [model["id"] for model in models] == ["demo", "other"]
@@ -371,7 +359,7 @@ def cluster(log, *options, **variables):
     )  # fmt: skip
     try:
         dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
-        wait_ready(process, log, dashboard, path="/api/version")
+        wait_ready(process, Path(log.name), f"{dashboard}/api/version")
         yield process, ports
     finally:
         process.terminate()
@@ -395,7 +383,7 @@ def test_it_joins_a_cluster_and_leaves_it_as_it_was(tmp_path, monkeypatch):
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
         process = start_server(*OPTIONS, log=log)
         try:
-            wait_ready(process, log)
+            wait_ready(process, Path(log.name), f"{URL}/health")
             one_answer()
         finally:
             process.terminate()
@@ -456,7 +444,7 @@ def test_the_printed_config_is_one_that_serve_deploys(tmp_path, monkeypatch):
             )  # fmt: skip
 
         deploy(texts[0])
-        wait_ready(process, log)
+        wait_ready(process, Path(log.name), f"{URL}/health")
         one_answer()
         looked = subprocess.run(
             [sys.executable, "-m", "deploy.cli", "doctor"], capture_output=True, text=True,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -17,6 +18,20 @@ from deploy.ports import free_ports
 from tests.support.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def wait_ready(process: "subprocess.Popen[bytes]", log: Path, url: str, **client: Any) -> None:
+    """Until ``url`` is answered with 200; fails with the log if the process ends instead.
+    ``client`` are options of httpx's."""
+    deadline = time.monotonic() + PATIENCE
+    # To make a client takes longer than to ask.
+    with httpx.Client(timeout=PATIENCE, **client) as asking:
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(httpx.HTTPError):
+                if asking.get(url).status_code == 200:
+                    return
+            time.sleep(0.1)
+    raise AssertionError(f"{url} is not ready:\n{log.read_text()[-5000:]}")
 
 
 class Served:
@@ -30,14 +45,7 @@ class Served:
 
     def wait_until_ready(self) -> None:
         """Until /health says so; fails with the log if the server ends instead."""
-        deadline = time.monotonic() + PATIENCE
-        with httpx.Client(timeout=PATIENCE) as client:  # to make one takes longer than to ask
-            while self.process.poll() is None and time.monotonic() < deadline:
-                with contextlib.suppress(httpx.HTTPError):
-                    if client.get(f"{self.url}/health").status_code == 200:
-                        return
-                time.sleep(0.1)
-        raise AssertionError(f"the server is not ready:\n{self.log.read_text()[-5000:]}")
+        wait_ready(self.process, self.log, f"{self.url}/health")
 
     def stop(self) -> int:
         """SIGTERM, as an operator would; its exit status."""
